@@ -1,0 +1,40 @@
+"""AdaFisher and AdaFisherW for people who train with Hugging Face Transformers."""
+
+from typing import TYPE_CHECKING, Any
+
+from hf_adafisher.fisher import LayerRule, register_layer
+from hf_adafisher.optimizers import (
+    AdaFisher,
+    AdaFisherW,
+    OptimizerFactory,
+    available_optimizers,
+    create_optimizer,
+    optimizer_state_bytes,
+)
+
+if TYPE_CHECKING:
+    from hf_adafisher.training import AdaFisherTrainer, AdaFisherTrainingArguments
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaFisher",
+    "AdaFisherTrainer",
+    "AdaFisherTrainingArguments",
+    "AdaFisherW",
+    "LayerRule",
+    "OptimizerFactory",
+    "available_optimizers",
+    "create_optimizer",
+    "optimizer_state_bytes",
+    "register_layer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The optimizers work in a plain PyTorch loop: transformers is imported only where the Trainer is asked for.
+    if name in ("AdaFisherTrainer", "AdaFisherTrainingArguments"):
+        from hf_adafisher import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

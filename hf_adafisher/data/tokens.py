@@ -1,0 +1,155 @@
+"""From lines to token ids to windows in which every token is predicted exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257
+"""256 bytes and the end-of-text token: with these any text can be written."""
+
+_CHUNK_LINES = 1000  # one string per chunk: a whole corpus as one string costs a tokenizer gigabytes
+
+
+def _chunks(lines: Sequence[str]) -> Iterator[str]:
+    iterator = iter(lines)
+    while chunk := list(islice(iterator, _CHUNK_LINES)):
+        yield "".join(f"{line}\n" for line in chunk)
+
+
+def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer, GPT-2's kind; the same lines always give the same tokenizer.
+
+    Args:
+        lines: training text, lines without their newline.
+        vocab_size: number of tokens wanted, at least 257. A small corpus may yield fewer: use
+            `len(tokenizer)`.
+
+    Returns:
+        A tokenizer whose only special token, `<|endoftext|>` (id 0), is bos, eos, pad and unk.
+
+    Raises:
+        ValueError: `vocab_size` below 257.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size is {vocab_size}; a byte-level tokenizer needs at least {MIN_VOCAB_SIZE} "
+            "(256 bytes and the end-of-text token): raise --vocab_size"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_chunks(lines), trainer)
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Returns the id that stands before a text, so that its first token is predicted too: bos, or else eos.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise ValueError(
+        f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so nothing can stand before "
+        "the first token; set one of them, or give another tokenizer with --tokenizer_name"
+    )
+
+
+def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Tensor:
+    """Turns a split into one stream of ids.
+
+    Every line is followed by its newline, so line ends are tokens like any other and are predicted like any
+    other.
+
+    Args:
+        tokenizer: any tokenizer of Transformers; no special tokens are added between lines.
+        lines: the split's lines without their newline.
+
+    Returns:
+        int64 tensor, shape (1 + number of tokens,): a start token, which is never predicted, then the text.
+
+    Raises:
+        ValueError: the tokenizer has no start token.
+    """
+    ids = [start_token_id(tokenizer)]
+    for chunk in _chunks(lines):
+        ids.extend(tokenizer.encode(chunk, add_special_tokens=False, verbose=False))
+    return torch.tensor(ids, dtype=torch.long)
+
+
+class TokenWindows(Dataset[dict[str, Tensor]]):
+    """Windows over a stream of ids; each id after the first is a target in exactly one of them.
+
+    Window k holds `stream[k * (block_size - 1) : k * (block_size - 1) + block_size]`: neighbours share one
+    id, the last target of one being the first input of the next, because a causal model of Transformers
+    shifts its labels and so never predicts the first id of a window. An item is `{"input_ids": ids, "labels":
+    labels}`, both int64 of shape (block_size,). The labels are the ids, but for the first: it is -100, which
+    changes no model's loss and makes Trainer's count of predicted tokens right (it divides by the labels that
+    are not -100, and for some models, GPT-2 among them, counts the first one too: its loss would come out
+    (block_size - 1) / block_size of what it is).
+
+    Args:
+        stream: ids, shape (1 + number of tokens,), start token first; see `encode_lines`.
+        block_size: ids per window, at least 2.
+        drop_last: leave out the last, shorter window (default). Exact evaluation must keep it.
+        name: what to call the stream in an error.
+
+    Raises:
+        ValueError: `block_size` below 2, or a stream that does not fill one window (with `drop_last`) or has
+            no target.
+    """
+
+    def __init__(
+        self, stream: Tensor, block_size: int, *, drop_last: bool = True, name: str = "text"
+    ) -> None:
+        if block_size < 2:
+            raise ValueError(
+                f"block_size is {block_size}; it must be at least 2, one id to see and one to predict"
+            )
+        targets = len(stream) - 1
+        needed = block_size - 1 if drop_last else 1
+        if targets < needed:
+            raise ValueError(
+                f"the {name} is too short: {targets} tokens where one block needs {needed}; "
+                f"give more text, or a smaller --block_size (now {block_size})"
+            )
+        self.stream = stream
+        self.block_size = block_size
+        stride = block_size - 1
+        self.count = targets // stride if drop_last else -(-targets // stride)
+
+    def __len__(self) -> int:
+        """Returns the number of windows."""
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Returns window `index`; negative indices count from the end."""
+        if not -self.count <= index < self.count:
+            raise IndexError(f"window {index} of {self.count}")
+        start = (index % self.count) * (self.block_size - 1)
+        ids = self.stream[start : start + self.block_size]
+        labels = ids.clone()
+        labels[0] = -100
+        return {"input_ids": ids, "labels": labels}

@@ -1,0 +1,192 @@
+"""Before training: text, tokenizer, model and checkpoint of a causal language modelling run, all checked."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_adafisher.data.text import TextCorpus, count_words, load_corpus
+from hf_adafisher.data.tokens import TokenWindows, encode_lines, train_tokenizer
+from hf_adafisher.experiments.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
+
+logger = logging.getLogger(__name__)
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """One split as a model sees it: `stream` of ids, shape (1 + tokens,), and the words of the same text."""
+
+    stream: Tensor
+    num_words: int
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """All that a run needs, every input checked: what `prepare` returns and `train_and_report` takes."""
+
+    model_args: ModelArguments
+    data_args: DataArguments
+    training_args: ClmTrainingArguments
+    checkpoint: str | None
+    corpus: TextCorpus
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    splits: dict[str, EncodedSplit]
+    datasets: dict[str, TokenWindows]
+
+
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments
+) -> PreparedRun:
+    """Loads text, tokenizer and model, and checks them before any work is done.
+
+    The initial weights depend on the seed and the model's arguments only, never on the optimizer.
+
+    Raises:
+        ValueError: an unknown corpus, text that is empty or too short, a block larger than the model's
+            context.
+        FileNotFoundError: a text file or a checkpoint that does not exist.
+        ConnectionError: a corpus of the Hub that cannot be had.
+    """
+    pretrained = model_args.model_name_or_path or model_args.config_name
+    if pretrained is not None:
+        check_context(AutoConfig.from_pretrained(pretrained), data_args.block_size)
+    checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
+    corpus = load_corpus(
+        data_args.dataset,
+        train_files=data_args.train_file,
+        validation_files=data_args.validation_file,
+        test_files=data_args.test_file,
+    )
+    tokenizer = load_tokenizer(model_args, corpus)
+    set_seed(training_args.seed)
+    model = load_model(model_args, tokenizer, data_args.block_size)
+    splits = {
+        name: EncodedSplit(encode_lines(tokenizer, lines), count_words(lines))
+        for name, lines in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test))
+        if lines
+    }
+    datasets = {
+        name: TokenWindows(splits[name].stream, data_args.block_size, name=f"{name} text")
+        for name in ("train", "validation")
+    }
+    return PreparedRun(
+        model_args, data_args, training_args, checkpoint, corpus, tokenizer, model, splits, datasets
+    )
+
+
+def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
+    """Returns the checkpoint directory to resume from, or None.
+
+    Args:
+        output_dir: the run's directory. A warning says so if it holds an earlier run that is not resumed.
+        resume: a checkpoint directory; "last" or "true" for the latest one in `output_dir`; None or "false"
+            to start anew.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+    """
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    word = str(resume).lower()
+    if resume is None or word == "false":
+        if last is not None or (output_dir / RESULTS_FILE).exists():
+            logger.warning(
+                "%s holds an earlier run; this one starts anew and overwrites its files "
+                "(to continue it: --resume_from_checkpoint last)",
+                output_dir,
+            )
+        return None
+    if word in ("last", "true"):
+        if last is None:
+            raise FileNotFoundError(
+                f"no checkpoint to resume from in {str(output_dir)!r}: give the --output_dir of the run, "
+                "or the path of a checkpoint"
+            )
+        return last
+    if not (Path(str(resume)) / "trainer_state.json").is_file():
+        raise FileNotFoundError(
+            f"{str(resume)!r} is not a checkpoint (it has no trainer_state.json): give the path of a "
+            "checkpoint-N directory, or last for the latest in --output_dir"
+        )
+    return str(resume)
+
+
+def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer named, or the pretrained model's, or trains one on the training split."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    tokenizer = train_tokenizer(corpus.train, model_args.vocab_size)
+    if len(tokenizer) < model_args.vocab_size:
+        logger.warning("the training text yields only %d of %d tokens", len(tokenizer), model_args.vocab_size)
+    return tokenizer
+
+
+def load_model(
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> PreTrainedModel:
+    """Loads the pretrained model, or makes a new one for this tokenizer; its weights are float32.
+
+    Args:
+        model_args: which model.
+        tokenizer: gives a new model its vocabulary.
+        block_size: context of a new GPT-2, in tokens.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the pretrained model knows.
+    """
+    if model_args.model_name_or_path is not None:
+        name = model_args.model_name_or_path
+        known = AutoConfig.from_pretrained(name).get_text_config().vocab_size
+        if len(tokenizer) > known:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {name!r} only {known}: "
+                "use the model's own tokenizer (leave out --tokenizer_name)"
+            )
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    # No pad token: an embedding's row for it never learns, and here that would be the start token's row.
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    if model_args.config_name is not None:
+        config = AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer), **ids)
+    else:
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=block_size,
+            n_layer=model_args.n_layer,
+            n_embd=model_args.n_embd,
+            n_head=model_args.n_head,
+            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model_args.dropout),
+            **ids,
+        )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def check_context(config: PreTrainedConfig, block_size: int) -> None:
+    """Raises ValueError if a block has more tokens than the model has positions; no limit passes."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if context and block_size > context:
+        raise ValueError(
+            f"block_size is {block_size}, the model's context {context}: use --block_size {context} or less"
+        )

@@ -1,0 +1,112 @@
+"""Factors as plain vectors: sums over positions, their moving average, and their normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A factor whose entries agree to this relative accuracy is constant up to float32 rounding. Without the bound
+# rounding noise alone would be stretched to {0, 1}: the two logits of a binary classifier have gradients g and -g.
+CONSTANT_RTOL = 1e-5
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which statistics of a model of ``dtype`` are kept: float32, and float64 for float64 models."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def min_max_normalize(factor: Tensor) -> Tensor:
+    """Map a factor linearly onto [0, 1]: ``(v - min v) / (max v - min v)`` (AdaFisher, Eq. 4).
+
+    The rule is relative, without an absolute epsilon: ``c * v`` gives the same result for every ``c > 0``, so
+    neither the scale of the loss nor the number of tokens in a batch changes the preconditioner.
+
+    Args:
+        factor: Non-negative tensor of any shape; minimum and maximum run over all its entries.
+
+    Returns:
+        A tensor of the same shape. A constant factor (spread at most ``1e-5`` of the maximum), and so every factor
+        of one entry, carries no shape and becomes all ones; an empty factor stays empty.
+    """
+    if factor.numel() == 0:
+        return factor.clone()
+    low, high = torch.aminmax(factor)
+    spread = high - low
+    return torch.where(spread > CONSTANT_RTOL * high.abs(), (factor - low) / spread, torch.ones_like(factor))
+
+
+def sum_of_squares(values: Tensor, width: int) -> Tensor:
+    """Column sums of squares of ``values`` seen as rows of ``width`` entries.
+
+    Args:
+        values: Tensor of shape ``(..., width)``, any floating dtype.
+        width: Length of a row.
+
+    Returns:
+        Tensor of shape ``(width,)`` in :func:`statistics_dtype`; reduced in that dtype (a float16 square overflows
+        above 256), without a temporary of the size of ``values``.
+    """
+    rows = values.detach().reshape(-1, width)
+    dtype = statistics_dtype(rows.dtype)
+    if rows.shape[0] == 0:
+        return torch.zeros(width, dtype=dtype, device=rows.device)
+    return torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
+
+
+@dataclass
+class FactorPair:
+    """Statistics of one layer: sums over ``count`` positions (batch times tokens or pixels).
+
+    Attributes:
+        input_factor: ``sum_n x_n^2``, shape given by the layer's rule, usually ``(d_in,)``.
+        output_grad_factor: ``sum_n g_n^2``, shape given by the layer's rule, usually ``(d_out,)``.
+        count: Number of positions summed over.
+    """
+
+    input_factor: Tensor
+    output_grad_factor: Tensor
+    count: int
+
+    def add_(self, other: FactorPair) -> None:
+        """Add the sums and the count of another call, or another micro-batch, of the same layer."""
+        self.input_factor = self.input_factor + other.input_factor
+        self.output_grad_factor = self.output_grad_factor + other.output_grad_factor
+        self.count += other.count
+
+
+class MovingAverage:
+    """Bias-corrected exponential moving average of several vectors that are always refreshed together (Eq. 3).
+
+    ``value <- decay * value + (1 - decay) * sample`` and the same recursion for ``weight`` with the sample 1, both
+    from zero; the average is ``value / weight``. The first sample is therefore used at full strength, and ``decay``
+    may change between updates.
+
+    Args:
+        values: The running values, updated in place (they live in the optimizer's state).
+        weight: 0-dimensional CPU tensor, the sum of the weights of all samples so far.
+    """
+
+    def __init__(self, values: Sequence[Tensor], weight: Tensor) -> None:
+        self.values = tuple(values)
+        self.weight = weight
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no sample has arrived yet."""
+        return not self.weight.item() > 0.0
+
+    def update_(self, samples: Sequence[Tensor], decay: float) -> None:
+        """Take in one sample for each value; ``decay`` (gamma) lies in [0, 1)."""
+        for value, sample in zip(self.values, samples, strict=True):
+            value.mul_(decay).add_(sample.to(value.device, value.dtype).reshape(value.shape), alpha=1.0 - decay)
+        self.weight.mul_(decay).add_(1.0 - decay)
+
+    def mean(self) -> tuple[Tensor, ...]:
+        """The bias-corrected averages. Raises RuntimeError while no sample has arrived."""
+        if self.is_empty:
+            raise RuntimeError("the moving average has no sample yet: call update_ first")
+        weight = self.weight.item()
+        return tuple(value / weight for value in self.values)

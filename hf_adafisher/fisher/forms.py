@@ -1,0 +1,150 @@
+"""How the diagonal Fisher of one parameter is put together from factors (AdaFisher, Eq. 4).
+
+A form says which factors a parameter needs, how they spread over its axes once they are normalised, and what
+stands in for them when only the parameter's own gradient is known.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_adafisher.fisher.factors import min_max_normalize, statistics_dtype
+
+INPUT = "input_factor"
+OUTPUT_GRAD = "output_grad_factor"
+
+Term = tuple[Tensor, ...]
+"""Tensors that broadcast to the parameter's shape; their product is one use's share of the diagonal."""
+
+
+class ParameterForm(ABC):
+    """From factors to the diagonal of one parameter."""
+
+    @abstractmethod
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the factors that a parameter of ``shape`` keeps, in a fixed order."""
+
+    @abstractmethod
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        """Tensors that broadcast to ``shape`` and whose product is the diagonal, min-max normalised or raw."""
+
+    @abstractmethod
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        """Gradient factors: the stand-ins for the factors when only the parameter's gradient is known."""
+
+
+def _mean_square(grad: Tensor, axis: int) -> Tensor:
+    """Mean of grad^2 over every axis but ``axis``, in the dtype of statistics."""
+    dtype = statistics_dtype(grad.dtype)
+    if grad.numel() == 0:
+        return torch.zeros(grad.shape[axis], dtype=dtype, device=grad.device)
+    rest = [i for i in range(grad.dim()) if i != axis]
+    if not rest:
+        return grad.detach().to(dtype).square()
+    others = grad.numel() // grad.shape[axis]
+    return torch.linalg.vector_norm(grad.detach(), dim=rest, dtype=dtype).square_() / others
+
+
+@dataclass(frozen=True)
+class KroneckerForm(ParameterForm):
+    """An outer product with one factor an axis: ``F[i, j] = minmax(a)[i] * minmax(b)[j]``.
+
+    Attributes:
+        axes: The factor of each axis: ``(OUTPUT_GRAD, INPUT)`` for a weight ``(d_out, d_in)``, ``(OUTPUT_GRAD,)``
+            for a bias, whose input is the constant 1 and stays 1.
+    """
+
+    axes: tuple[str, ...]
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {name: (size,) for name, size in zip(self.axes, shape, strict=True)}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        term = []
+        for axis, name in enumerate(self.axes):
+            factor = min_max_normalize(factors[name]) if normalize else factors[name]
+            term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(self.axes))]))
+        return tuple(term)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        return {name: _mean_square(grad, axis) for axis, name in enumerate(self.axes)}
+
+
+@dataclass(frozen=True)
+class ScaleForm(ParameterForm):
+    """The scale of a normalisation layer: ``F[c] = minmax(S * H)[c]``, a block for each channel.
+
+    The gradient of the scale is ``g_c * xhat_c``, so the product of the two second moments is formed before it is
+    normalised. Factors have the parameter's shape.
+    """
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {OUTPUT_GRAD: tuple(shape), INPUT: tuple(shape)}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        product = factors[OUTPUT_GRAD] * factors[INPUT]
+        return (min_max_normalize(product) if normalize else product,)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        square = grad.detach().to(statistics_dtype(grad.dtype)).square()
+        return {OUTPUT_GRAD: square, INPUT: torch.ones_like(square)}
+
+
+@dataclass(frozen=True)
+class ShiftForm(ParameterForm):
+    """The shift of a normalisation layer: ``F[c] = minmax(S)[c]``; the factor has the parameter's shape."""
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {OUTPUT_GRAD: tuple(shape)}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        factor = factors[OUTPUT_GRAD]
+        return (min_max_normalize(factor) if normalize else factor,)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        return {OUTPUT_GRAD: grad.detach().to(statistics_dtype(grad.dtype)).square()}
+
+
+@dataclass(frozen=True)
+class GradientForm(ParameterForm):
+    """Parameters that no layer rule reaches: one factor an axis, from the parameter's own gradient.
+
+    Each axis longer than 1 has the mean of grad^2 over all other axes: the row and column means of a matrix,
+    grad^2 itself for a vector. Axes of length 1 (class tokens, position tables) carry no shape and have no factor.
+    """
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        term = []
+        for axis, size in enumerate(shape):
+            if size > 1:
+                factor = factors[f"axis{axis}_factor"]
+                factor = min_max_normalize(factor) if normalize else factor
+                term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+        return tuple(term)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
+
+
+def diagonal_of(terms: Sequence[Term], like: Tensor, damping: float) -> Tensor:
+    """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``.
+
+    Several terms belong to a tied parameter: the Fisher of a sum of uses is the sum of their Fishers when the uses
+    are taken as independent. A term without tensors is the constant 1.
+    """
+    dtype = statistics_dtype(like.dtype)
+    total: Tensor | None = None
+    for term in terms:
+        product = math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
+        total = product if total is None else total + product
+    assert total is not None, "a parameter has at least one term"
+    return total.add(damping).expand(like.shape) if total.shape != like.shape else total.add(damping)

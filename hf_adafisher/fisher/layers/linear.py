@@ -1,0 +1,66 @@
+"""Fully connected layers: ``torch.nn.Linear`` and transformers' ``Conv1D``, a Linear with a transposed weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_adafisher.fisher.factors import sum_of_squares
+from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure
+
+_PROBE_ROWS = 8
+
+
+class LinearRule(LayerRule):
+    """``y = x W^T + b``: ``F_W = S (x) H``, ``F_b = S``; weight ``(d_out, d_in)``, input ``(..., d_in)``."""
+
+    name = "Linear"
+    axes: tuple[str, str] = (OUTPUT_GRAD, INPUT)
+
+    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
+        return {"weight": KroneckerForm(self.axes), "bias": KroneckerForm((OUTPUT_GRAD,))}
+
+    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        sizes = dict(zip(self.axes, module.weight.shape, strict=True))
+        return (sizes[INPUT],), (sizes[OUTPUT_GRAD],)
+
+    def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
+        (width,), _ = self.factor_shapes(module)
+        return sum_of_squares(inputs[0], width), inputs[0].numel() // width
+
+    def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        _, (width,) = self.factor_shapes(module)
+        return sum_of_squares(grad, width)
+
+    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        if type(module).forward is nn.Linear.forward:
+            return True
+        (d_in,), (d_out,) = self.factor_shapes(module)
+        if inputs[0].shape[-1] != d_in or output.shape[-1] != d_out:
+            return False
+        x, y = inputs[0].reshape(-1, d_in)[:_PROBE_ROWS], output.reshape(-1, d_out)[:_PROBE_ROWS]
+        weight = module.weight if self.axes[0] == OUTPUT_GRAD else module.weight.t()
+        bias = None if module.bias is None else module.bias.to(x.dtype)
+        return agree(y, F.linear(x, weight.to(x.dtype), bias))
+
+
+class Conv1DRule(LinearRule):
+    """transformers' Conv1D, ``y = x W + b``: the same with a weight ``(d_in, d_out)``, so ``F_W = H (x) S``."""
+
+    name = "Conv1D"
+    axes = (INPUT, OUTPUT_GRAD)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """transformers' Conv1D by structure, so that this package does not import transformers."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not (hasattr(module, "nx") and hasattr(module, "nf") and isinstance(weight, Tensor)):
+        return False
+    return weight.shape == (module.nx, module.nf) and isinstance(bias, Tensor) and bias.shape == (module.nf,)
+
+
+register_layer(nn.Linear, LinearRule())
+register_structure(_is_conv1d, Conv1DRule())

@@ -1,0 +1,83 @@
+"""Normalisation layers as scale-and-shift blocks: LayerNorm, and every RMSNorm, matched by structure.
+
+For each channel the gradient of the scale is ``g_c * xhat_c``, so ``F_scale = minmax(S * H)`` with ``H`` the second
+moment of the *normalised* input, and ``F_shift = minmax(S)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares
+from hf_adafisher.fisher.forms import ParameterForm, ScaleForm, ShiftForm
+from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure
+
+_PROBE_ROWS = 8
+
+
+class LayerNormRule(LayerRule):
+    """``y = xhat * scale + shift`` with ``xhat`` normalised over the trailing axes that the weight covers."""
+
+    name = "LayerNorm"
+
+    def normalized_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        """``xhat``, in the dtype of statistics."""
+        shape = module.weight.shape
+        return F.layer_norm(x.to(statistics_dtype(x.dtype)), shape, eps=module.eps)
+
+    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
+        return {"weight": ScaleForm(), "bias": ShiftForm()}
+
+    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(module.weight.shape), tuple(module.weight.shape)
+
+    def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
+        shape = module.weight.shape
+        xhat = self.normalized_input(module, inputs[0].detach())
+        return sum_of_squares(xhat, shape.numel()).reshape(shape), xhat.numel() // shape.numel()
+
+    def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        shape = module.weight.shape
+        return sum_of_squares(grad, shape.numel()).reshape(shape)
+
+    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
+            return True
+        shape = module.weight.shape
+        if inputs[0].shape != output.shape or inputs[0].shape[inputs[0].dim() - len(shape) :] != shape:
+            return False
+        x, y = (t.detach().reshape(-1, *shape)[:_PROBE_ROWS] for t in (inputs[0], output))
+        xhat, bias = self.normalized_input(module, x), getattr(module, "bias", None)
+        shift = 0.0 if bias is None else bias
+        # Gemma stores its scale as a distance from one: y = (1 + w) xhat. Gradient and factors are the same.
+        return any(agree(y, xhat * (module.weight + offset) + shift) for offset in (0.0, 1.0))
+
+
+class RMSNormRule(LayerNormRule):
+    """``y = xhat * scale``, ``xhat = x / sqrt(mean(x^2) + eps)``."""
+
+    name = "RMSNorm"
+
+    def normalized_input(self, module: nn.Module, x: Tensor) -> Tensor:
+        shape = module.weight.shape
+        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+        if eps is None:  # torch's default: the resolution of the input's dtype
+            eps = torch.finfo(x.dtype).eps
+        return F.rms_norm(x.to(statistics_dtype(x.dtype)), shape, eps=float(eps))
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """A leaf with one 1-D weight and an epsilon. That it does compute an RMS norm is then checked by ``explains``."""
+    parameters = {name: p for name, p in module.named_parameters(recurse=False)}
+    if set(parameters) != {"weight"} or any(True for _ in module.children()) or any(True for _ in module.buffers()):
+        return False
+    return parameters["weight"].dim() == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon"))
+
+
+register_layer(nn.LayerNorm, LayerNormRule())
+register_layer(nn.RMSNorm, RMSNormRule())
+register_structure(_is_rms_norm, RMSNormRule())

@@ -1,0 +1,100 @@
+"""Which rule belongs to which module: by class along the method resolution order, else by structure."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.forms import ParameterForm
+
+
+class LayerRule(ABC):
+    """The geometry of one kind of layer: two pure functions from tensors to sums, and a form per parameter.
+
+    A rule holds no state: the same instance serves every module of its class.
+    """
+
+    name: str
+    """Shown by ``coverage()``."""
+
+    @abstractmethod
+    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
+        """The form of each parameter of ``module`` that this rule covers, by its name inside the module."""
+
+    @abstractmethod
+    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the input factor and of the output-gradient factor."""
+
+    @abstractmethod
+    def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
+        """``sum_n x_n^2`` over all positions of one call, and the number of positions.
+
+        Args:
+            module: The layer.
+            inputs: The tensors among its positional, then its keyword arguments.
+            output: What the call returned.
+        """
+
+    @abstractmethod
+    def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        """``sum_n g_n^2`` over all positions; ``grad`` is the loss gradient with respect to the output."""
+
+    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        """Whether this call really computes what the rule assumes.
+
+        Asked once per module, on real numbers, because a class proves little: OPT's position table derives from
+        Embedding and is called with an attention mask, a gated RMSNorm multiplies before it normalises. A module that is
+        not explained gets gradient factors. The default accepts.
+        """
+        return True
+
+
+def agree(actual: Tensor, expected: Tensor, tolerance: float = 0.03) -> bool:
+    """Whether two tensors are equal up to low-precision rounding (relative norm of the difference)."""
+    if actual.shape != expected.shape:
+        return False
+    difference = torch.linalg.vector_norm(actual.float() - expected.float())
+    return bool(difference <= tolerance * torch.linalg.vector_norm(expected.float()) + 1e-12)
+
+
+_RULES: dict[type[nn.Module], LayerRule] = {}
+_STRUCTURES: list[tuple[Callable[[nn.Module], bool], LayerRule]] = []
+
+
+def register_layer(module_class: type[nn.Module], rule: LayerRule) -> None:
+    """Use ``rule`` for ``module_class`` and the classes derived from it.
+
+    A later registration replaces an earlier one for the same class. Optimizers look rules up when they are built,
+    so register first.
+
+    Args:
+        module_class: A subclass of ``torch.nn.Module``.
+        rule: A :class:`LayerRule` instance.
+
+    Raises:
+        TypeError: ``module_class`` is not a Module class, or ``rule`` is not a LayerRule instance.
+    """
+    if not (isinstance(module_class, type) and issubclass(module_class, nn.Module)):
+        raise TypeError(f"module_class must be a subclass of torch.nn.Module, got {module_class!r}")
+    if not isinstance(rule, LayerRule):
+        raise TypeError(f"rule must be an instance of LayerRule (not the class itself), got {rule!r}")
+    _RULES[module_class] = rule
+
+
+def register_structure(matches: Callable[[nn.Module], bool], rule: LayerRule) -> None:
+    """Use ``rule`` for modules of unregistered classes that ``matches`` accepts."""
+    _STRUCTURES.append((matches, rule))
+
+
+def find_rule(module: nn.Module) -> LayerRule | None:
+    """The rule of the nearest registered base class of ``module``, else of the first matching structure, else None."""
+    for base in type(module).__mro__:
+        if base in _RULES:
+            return _RULES[base]
+    for matches, rule in _STRUCTURES:
+        if matches(module):
+            return rule
+    return None

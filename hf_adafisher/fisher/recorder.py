@@ -1,0 +1,225 @@
+"""Hooks that turn a training step's activations and gradients into factors."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from hf_adafisher.fisher.factors import FactorPair, statistics_dtype
+from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, ParameterForm
+from hf_adafisher.fisher.layers import LayerRule, find_rule
+from hf_adafisher.fisher.reduce import sum_over_ranks
+
+
+@dataclass(eq=False)
+class TrackedModule:
+    """A module whose factors are recorded.
+
+    Attributes:
+        name: Its name in the model (the first one, where it is shared).
+        module: The module itself. Parameters are looked up on it when needed, since wrappers may replace them.
+        rule: The rule of its class.
+        forms: The forms of those of its parameters that the optimizer trains.
+        explained: Whether a call was found to compute what the rule assumes; None before the first call.
+    """
+
+    name: str
+    module: nn.Module
+    rule: LayerRule
+    forms: dict[str, ParameterForm]
+    explained: bool | None = None
+
+
+@dataclass
+class Sample:
+    """Statistics of one refresh: the means over all positions since the last one, by tracked module.
+
+    Attributes:
+        factors: ``{INPUT: h, OUTPUT_GRAD: s}`` for every module that committed at least one position.
+        non_finite: Names of the modules with a NaN or an infinity. Where there are any, ``factors`` is not to be used.
+    """
+
+    factors: dict[TrackedModule, dict[str, Tensor]] = field(default_factory=dict)
+    non_finite: list[str] = field(default_factory=list)
+
+
+class _ForwardHook:
+    """The forward hook of one module.
+
+    It holds the recorder by a weak reference, so that hooks never keep an optimizer alive, and becomes inert in a
+    copy or a pickle of the model, which have no optimizer.
+    """
+
+    def __init__(self, recorder: FactorRecorder | None, tracked: TrackedModule | None) -> None:
+        self._recorder = None if recorder is None else weakref.ref(recorder)
+        self._tracked = tracked
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_ForwardHook, (None, None))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ForwardHook:
+        return _ForwardHook(None, None)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        recorder = None if self._recorder is None else self._recorder()
+        if recorder is None or self._tracked is None:
+            return
+        if torch.is_grad_enabled() and module.training and isinstance(output, Tensor) and output.requires_grad:
+            inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            if inputs:
+                recorder._watch(self._tracked, inputs, output)
+
+
+def _gradient_site(output: Tensor) -> Tensor:
+    """The tensor to hook for the gradient of ``output``.
+
+    A Linear with bias on 3-D input and transformers' Conv1D return a view of what they computed. After an in-place
+    operation on that view a hook on the view never fires, silently; one on its base does. Full backward hooks raise
+    there and cost more even when idle.
+    """
+    base = output._base
+    if base is not None and base.requires_grad and base.numel() == output.numel() and base.dim() > 0:
+        if base.shape[-1] == output.shape[-1]:
+            return base
+    return output
+
+
+class FactorRecorder:
+    """Records factor pairs for the modules that own given parameters.
+
+    Armed, each tracked module has one forward hook. It sums the squares of the input at once, never keeping the
+    input, and puts a tensor hook on the output that sums the squares of the gradient and commits the *pair*. Pairing
+    makes recomputation (activation checkpointing), several calls per forward and forwards without backward exact:
+    what has no backward is not counted. Disarmed, no hook exists.
+
+    Args:
+        model: Any module; its submodules are walked once.
+        parameters: The parameters of interest; modules that own none of them are not tracked.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+        wanted = {id(p) for p in parameters}
+        self.tracked: list[TrackedModule] = []
+        for name, module in model.named_modules():
+            owned = [key for key, p in module._parameters.items() if p is not None and id(p) in wanted]
+            rule = find_rule(module) if owned else None
+            if rule is not None:
+                forms = {key: form for key, form in rule.forms(module).items() if key in owned}
+                if forms:
+                    self.tracked.append(TrackedModule(name, module, rule, forms))
+        self._pending: dict[TrackedModule, FactorPair] = {}
+        self._handles: list[RemovableHandle] = []
+        # Statistics of a graph built before the last flush or discard must not count towards the next one.
+        self._generation = 0
+        self.closed = False
+        weakref.finalize(self, _remove_all, self._handles)
+
+    @property
+    def armed(self) -> bool:
+        """Whether the hooks are on."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Put one forward hook on every tracked module. Raises RuntimeError after :meth:`close`."""
+        if self.closed:
+            raise RuntimeError("this recorder was closed and records no more; build a new optimizer to train on")
+        if not self._handles:
+            for tracked in self.tracked:
+                hook = _ForwardHook(self, tracked)
+                self._handles.append(tracked.module.register_forward_hook(hook, with_kwargs=True))
+
+    def disarm(self) -> None:
+        """Remove every forward hook and forget what is pending."""
+        _remove_all(self._handles)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget what is pending: the statistics of a batch whose step was skipped."""
+        self._pending.clear()
+        self._generation += 1
+
+    def close(self) -> None:
+        """Disarm for good."""
+        self.disarm()
+        self.closed = True
+
+    def _watch(self, tracked: TrackedModule, inputs: Sequence[Tensor], output: Tensor) -> None:
+        """One call of a tracked module: take the input's sums, and commit them once the gradient arrives."""
+        with torch.no_grad():
+            if tracked.explained is None:
+                tracked.explained = tracked.rule.explains(tracked.module, inputs, output)
+            if not tracked.explained:
+                return
+            input_sums, count = tracked.rule.input_sums(tracked.module, inputs, output)
+        generation, reference = self._generation, weakref.ref(self)
+
+        def commit(grad: Tensor) -> None:
+            recorder = reference()
+            if recorder is not None and recorder._generation == generation:
+                with torch.no_grad():
+                    grad_sums = tracked.rule.output_grad_sums(tracked.module, grad)
+                recorder._commit(tracked, FactorPair(input_sums, grad_sums, count))
+
+        _gradient_site(output).register_hook(commit)
+
+    def _commit(self, tracked: TrackedModule, pair: FactorPair) -> None:
+        if pair.count == 0:
+            return
+        if tracked in self._pending:
+            self._pending[tracked].add_(pair)
+        else:
+            self._pending[tracked] = pair
+
+    def flush(self) -> Sample:
+        """Means over everything committed since the last flush, over all processes; clears what is pending.
+
+        All sums and counts travel in one flat buffer with a fixed place for every tracked module (zeros where nothing
+        was committed), so processes that used different modules stay in step, and all of them see the same result.
+        """
+        pending, self._pending = self._pending, {}
+        self._generation += 1
+        if not self.tracked:
+            return Sample()
+        anchor = next(self.tracked[0].module.parameters(recurse=False))
+        dtypes = {statistics_dtype(p.dtype) for t in self.tracked for p in t.module.parameters(recurse=False)}
+        buffer = torch.cat([_flatten(t, pending.get(t), anchor.device) for t in self.tracked])
+        buffer = sum_over_ranks(buffer.to(torch.float64 if torch.float64 in dtypes else torch.float32))
+        pieces = buffer.split([_flat_size(t) for t in self.tracked])
+        checks = torch.stack([torch.stack((piece[-1], piece.isfinite().all())) for piece in pieces]).tolist()
+        sample = Sample()
+        for tracked, piece, (count, finite) in zip(self.tracked, pieces, checks, strict=True):
+            if not finite:
+                sample.non_finite.append(tracked.name)
+            elif count > 0:
+                input_shape, grad_shape = tracked.rule.factor_shapes(tracked.module)
+                sums = piece[:-1] / count
+                split = torch.Size(input_shape).numel()
+                sample.factors[tracked] = {
+                    INPUT: sums[:split].reshape(input_shape),
+                    OUTPUT_GRAD: sums[split:].reshape(grad_shape),
+                }
+        return sample
+
+
+def _flat_size(tracked: TrackedModule) -> int:
+    return sum(torch.Size(shape).numel() for shape in tracked.rule.factor_shapes(tracked.module)) + 1
+
+
+def _flatten(tracked: TrackedModule, pair: FactorPair | None, device: torch.device) -> Tensor:
+    """Both sums and the count of one module as one vector on ``device``; zeros where nothing was committed."""
+    if pair is None:
+        return torch.zeros(_flat_size(tracked), device=device)
+    sums = [part.reshape(-1).to(device) for part in (pair.input_factor, pair.output_grad_factor)]
+    return torch.cat([*sums, sums[0].new_tensor([pair.count])])
+
+
+def _remove_all(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()

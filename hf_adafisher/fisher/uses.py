@@ -1,0 +1,82 @@
+"""Which modules use which parameter, and the factors that each use keeps in the optimizer's state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.factors import MovingAverage, statistics_dtype
+from hf_adafisher.fisher.forms import GradientForm, ParameterForm, Term
+from hf_adafisher.fisher.recorder import TrackedModule
+
+
+@dataclass(frozen=True)
+class Use:
+    """One use of a parameter: by a tracked module, or by no rule at all (``tracked`` is None: gradient factors).
+
+    Attributes:
+        form: How factors become the parameter's diagonal.
+        tracked: The module whose statistics feed the factors.
+        suffix: Ending of this use's state keys: empty for the first use, ``_1`` for the second.
+    """
+
+    form: ParameterForm
+    tracked: TrackedModule | None
+    suffix: str = ""
+
+    def factor_keys(self, shape: torch.Size) -> dict[str, str]:
+        """State key of each factor by the factor's name."""
+        return {name: name + self.suffix for name in self.form.factor_shapes(shape)}
+
+    @property
+    def weight_key(self) -> str:
+        """State key of the moving average's weight."""
+        return "factor_weight" + self.suffix
+
+    def new_state(self, param: Tensor) -> dict[str, Tensor]:
+        """Empty factors of this use; statistics are float32 whatever the model's dtype (float64 for float64)."""
+        dtype, keys = statistics_dtype(param.dtype), self.factor_keys(param.shape)
+        shapes = self.form.factor_shapes(param.shape)
+        state = {key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()}
+        return {**state, self.weight_key: torch.zeros((), dtype=torch.float64)}
+
+    def average(self, state: Mapping[str, Tensor], shape: torch.Size) -> MovingAverage:
+        """The moving average over this use's tensors in ``state``."""
+        return MovingAverage([state[key] for key in self.factor_keys(shape).values()], state[self.weight_key])
+
+    def update_(self, state: Mapping[str, Tensor], factors: Mapping[str, Tensor], shape: torch.Size, decay: float) -> None:
+        """Take in the factors of one refresh."""
+        self.average(state, shape).update_([factors[name] for name in self.form.factor_shapes(shape)], decay)
+
+
+def find_uses(params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]) -> dict[int, tuple[Use, ...]]:
+    """All uses of each parameter by ``id(parameter)``; a parameter that no tracked module owns has a gradient use."""
+    owners: dict[int, list[tuple[ParameterForm, TrackedModule]]] = {}
+    for module in tracked:
+        for name, form in module.forms.items():
+            owners.setdefault(id(getattr(module.module, name)), []).append((form, module))
+    uses = {}
+    for p in params:
+        found = owners.get(id(p), [(GradientForm(), None)])
+        uses[id(p)] = tuple(Use(form, module, f"_{i}" if i else "") for i, (form, module) in enumerate(found))
+    return uses
+
+
+def terms_of(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> list[Term]:
+    """The spread factors of every use that has statistics; empty while none has."""
+    terms = []
+    for use in uses:
+        average = use.average(state, shape)
+        if not average.is_empty:
+            factors = dict(zip(use.form.factor_shapes(shape), average.mean(), strict=True))
+            terms.append(use.form.spread(factors, shape, normalize))
+    return terms
+
+
+def gradient_term(uses: Sequence[Use], grad: Tensor) -> Term:
+    """The term that the parameter's own gradient gives, in the form of its first use."""
+    form = uses[0].form
+    return form.spread(form.from_gradient(grad), grad.shape)

@@ -1,0 +1,18 @@
+"""AdaFisher and AdaFisherW, and a factory that builds every optimizer by name."""
+
+from hf_adafisher.optimizers.adafisher import AdaFisher, AdaFisherW
+from hf_adafisher.optimizers.factory import (
+    OptimizerFactory,
+    available_optimizers,
+    create_optimizer,
+    optimizer_state_bytes,
+)
+
+__all__ = [
+    "AdaFisher",
+    "AdaFisherW",
+    "OptimizerFactory",
+    "available_optimizers",
+    "create_optimizer",
+    "optimizer_state_bytes",
+]

@@ -1,0 +1,402 @@
+"""AdaFisher and AdaFisherW (ICLR 2025, arXiv 2405.16397)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_adafisher.fisher.forms import Term, diagonal_of
+from hf_adafisher.fisher.recorder import FactorRecorder
+from hf_adafisher.fisher.uses import Use, find_uses, gradient_term, terms_of
+from hf_adafisher.optimizers.checks import check_checkpoint, check_options
+from hf_adafisher.optimizers.coverage import (
+    ParameterCoverage,
+    coverage_of,
+    curvature_summary,
+    describe_parameters,
+)
+from hf_adafisher.optimizers.update import update_parameter
+
+logger = logging.getLogger(__name__)
+
+Update = tuple[dict[str, Any], Tensor, Use, Mapping[str, Tensor]]
+"""Parameter group, parameter, the use to update and its new factors."""
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class AdaFisher(Optimizer):
+    """Momentum divided by a damped diagonal Kronecker Fisher, with L2 regularisation in the gradient.
+
+    For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over all
+    positions are averaged over time every ``update_interval`` steps, and each weight is updated by
+
+        ``F = minmax(S) (x) minmax(H) + damping``        (Eq. 4; vectors are normalised to [0, 1])
+        ``m <- beta m + (1 - beta) (grad + weight_decay * theta)``
+        ``theta <- theta - lr * m / (1 - beta^t) / F``
+
+    ``F`` is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
+    A parameter that no layer rule reaches takes its factors from its own gradient (row and column means of grad^2).
+
+    Because F lies in [damping, 1 + damping], ``lr`` and ``damping`` belong together: the largest step is
+    ``lr / damping * m``. The defaults are the paper's; for training language models from scratch,
+    ``lr`` and ``damping`` of :class:`hf_adafisher.AdaFisherTrainingArguments` are a better start.
+
+    Args:
+        model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
+        params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
+            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``.
+        lr: Learning rate alpha, >= 0. Default 1e-3.
+        beta: Decay of the first moment, in [0, 1). Default 0.9.
+        damping: lambda, > 0. Default 1e-3.
+        ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8.
+        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100.
+        weight_decay: kappa, >= 0. Default 0.
+
+    Raises:
+        TypeError: ``model`` is not a module (``AdaFisherW(model.parameters())``).
+        ValueError: An option is outside its range, a parameter does not belong to the model, or nothing is trainable.
+
+    Example:
+        >>> import torch
+        >>> from hf_adafisher import AdaFisherW
+        >>> model = torch.nn.Linear(4, 2)
+        >>> with AdaFisherW(model, lr=1e-3) as optimizer:
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     _ = optimizer.step()
+    """
+
+    _decoupled = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None = None,
+        *,
+        lr: float = 1e-3,  # alpha
+        beta: float = 0.9,
+        damping: float = 1e-3,  # lambda
+        ema_decay: float = 0.8,  # gamma
+        update_interval: int = 100,  # T_cov
+        weight_decay: float = 0.0,  # kappa
+    ) -> None:
+        kind = type(self).__name__
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{kind} needs the model, not only its parameters, because it reads layer inputs and output gradients: "
+                f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), got {type(model).__name__}"
+            )
+        self.model = model
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise ValueError(
+                    f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what {kind} should train"
+                )
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._recorder: FactorRecorder | None = None
+        self._bypassed: frozenset[int] = frozenset()
+        self._warned_dropped = False
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "beta": beta,
+            "damping": damping,
+            "ema_decay": ema_decay,
+            "update_interval": update_interval,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": self._decoupled,
+            **dict.fromkeys(("steps", "next_refresh", "refreshes", "dropped_refreshes"), 0),
+        }
+        super().__init__(params, defaults)
+        self._track()
+        orphans = [p for p in self._params() if self._uses_of(p)[0].tracked is None]
+        if orphans:
+            logger.warning("No layer rule reaches %s; gradient factors are used instead.", describe_parameters(self, orphans))
+
+    # ----------------------------------------------------------------- the step
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Refresh the factors if this step is due, then update every parameter that has a gradient.
+
+        Args:
+            closure: Optionally, a function that evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            RuntimeError: After :meth:`close`, or for a sparse gradient.
+        """
+        recorder = self._open_recorder()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self._is_due():
+                self._refresh(recorder)
+            for group, p in self._with_gradient():
+                self._update(p, group)
+            for group in self.param_groups:
+                group["steps"] += 1
+        self._rearm()
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self._state_of(p)
+        state["step"] += 1
+        update_parameter(
+            p,
+            p.grad,
+            state["exp_avg"],
+            self._terms_for(p),
+            step=int(state["step"].item()),
+            lr=float(group["lr"]),
+            beta=group["beta"],
+            damping=group["damping"],
+            weight_decay=group["weight_decay"],
+            decoupled=self._decoupled,
+        )
+
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise RuntimeError(f"{self._name(p)} has a sparse gradient: build its Embedding with sparse=False")
+                    yield group, p
+
+    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+        """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            for use in self._uses_of(p):
+                state.update(use.new_state(p))
+        return state
+
+    # ------------------------------------------------------------ the refreshes
+
+    def _is_due(self) -> bool:
+        first = self.param_groups[0]
+        return first["steps"] >= first["next_refresh"]
+
+    def _refresh(self, recorder: FactorRecorder) -> None:
+        """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
+        sample = recorder.flush()
+        recorded: list[Update] = []
+        from_gradient: list[Update] = []
+        for group, p in self._with_gradient():
+            uses = self._uses_of(p)
+            fresh = [(group, p, use, sample.factors[use.tracked]) for use in uses if use.tracked in sample.factors]
+            recorded += fresh
+            if not fresh:
+                from_gradient.append((group, p, uses[0], uses[0].form.from_gradient(p.grad)))
+        updates = recorded + from_gradient
+        if not updates:
+            return
+        if sample.non_finite or not all(_is_finite(factors) for *_, factors in from_gradient):
+            self._drop(sample.non_finite)
+            return
+        for group, p, use, factors in updates:
+            use.update_(self._state_of(p), factors, p.shape, group["ema_decay"])
+        self._forget_terms()
+        self._note_bypassed({id(p) for _, p, use, _ in from_gradient if use.tracked is not None})
+        for group in self.param_groups:
+            group["refreshes"] += 1
+            # The next multiple of the interval: a late refresh does not shift those after it.
+            group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
+
+    def _drop(self, modules: list[str]) -> None:
+        for group in self.param_groups:
+            group["dropped_refreshes"] += 1
+        if not self._warned_dropped:
+            self._warned_dropped = True
+            where = f" in {modules[0]}" + (f" and {len(modules) - 1} more modules" if len(modules) > 1 else "") if modules else ""
+            logger.warning(
+                "Non-finite activations or gradients%s: the statistics of this step are dropped and the refresh stays "
+                "due. Said once; curvature_summary() counts them.",
+                where,
+            )
+
+    def _rearm(self) -> None:
+        recorder = self._open_recorder()
+        if self._is_due():
+            recorder.arm()
+        else:
+            recorder.disarm()
+
+    def discard_statistics(self) -> None:
+        """Forget statistics recorded since the last step: for loops that skip a step after a backward."""
+        self._open_recorder().discard()
+
+    def _note_bypassed(self, bypassed: set[int]) -> None:
+        """Say once which parameters have a rule but no statistics: their module was not called, or not as assumed."""
+        new = bypassed - self._bypassed
+        if new:
+            params = [p for p in self._params() if id(p) in new]
+            logger.warning(
+                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
+                "something else than their class); gradient factors are used instead.",
+                describe_parameters(self, params),
+            )
+        self._bypassed = frozenset(bypassed)
+
+    # ------------------------------------------------- parameters and their uses
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
+
+        Raises:
+            ValueError: An option is outside its range, a parameter is not the model's, or ``update_interval`` differs
+                from that of the other groups (the hooks serve all of them at once).
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_options(group, self.param_groups[0], type(self).__name__)
+            for p in group["params"]:
+                if id(p) not in self._names:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} does not belong to the model ({type(self.model).__name__}): "
+                        "build the optimizer on the module that holds every parameter it should train"
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
+        if self._recorder is not None:
+            self._recorder.close()
+            self._track()
+
+    def _track(self) -> None:
+        """Find the modules and the uses of every parameter, and arm the recorder if the next step is due."""
+        self._names = {id(p): name for name, p in self.model.named_parameters()}
+        self._recorder = FactorRecorder(self.model, self._params())
+        self._uses = find_uses(self._params(), self._recorder.tracked)
+        self._forget_terms()
+        self._rearm()
+
+    def _params(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _name(self, p: Tensor) -> str:
+        return self._names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
+
+    def _uses_of(self, p: Tensor) -> tuple[Use, ...]:
+        if id(p) not in self._uses:  # a wrapper replaced the parameters after construction
+            self._track()
+        return self._uses[id(p)]
+
+    def _terms_for(self, p: Tensor) -> list[Term]:
+        """The normalised factors of every use of ``p``, kept until the next refresh.
+
+        Before the first statistics (a layer first used between two refreshes) they come from the current gradient.
+        """
+        key = id(p)
+        if key not in self._terms:
+            self._terms[key] = terms_of(self._uses_of(p), self._state_of(p), p.shape)
+        if self._terms[key] and key not in self._provisional:
+            return self._terms[key]
+        self._provisional.add(key)
+        self._terms[key] = [gradient_term(self._uses_of(p), p.grad)]
+        return self._terms[key]
+
+    def _forget_terms(self) -> None:
+        self._terms: dict[int, list[Term]] = {}
+        self._provisional: set[int] = set()
+
+    # --------------------------------------------------------------- what it knows
+
+    @torch.no_grad()
+    def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
+        """The damped diagonal F by which the last step divided this parameter's momentum (Eq. 4).
+
+        Args:
+            param: A parameter that this optimizer trains.
+            normalized: False gives the Kronecker products of the averaged factors instead, neither normalised nor damped:
+                an estimate of the Fisher's diagonal, exact for a batch of one position.
+
+        Returns:
+            Tensor in the parameter's shape, float32 (float64 for a float64 parameter).
+
+        Raises:
+            ValueError: The parameter is not trained by this optimizer.
+            RuntimeError: There are no statistics yet, since it had no gradient in any step so far.
+        """
+        group = next((g for g in self.param_groups if any(q is param for q in g["params"])), None)
+        if group is None:
+            raise ValueError(f"{self._name(param)} is not trained by this optimizer: it is in none of its parameter groups")
+        state = self.state.get(param)
+        terms = []
+        if state:
+            terms = terms_of(self._uses_of(param), state, param.shape, normalize=normalized)
+            terms = terms or (self._terms.get(id(param), []) if normalized else [])
+        if not terms:
+            raise RuntimeError(f"no curvature of {self._name(param)} is known yet: call step() after a backward first")
+        return diagonal_of(terms, param, group["damping"] if normalized else 0.0)
+
+    def coverage(self) -> list[ParameterCoverage]:
+        """For every trainable parameter: its rule or ``"gradient factors"``, its modules, its share of all values."""
+        return coverage_of(self)
+
+    def curvature_summary(self) -> dict[str, float]:
+        """A few numbers about the curvature in use, for logs; see :func:`hf_adafisher.optimizers.coverage.curvature_summary`."""
+        return curvature_summary(self)
+
+    # ------------------------------------------------------- checkpoints and the end
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; the given dictionary is neither changed nor shared.
+
+        Statistics come back in the dtype in which they were saved (torch's own rule would cast them to the parameter's).
+
+        Raises:
+            ValueError: The checkpoint is another optimizer's, or another model's.
+        """
+        check_checkpoint(self, state_dict)
+        super().load_state_dict(state_dict)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for saved_id, p in zip(saved_ids, self._params(), strict=True):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                # 0-dimensional entries (step, weight of the average) stay on the CPU: they are read as numbers.
+                self.state[p][key] = value.detach().clone().to("cpu" if value.dim() == 0 else p.device)
+        self._forget_terms()
+        self.discard_statistics()
+        self._rearm()
+
+    def _open_recorder(self) -> FactorRecorder:
+        if self._recorder is None or self._recorder.closed:
+            raise RuntimeError(f"this {type(self).__name__} was closed and has no hooks any more: build a new one to train on")
+        return self._recorder
+
+    def close(self) -> None:
+        """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def __enter__(self) -> AdaFisher:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class AdaFisherW(AdaFisher):
+    """AdaFisher with decoupled weight decay, as AdamW is to Adam: ``theta <- theta - lr (m^ / F + weight_decay * theta)``.
+
+    Arguments, defaults and errors are those of :class:`AdaFisher`. This is the form for transformers.
+    """
+
+    _decoupled = True
+
+
+def _is_finite(factors: Mapping[str, Tensor]) -> bool:
+    return all(bool(factor.isfinite().all()) for factor in factors.values())

@@ -1,0 +1,91 @@
+"""Errors that name the value, the allowed range and the way out, before any work is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from hf_adafisher.optimizers.adafisher import AdaFisher
+
+_OWN_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
+    """Check the options of one parameter group of AdaFisher(W).
+
+    Args:
+        group: The group.
+        first: The optimizer's first group, whose ``update_interval`` all others share.
+        kind: The optimizer's name, for the messages.
+
+    Raises:
+        ValueError: An option is outside its range, or a parameter is complex.
+    """
+    lr, damping, decay = (_number(name, group[name]) for name in ("lr", "damping", "weight_decay"))
+    if not (math.isfinite(lr) and lr >= 0.0):
+        raise ValueError(f"lr must be finite and >= 0, got {lr}")
+    if not (math.isfinite(damping) and damping > 0.0):
+        raise ValueError(f"damping must be finite and > 0, got {damping}: it is the smallest value that {kind} divides by")
+    if not (math.isfinite(decay) and decay >= 0.0):
+        raise ValueError(f"weight_decay must be finite and >= 0, got {decay}")
+    for name in ("beta", "ema_decay"):
+        value = _number(name, group[name])
+        if not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    interval = group["update_interval"]
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"update_interval must be a whole number of steps >= 1, got {interval!r}")
+    if interval != first["update_interval"]:
+        raise ValueError(
+            f"update_interval must be the same in all parameter groups, since the hooks serve them all at once: "
+            f"got {interval} beside {first['update_interval']}"
+        )
+    for p in group["params"]:
+        if not p.is_floating_point():
+            raise ValueError(f"{kind} trains real floating-point parameters, got one of {p.dtype} and shape {tuple(p.shape)}")
+
+
+def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> None:
+    """Check that a saved state belongs to this kind of optimizer and to this model.
+
+    Raises:
+        ValueError: It does not; the message says what it looks like instead.
+    """
+    kind = type(optimizer).__name__
+    groups = state_dict["param_groups"]
+    for group in groups:
+        if not _OWN_KEYS <= group.keys():
+            options = sorted(set(group) - {"params", "param_names", "initial_lr"})
+            raise ValueError(
+                f"this checkpoint was not written by {kind} (its options are {', '.join(options)}): resume with the optimizer "
+                "that wrote it, or start without the optimizer state"
+            )
+        if group["decoupled_weight_decay"] != optimizer._decoupled:
+            other = "AdaFisherW" if group["decoupled_weight_decay"] else "AdaFisher"
+            raise ValueError(f"this checkpoint was written by {other}, not {kind}: resume with {other}")
+    saved_ids = [i for group in groups for i in group["params"]]
+    params = optimizer._params()
+    if len(saved_ids) != len(params):
+        return  # torch's own message says which groups differ
+    for saved_id, p in zip(saved_ids, params, strict=True):
+        saved = state_dict["state"].get(saved_id)
+        if saved:
+            expected = {"step": (), "exp_avg": tuple(p.shape)}
+            for use in optimizer._uses_of(p):
+                expected |= {key: tuple(value.shape) for key, value in use.new_state(p).items()}
+            found = {key: tuple(value.shape) for key, value in saved.items()}
+            if found != expected:
+                raise ValueError(
+                    f"the saved state of {optimizer._name(p)} does not fit the model: saved {found}, needed {expected}; "
+                    "resume with the model that the checkpoint was written for"
+                )

@@ -1,0 +1,100 @@
+"""What an AdaFisher optimizer can tell about itself: where each parameter's curvature comes from, and how it looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_adafisher.fisher.forms import diagonal_of
+
+if TYPE_CHECKING:
+    from hf_adafisher.optimizers.adafisher import AdaFisher
+
+GRADIENT_FACTORS = "gradient factors"
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class ParameterCoverage:
+    """How one trainable parameter gets its curvature; a row of ``coverage()``.
+
+    Attributes:
+        name: The parameter's name in the model.
+        rule: Name of the layer rule (several joined by ``+`` for a tied parameter), or ``"gradient factors"``.
+        modules: Names of the modules that own the parameter.
+        numel: Number of values.
+        share: ``numel`` divided by the number of values of all parameters listed.
+    """
+
+    name: str
+    rule: str
+    modules: tuple[str, ...]
+    numel: int
+    share: float
+
+
+def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
+    """One row for every trainable parameter of ``optimizer``, in the order of its groups.
+
+    After the first step it also shows which layers were found to record nothing, and use gradient factors.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in optimizer.model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), []).append(name)
+    params = [p for p in optimizer._params() if p.requires_grad]
+    total = sum(p.numel() for p in params)
+    rows = []
+    for p in params:
+        rules = {use.tracked.rule.name: None for use in optimizer._uses_of(p) if use.tracked is not None}
+        rule = GRADIENT_FACTORS if not rules or id(p) in optimizer._bypassed else "+".join(rules)
+        rows.append(
+            ParameterCoverage(optimizer._name(p), rule, tuple(owners.get(id(p), ())), p.numel(), p.numel() / max(total, 1))
+        )
+    return rows
+
+
+def describe_parameters(optimizer: AdaFisher, params: Sequence[Tensor]) -> str:
+    """``"3 parameters (0.2 % of all values): a, b, c"`` for one grouped message."""
+    share = 100.0 * sum(p.numel() for p in params) / max(sum(p.numel() for p in optimizer._params()), 1)
+    names = ", ".join(optimizer._name(p) for p in params[:_NAMES_SHOWN])
+    more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
+    return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.2g} % of all values): {names}{more}"
+
+
+@torch.no_grad()
+def curvature_summary(optimizer: AdaFisher) -> dict[str, float]:
+    """A few numbers about the curvature in use, for logs.
+
+    Returns:
+        ``fisher_mean``: mean of the damped diagonal over all values with statistics;
+        ``floor_share``: share of those values whose Fisher is smaller than the damping, so that the damping decides their step;
+        ``gradient_factor_share``: share of values on gradient factors;
+        ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
+        The first two are missing before the first step.
+    """
+    mean_sum = floor_sum = values = 0.0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer.state.get(p) and p.numel():
+                terms = optimizer._terms.get(id(p)) or ()
+                if not terms:
+                    continue
+                diagonal = diagonal_of(terms, p, group["damping"])
+                mean_sum += diagonal.sum(dtype=torch.float64).item()
+                floor_sum += (diagonal < 2 * group["damping"]).sum().item()
+                values += p.numel()
+    summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
+    on_gradient = sum(row.share for row in coverage_of(optimizer) if row.rule == GRADIENT_FACTORS)
+    first = optimizer.param_groups[0]
+    return {
+        **summary,
+        "gradient_factor_share": on_gradient,
+        "refreshes": float(first["refreshes"]),
+        "dropped_refreshes": float(first["dropped_refreshes"]),
+    }

@@ -1,0 +1,132 @@
+"""TrainingArguments that know AdaFisher."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_adafisher.optimizers.factory import available_optimizers, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_ADAFISHER = ("adafisher", "adafisherw")
+_ADAFISHER_OPTIONS = ("beta", "damping", "ema_decay", "update_interval")
+_ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon")
+DEFAULT_LEARNING_RATE = 0.06
+TRAINER_LEARNING_RATE = 5e-5
+
+
+@dataclass
+class AdaFisherTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with ``optim="adafisherw"`` and AdaFisher's options.
+
+    Every argument of TrainingArguments keeps its meaning and default, and every other ``optim`` of Trainer keeps
+    working. Defaults that differ from the paper's (learning rate 1e-3, damping 1e-3, ema_decay 0.8, update_interval 100)
+    are for language models trained from scratch; ``max_grad_norm`` stays at Trainer's 1.0, which they need.
+
+    Args:
+        optim: ``adafisherw`` (default), ``adafisher``, ``sgd`` (momentum 0.9), ``adam``, ``adamw`` (both fused where the
+            device allows), or any name of ``transformers.training_args.OptimizerNames``.
+        learning_rate: Default 0.06 for AdaFisher(W), and Trainer's 5e-5 for every other optimizer. AdaFisher divides by
+            a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
+        beta: Decay of AdaFisher's first moment, in [0, 1). Default 0.9.
+        damping: AdaFisher's lambda, > 0. Default 1e-2. Tune it together with the learning rate: the largest step of a
+            value is ``learning_rate / damping`` times its momentum.
+        ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.95.
+        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 10.
+        log_curvature: Add a few curvature scalars (``adafisher/...``) to the training logs. Default True.
+        optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
+
+    Raises:
+        ValueError: Unknown ``optim``, a malformed ``optim_args``, or a training mode that AdaFisher does not support yet.
+    """
+
+    # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
+    optim: str = field(default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."})
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: 0.06 for AdaFisher(W), 5e-5 for every other optimizer."}
+    )
+    beta: float = field(default=0.9, metadata={"help": "AdaFisher: decay of the first moment, in [0, 1)."})
+    damping: float = field(default=1e-2, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."})
+    ema_decay: float = field(default=0.95, metadata={"help": "AdaFisher: decay gamma of the factors' average, in [0, 1)."})
+    update_interval: int = field(default=10, metadata={"help": "AdaFisher: T_cov, steps between two refreshes, >= 1."})
+    log_curvature: bool = field(default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."})
+
+    def __post_init__(self) -> None:
+        name = self.optim.value if isinstance(self.optim, OptimizerNames) else str(self.optim)
+        ours = name in available_optimizers()
+        if not ours and name not in {member.value for member in OptimizerNames}:
+            known = [*available_optimizers(), *(member.value for member in OptimizerNames)]
+            raise ValueError(f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(dict.fromkeys(known))}")
+        if self.learning_rate is None:
+            self.learning_rate = DEFAULT_LEARNING_RATE if name in _ADAFISHER else TRAINER_LEARNING_RATE
+        self.optim = "adamw_torch" if ours else name  # passes Trainer's validation, which knows only its own names
+        super().__post_init__()
+        if ours:
+            self.optim = name
+            self.optimizer_options()
+        if name in _ADAFISHER:
+            self._refuse_unsupported()
+        self._warn_ignored()
+
+    def set_optimizer(self, name: Any = "adafisherw", *args: Any, **kwargs: Any) -> AdaFisherTrainingArguments:
+        """As in TrainingArguments, and with AdaFisher's names too. Raises ValueError for an unknown name."""
+        ours = str(name) in available_optimizers()
+        super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)
+        if ours:
+            self.optim = str(name)
+        return self
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Options for ``create_optimizer(self.optim, ...)`` beside learning rate and weight decay.
+
+        Raises:
+            ValueError: ``optim_args`` is not of the form ``key=value,key=value``.
+        """
+        options: dict[str, Any] = {}
+        if self.optim in _ADAFISHER:
+            options = {name: getattr(self, name) for name in _ADAFISHER_OPTIONS}
+        elif self.optim in ("adam", "adamw"):
+            options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
+        return {**options, **_parse_optim_args(self.optim_args)}
+
+    def _refuse_unsupported(self) -> None:
+        modes = {
+            "torch_compile": self.torch_compile and "compiled graphs do not run the hooks that record the factors",
+            "deepspeed": self.deepspeed and "DeepSpeed gives the optimizer flat shards instead of parameters",
+            "fsdp": self.fsdp and "FSDP1 gives the optimizer flat shards instead of parameters",
+        }
+        for mode, reason in modes.items():
+            if reason:
+                raise ValueError(f"optim={self.optim} does not support {mode} yet: {reason}. Unset {mode}, or use optim=adamw_torch")
+
+    def _warn_ignored(self) -> None:
+        """Say which optimizer settings were changed from their defaults but belong to another optimizer."""
+        ignored = _ADAM_OPTIONS if self.optim in (*_ADAFISHER, "sgd") else _ADAFISHER_OPTIONS
+        defaults = {f.name: f.default for f in fields(self)}
+        changed = [name for name in ignored if getattr(self, name) != defaults[name]]
+        if changed:
+            logger.warning("optim=%s does not use %s: these settings have no effect.", self.optim, ", ".join(changed))
+
+
+def _parse_optim_args(text: str | None) -> dict[str, Any]:
+    """``"a=1,b=(0.9, 0.99),c=true"`` as a dictionary of Python values."""
+    if not text:
+        return {}
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        assert isinstance(call, ast.Call) and not call.args
+        return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ValueError(f'optim_args must look like "key=value,key=value" with numbers or booleans, got {text!r}') from None
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name) and node.id.lower() in ("true", "false"):
+        return node.id.lower() == "true"
+    return ast.literal_eval(node)

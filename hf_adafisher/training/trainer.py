@@ -1,0 +1,87 @@
+"""A Trainer that builds AdaFisher(W) by ``args.optim``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from transformers import Trainer
+
+from hf_adafisher.optimizers.adafisher import AdaFisher
+from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
+
+_LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "dropped_refreshes")
+
+
+class AdaFisherTrainer(Trainer):
+    """``transformers.Trainer``, and ``args.optim`` may name every optimizer of ``available_optimizers()``.
+
+    Use it with :class:`hf_adafisher.AdaFisherTrainingArguments`; the constructor is Trainer's. Optimizers passed as
+    ``optimizers=`` or ``optimizer_cls_and_kwargs=`` come first, as in Trainer, and so does an overridden
+    ``get_decay_parameter_names``.
+
+    While AdaFisher(W) trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
+    ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
+    shows them.
+    """
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
+        """Build ``args.optim`` on ``model`` (default: ``self.model``) unless an optimizer was given; returns it.
+
+        Raises:
+            ValueError: An option of the optimizer is out of range or unknown, or several GPUs are driven by one process.
+        """
+        name = str(getattr(self.args.optim, "value", self.args.optim))
+        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or name not in available_optimizers():
+            return super().create_optimizer(model)
+        if self.args.n_gpu > 1 and optimizer_record(name).needs_model:
+            raise ValueError(
+                f"{name} does not support DataParallel ({self.args.n_gpu} GPUs in one process): start one process a GPU with "
+                "torchrun, or show only one with CUDA_VISIBLE_DEVICES"
+            )
+        model = self.model if model is None else model
+        self.optimizer = create_optimizer(
+            name,
+            model,
+            lr=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            decay_names=self.get_decay_parameter_names(model),
+            **self.args.optimizer_options(),
+        )
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in Trainer; training logs get AdaFisher's curvature scalars (``args.log_curvature``)."""
+        optimizer = self._adafisher()
+        if optimizer is not None and "loss" in logs and getattr(self.args, "log_curvature", True):
+            summary = optimizer.curvature_summary()
+            logs |= {f"adafisher/{key}": summary[key] for key in _LOGGED if key in summary}
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As in Trainer, with the optimizer and the options that were really used."""
+        optimizer, previous = self._adafisher(), self.args.optim_args
+        if optimizer is not None:
+            shown = ("lr", "beta", "damping", "ema_decay", "update_interval")
+            options = {**optimizer.defaults, "lr": self.args.learning_rate}
+            self.args.optim_args = ", ".join(f"{key}={options[key]}" for key in shown)
+        try:
+            super().create_model_card(*args, **kwargs)
+        finally:
+            self.args.optim_args = previous
+        card = Path(self.args.output_dir) / "README.md"
+        if optimizer is not None and self.is_world_process_zero() and card.is_file():
+            kind = type(optimizer).__name__
+            card.write_text(
+                card.read_text(encoding="utf-8")
+                + f"\n### Optimizer\n\nTrained with {kind}, [AdaFisher: Adaptive Second Order Optimization via Fisher "
+                "Information](https://arxiv.org/abs/2405.16397) (ICLR 2025), implemented in hf_adafisher.\n",
+                encoding="utf-8",
+            )
+
+    def _adafisher(self) -> AdaFisher | None:
+        """The AdaFisher(W) in use, out of accelerate's wrapper, or None."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return optimizer if isinstance(optimizer, AdaFisher) else None

@@ -1,0 +1,50 @@
+"""Trains or fine-tunes a causal language model with AdaFisherW or any other optimizer, on one command.
+
+    python scripts/run_clm.py --output_dir out                                    # a small GPT-2 on python-
+    docs, no network python scripts/run_clm.py --dataset wikitext-2 --optim adamw --learning_rate 1e-3
+    --output_dir out python scripts/run_clm.py --train_file a.txt --validation_file b.txt --test_file c.txt
+    --max_steps 200 --output_dir out python scripts/run_clm.py --model_name_or_path gpt2 --dataset wikitext-2
+    --block_size 1024 --output_dir out python scripts/run_clm.py config.json
+    # the same names as keys python scripts/run_clm.py --output_dir out --resume_from_checkpoint last
+
+The output directory then holds results.json, learning_curve.png, the model, its tokenizer and a model card.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from hf_adafisher.experiments.clm import train_and_report
+from hf_adafisher.experiments.clm_arguments import parse_arguments
+from hf_adafisher.experiments.clm_setup import prepare
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs it.
+
+    Returns:
+        The exit status: 0, or 1 if the run diverged, or 2 for bad input, which gives one line and no traceback.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    for library in ("httpx", "datasets", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        run = prepare(*parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        logging.error("%s", error)
+        return 2
+    results = train_and_report(run)
+    for split in ("validation", "test"):
+        if results[split] is not None:
+            loss, token, word = (
+                results[split][key] for key in ("loss", "token_perplexity", "word_perplexity")
+            )
+            print(f"{split}: loss {loss:.4f}, perplexity per token {token:.2f}, per word {word:.2f}")
+    print(f"{results['status']}: see {run.training_args.output_dir}")
+    return 0 if results["status"] == "completed" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
