@@ -1,11 +1,16 @@
 """Trains or fine-tunes a causal language model with AdaFisherW or any other optimizer, on one command.
 
-    python scripts/run_clm.py --output_dir out                                    # a small GPT-2 on python-
-    docs, no network python scripts/run_clm.py --dataset wikitext-2 --optim adamw --learning_rate 1e-3
-    --output_dir out python scripts/run_clm.py --train_file a.txt --validation_file b.txt --test_file c.txt
-    --max_steps 200 --output_dir out python scripts/run_clm.py --model_name_or_path gpt2 --dataset wikitext-2
-    --block_size 1024 --output_dir out python scripts/run_clm.py config.json
-    # the same names as keys python scripts/run_clm.py --output_dir out --resume_from_checkpoint last
+A small GPT-2 on the text that comes with Python, no network needed; the same on WikiText-2 with AdamW:
+
+    python scripts/run_clm.py --output_dir out
+    python scripts/run_clm.py --dataset wikitext-2 --optim adamw --learning_rate 1e-3 --output_dir out
+
+Your own text, a pretrained model, options from a JSON file (the same names as keys), an interrupted run:
+
+    python scripts/run_clm.py --train_file a.txt --validation_file b.txt --test_file c.txt --output_dir out
+    python scripts/run_clm.py --model_name_or_path gpt2 --dataset wikitext-2 --output_dir out
+    python scripts/run_clm.py config.json
+    python scripts/run_clm.py --output_dir out --resume_from_checkpoint last
 
 The output directory then holds results.json, learning_curve.png, the model, its tokenizer and a model card.
 """
@@ -25,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs it.
 
     Returns:
-        The exit status: 0, or 1 if the run diverged, or 2 for bad input, which gives one line and no traceback.
+        The exit status: 0; 1 if the run diverged; 2 for bad input, which gives one line and no traceback.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for library in ("httpx", "datasets", "matplotlib"):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
@@ -37,7 +37,7 @@ class Case:
             return self.make().train()
 
 
-# --- batches and losses -------------------------------------------------------------------------
+# --- batches and losses -----------------------------------------------------------------------
 
 WORDS = 11
 PAD = 0
@@ -59,6 +59,12 @@ def regression(*shape: int) -> Loss:
     return loss
 
 
+def two_classes(model: nn.Module, generator: torch.Generator) -> Tensor:
+    """Cross-entropy of two logits, whose gradients g and -g are equal in square up to rounding."""
+    labels = torch.tensor([0, 1, 1, 0, 1])
+    return F.cross_entropy(model(draw(model, generator, 5, 4)), labels)
+
+
 def next_token(batch: int = 3, length: int = 5) -> Loss:
     """Cross-entropy of the next token; token `PAD` is drawn like every other one."""
 
@@ -70,7 +76,7 @@ def next_token(batch: int = 3, length: int = 5) -> Loss:
     return loss
 
 
-# --- models -------------------------------------------------------------------------------------
+# --- models -----------------------------------------------------------------------------------
 
 
 def mlp(*widths: int, bias: bool = True) -> nn.Sequential:
@@ -334,6 +340,7 @@ CASES: tuple[Case, ...] = (
         regression(3, 4, 4),
     ),
     Case("one_output", lambda: mlp(4, 5, 1), regression(7, 4)),
+    Case("two_classes", lambda: mlp(4, 5, 2), two_classes),
     Case("attention", Attention, regression(2, 4, 6)),
     Case("in_place_relu", in_place, regression(2, 3, 4)),
     Case("transposed_linear", Transposed, regression(2, 3, 4)),

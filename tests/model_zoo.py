@@ -300,8 +300,10 @@ def _albert() -> PreTrainedModel:
 
 
 def _deberta_v2() -> PreTrainedModel:
+    # With the usual initial weights of 0.02 the position norm's gradient is too small to move a float32 one.
     config = transformers.DebertaV2Config(
         **_encoder(
+            initializer_range=0.2,
             relative_attention=True,
             pos_att_type=["p2c", "c2p"],
             share_att_key=True,

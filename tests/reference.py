@@ -86,8 +86,8 @@ def output_grad_factor_loop(kind: Kind, g: Tensor, *, channel_axes: int = 1) -> 
     return mean_of_squares(rows(g, channel_axes if kind in NORMS else 1))
 
 
-# Relative spread below which a vector counts as constant: the two logits of a binary classifier have gradients g
-# and -g, equal in square up to rounding, and rounding noise must not be stretched to {0, 1}.
+# Relative spread up to which a vector counts as constant. The two logits of a binary classifier have
+# gradients g and -g, equal in square up to rounding, and that noise must not be stretched to {0, 1}.
 CONSTANT = 1e-5
 
 

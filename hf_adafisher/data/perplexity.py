@@ -113,8 +113,9 @@ def evaluate_perplexity(
     higher) and summed in float64.
 
     Args:
-        model: called as `model(input_ids=ids)`, ids of shape (batch, block_size); its output has `logits` of
-            shape (batch, block_size, vocabulary). Evaluated in eval mode; every module's mode is restored.
+        model: called as `model(input_ids=ids, attention_mask=ones)`, both of shape (batch, block_size); its
+            output has `logits` of shape (batch, block_size, vocabulary). Evaluated in eval mode; every
+            module's mode is restored.
         stream: ids, shape (1 + number of tokens,), start token first; see `encode_lines`.
         num_words: words of the same text, from `count_words`.
         block_size: ids per window, at least 2.
@@ -157,7 +158,8 @@ def _batches(windows: TokenWindows, batch_size: int) -> Iterator[Tensor]:
 
 
 def _batch_nll(model: nn.Module, ids: Tensor) -> float:
-    logits = model(input_ids=ids).logits[:, :-1]
+    # The mask says that nothing is padding; without it models warn where their pad token is the start token.
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return float(losses.double().sum())

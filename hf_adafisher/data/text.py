@@ -146,7 +146,7 @@ def load_corpus(
     name = DEFAULT_CORPUS if name is None else name
     if name not in available_corpora():
         near = difflib.get_close_matches(name.lower(), available_corpora(), n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(
             f"unknown corpus {name!r}{hint} Known: {', '.join(available_corpora())}. "
             "For your own text use --train_file, --validation_file and --test_file"

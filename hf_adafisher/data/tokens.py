@@ -72,8 +72,8 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return int(token_id)
     raise ValueError(
-        f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so nothing can stand before "
-        "the first token; set one of them, or give another tokenizer with --tokenizer_name"
+        f"tokenizer {tokenizer.name_or_path!r} has neither a bos nor an eos token, so nothing can stand "
+        "before the first token; set one of them, or give another tokenizer with --tokenizer_name"
     )
 
 
@@ -104,11 +104,11 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
 
     Window k holds `stream[k * (block_size - 1) : k * (block_size - 1) + block_size]`: neighbours share one
     id, the last target of one being the first input of the next, because a causal model of Transformers
-    shifts its labels and so never predicts the first id of a window. An item is `{"input_ids": ids, "labels":
-    labels}`, both int64 of shape (block_size,). The labels are the ids, but for the first: it is -100, which
-    changes no model's loss and makes Trainer's count of predicted tokens right (it divides by the labels that
-    are not -100, and for some models, GPT-2 among them, counts the first one too: its loss would come out
-    (block_size - 1) / block_size of what it is).
+    shifts its labels and so never predicts the first id of a window. An item has `input_ids`,
+    `attention_mask` (all ones) and `labels`, int64 of shape (block_size,). The labels are the ids, but for
+    the first: it is -100, which changes no model's loss and makes Trainer's count of predicted tokens right
+    (it divides by the labels that are not -100, and for some models, GPT-2 among them, counts the first one
+    too: its loss would come out (block_size - 1) / block_size of what it is).
 
     Args:
         stream: ids, shape (1 + number of tokens,), start token first; see `encode_lines`.
@@ -152,4 +152,4 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         ids = self.stream[start : start + self.block_size]
         labels = ids.clone()
         labels[0] = -100
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

@@ -89,7 +89,7 @@ def _evaluate(
             result = PerplexityResult(math.nan, len(stream) - 1, num_words)
         else:
             result = evaluate_perplexity(
-                trainer.model,
+                run.model,
                 stream,
                 num_words=num_words,
                 block_size=run.data_args.block_size,

@@ -145,7 +145,7 @@ class ClmTrainingArguments(AdaFisherTrainingArguments):
         super().__post_init__()
         if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ValueError(
-                f"nothing to train: max_steps is {self.max_steps}, num_train_epochs is {self.num_train_epochs}; "
+                f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}; "
                 "one of them must be positive"
             )
 

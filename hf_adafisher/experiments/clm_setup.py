@@ -160,7 +160,19 @@ def load_model(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {name!r} only {known}: "
                 "use the model's own tokenizer (leave out --tokenizer_name)"
             )
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(
+            _new_config(model_args, tokenizer, block_size), dtype=torch.float32
+        )
+    if getattr(model, "loss_type", "") is None:  # GPT-2's: it then falls back to this one, with a warning
+        model.loss_type = "ForCausalLM"
+    return model
+
+
+def _new_config(
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> PreTrainedConfig:
     # No pad token: an embedding's row for it never learns, and here that would be the start token's row.
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
@@ -168,18 +180,18 @@ def load_model(
         "pad_token_id": None,
     }
     if model_args.config_name is not None:
-        config = AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer), **ids)
-    else:
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=block_size,
-            n_layer=model_args.n_layer,
-            n_embd=model_args.n_embd,
-            n_head=model_args.n_head,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model_args.dropout),
-            **ids,
-        )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer), **ids)
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=block_size,
+        n_layer=model_args.n_layer,
+        n_embd=model_args.n_embd,
+        n_head=model_args.n_head,
+        resid_pdrop=model_args.dropout,
+        embd_pdrop=model_args.dropout,
+        attn_pdrop=model_args.dropout,
+        **ids,
+    )
 
 
 def check_context(config: PreTrainedConfig, block_size: int) -> None:

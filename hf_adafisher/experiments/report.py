@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -15,18 +16,19 @@ from typing import Any
 
 import torch
 
+from hf_adafisher import __version__
+
 logger = logging.getLogger(__name__)
 
 
 def software_versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that a result depends on."""
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers", "hf_adafisher"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that was never installed
-            versions[name] = "not installed"
-    return versions
+    libraries = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        "hf_adafisher": __version__,
+        **{name: metadata.version(name) for name in libraries},
+    }
 
 
 def hardware() -> dict[str, Any]:
@@ -82,17 +84,9 @@ def write_learning_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]],
     Returns:
         False if matplotlib is not installed: then nothing is drawn, and a warning says so.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning(
-            "matplotlib is not installed, so %s was not drawn; install it with: pip install matplotlib", path
-        )
+    axes = _new_axes(path)
+    if axes is None:
         return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
-    axes = figure.add_subplot()
     for index, (label, history) in enumerate(runs.items()):
         axes.plot(
             *loss_curve(history, "loss"),
@@ -109,7 +103,43 @@ def write_learning_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]],
             label=f"{label}, validation",
         )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    return _save(axes, path)
+
+
+def write_lines(
+    path: Path, curves: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
+) -> bool:
+    """Draws curves of points (x > 0 on a logarithmic axis, y) with a marker at each point.
+
+    Returns:
+        False if matplotlib is not installed: then nothing is drawn, and a warning says so.
+    """
+    axes = _new_axes(path)
+    if axes is None:
+        return False
+    for (label, points), marker in zip(curves.items(), itertools.cycle("osD^v"), strict=False):
+        axes.plot(*zip(*points, strict=True), marker=marker, label=label)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+    return _save(axes, path)
+
+
+def _new_axes(path: Path) -> Any:
+    """The axes of a new picture, or None, with a warning, where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning(
+            "matplotlib is not installed, so %s was not drawn; install it with: pip install matplotlib", path
+        )
+        return None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
+    return figure.add_subplot()
+
+
+def _save(axes: Any, path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    axes.figure.savefig(path, dpi=120)
     return True

@@ -70,7 +70,12 @@ class _ForwardHook:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is None or self._tracked is None:
             return
-        if torch.is_grad_enabled() and module.training and isinstance(output, Tensor) and output.requires_grad:
+        if (
+            torch.is_grad_enabled()
+            and module.training
+            and isinstance(output, Tensor)
+            and output.requires_grad
+        ):
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if inputs:
                 recorder._watch(self._tracked, inputs, output)
@@ -128,7 +133,9 @@ class FactorRecorder:
     def arm(self) -> None:
         """Put one forward hook on every tracked module. Raises RuntimeError after :meth:`close`."""
         if self.closed:
-            raise RuntimeError("this recorder was closed and records no more; build a new optimizer to train on")
+            raise RuntimeError(
+                "this recorder was closed and records no more; build a new optimizer to train on"
+            )
         if not self._handles:
             for tracked in self.tracked:
                 hook = _ForwardHook(self, tracked)

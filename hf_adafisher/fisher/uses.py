@@ -40,14 +40,18 @@ class Use:
         """Empty factors of this use; statistics are float32 whatever the model's dtype (float64 for float64)."""
         dtype, keys = statistics_dtype(param.dtype), self.factor_keys(param.shape)
         shapes = self.form.factor_shapes(param.shape)
-        state = {key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()}
+        state = {
+            key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()
+        }
         return {**state, self.weight_key: torch.zeros((), dtype=torch.float64)}
 
     def average(self, state: Mapping[str, Tensor], shape: torch.Size) -> MovingAverage:
         """The moving average over this use's tensors in ``state``."""
         return MovingAverage([state[key] for key in self.factor_keys(shape).values()], state[self.weight_key])
 
-    def update_(self, state: Mapping[str, Tensor], factors: Mapping[str, Tensor], shape: torch.Size, decay: float) -> None:
+    def update_(
+        self, state: Mapping[str, Tensor], factors: Mapping[str, Tensor], shape: torch.Size, decay: float
+    ) -> None:
         """Take in the factors of one refresh."""
         self.average(state, shape).update_([factors[name] for name in self.form.factor_shapes(shape)], decay)
 
@@ -65,7 +69,9 @@ def find_uses(params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]) 
     return uses
 
 
-def terms_of(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> list[Term]:
+def terms_of(
+    uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True
+) -> list[Term]:
     """The spread factors of every use that has statistics; empty while none has."""
     terms = []
     for use in uses:

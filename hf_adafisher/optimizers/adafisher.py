@@ -89,7 +89,8 @@ class AdaFisher(Optimizer):
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{kind} needs the model, not only its parameters, because it reads layer inputs and output gradients: "
-                f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), got {type(model).__name__}"
+                f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
+                f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
             )
         self.model = model
         if params is None:
@@ -116,7 +117,10 @@ class AdaFisher(Optimizer):
         self._track()
         orphans = [p for p in self._params() if self._uses_of(p)[0].tracked is None]
         if orphans:
-            logger.warning("No layer rule reaches %s; gradient factors are used instead.", describe_parameters(self, orphans))
+            logger.warning(
+                "No layer rule reaches %s; gradient factors are used instead.",
+                describe_parameters(self, orphans),
+            )
 
     # ----------------------------------------------------------------- the step
 
@@ -168,7 +172,9 @@ class AdaFisher(Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     if p.grad.is_sparse:
-                        raise RuntimeError(f"{self._name(p)} has a sparse gradient: build its Embedding with sparse=False")
+                        raise RuntimeError(
+                            f"{self._name(p)} has a sparse gradient: build its Embedding with sparse=False"
+                        )
                     yield group, p
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
@@ -194,7 +200,9 @@ class AdaFisher(Optimizer):
         from_gradient: list[Update] = []
         for group, p in self._with_gradient():
             uses = self._uses_of(p)
-            fresh = [(group, p, use, sample.factors[use.tracked]) for use in uses if use.tracked in sample.factors]
+            fresh = [
+                (group, p, use, sample.factors[use.tracked]) for use in uses if use.tracked in sample.factors
+            ]
             recorded += fresh
             if not fresh:
                 from_gradient.append((group, p, uses[0], uses[0].form.from_gradient(p.grad)))
@@ -211,14 +219,20 @@ class AdaFisher(Optimizer):
         for group in self.param_groups:
             group["refreshes"] += 1
             # The next multiple of the interval: a late refresh does not shift those after it.
-            group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
+            group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group[
+                "update_interval"
+            ]
 
     def _drop(self, modules: list[str]) -> None:
         for group in self.param_groups:
             group["dropped_refreshes"] += 1
         if not self._warned_dropped:
             self._warned_dropped = True
-            where = f" in {modules[0]}" + (f" and {len(modules) - 1} more modules" if len(modules) > 1 else "") if modules else ""
+            where = (
+                f" in {modules[0]}" + (f" and {len(modules) - 1} more modules" if len(modules) > 1 else "")
+                if modules
+                else ""
+            )
             logger.warning(
                 "Non-finite activations or gradients%s: the statistics of this step are dropped and the refresh stays "
                 "due. Said once; curvature_summary() counts them.",
@@ -270,7 +284,9 @@ class AdaFisher(Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
-        group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
+        group["steps"], group["next_refresh"] = (
+            self.param_groups[0][key] for key in ("steps", "next_refresh")
+        )
         if self._recorder is not None:
             self._recorder.close()
             self._track()
@@ -332,14 +348,18 @@ class AdaFisher(Optimizer):
         """
         group = next((g for g in self.param_groups if any(q is param for q in g["params"])), None)
         if group is None:
-            raise ValueError(f"{self._name(param)} is not trained by this optimizer: it is in none of its parameter groups")
+            raise ValueError(
+                f"{self._name(param)} is not trained by this optimizer: it is in none of its parameter groups"
+            )
         state = self.state.get(param)
         terms = []
         if state:
             terms = terms_of(self._uses_of(param), state, param.shape, normalize=normalized)
             terms = terms or (self._terms.get(id(param), []) if normalized else [])
         if not terms:
-            raise RuntimeError(f"no curvature of {self._name(param)} is known yet: call step() after a backward first")
+            raise RuntimeError(
+                f"no curvature of {self._name(param)} is known yet: call step() after a backward first"
+            )
         return diagonal_of(terms, param, group["damping"] if normalized else 0.0)
 
     def coverage(self) -> list[ParameterCoverage]:
@@ -374,7 +394,9 @@ class AdaFisher(Optimizer):
 
     def _open_recorder(self) -> FactorRecorder:
         if self._recorder is None or self._recorder.closed:
-            raise RuntimeError(f"this {type(self).__name__} was closed and has no hooks any more: build a new one to train on")
+            raise RuntimeError(
+                f"this {type(self).__name__} was closed and has no hooks any more: build a new one to train on"
+            )
         return self._recorder
 
     def close(self) -> None:

@@ -35,7 +35,9 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
     if not (math.isfinite(lr) and lr >= 0.0):
         raise ValueError(f"lr must be finite and >= 0, got {lr}")
     if not (math.isfinite(damping) and damping > 0.0):
-        raise ValueError(f"damping must be finite and > 0, got {damping}: it is the smallest value that {kind} divides by")
+        raise ValueError(
+            f"damping must be finite and > 0, got {damping}: it is the smallest value that {kind} divides by"
+        )
     if not (math.isfinite(decay) and decay >= 0.0):
         raise ValueError(f"weight_decay must be finite and >= 0, got {decay}")
     for name in ("beta", "ema_decay"):
@@ -52,7 +54,9 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
         )
     for p in group["params"]:
         if not p.is_floating_point():
-            raise ValueError(f"{kind} trains real floating-point parameters, got one of {p.dtype} and shape {tuple(p.shape)}")
+            raise ValueError(
+                f"{kind} trains real floating-point parameters, got one of {p.dtype} and shape {tuple(p.shape)}"
+            )
 
 
 def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> None:

@@ -54,7 +54,9 @@ def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
         rules = {use.tracked.rule.name: None for use in optimizer._uses_of(p) if use.tracked is not None}
         rule = GRADIENT_FACTORS if not rules or id(p) in optimizer._bypassed else "+".join(rules)
         rows.append(
-            ParameterCoverage(optimizer._name(p), rule, tuple(owners.get(id(p), ())), p.numel(), p.numel() / max(total, 1))
+            ParameterCoverage(
+                optimizer._name(p), rule, tuple(owners.get(id(p), ())), p.numel(), p.numel() / max(total, 1)
+            )
         )
     return rows
 

@@ -59,7 +59,12 @@ _RECORDS = {
             "Sutskever et al., ICML 2013",
         ),
         OptimizerRecord(
-            "adam", torch.optim.Adam, False, {}, frozenset({"betas", "amsgrad"}), "Kingma and Ba, ICLR 2015, arXiv 1412.6980"
+            "adam",
+            torch.optim.Adam,
+            False,
+            {},
+            frozenset({"betas", "amsgrad"}),
+            "Kingma and Ba, ICLR 2015, arXiv 1412.6980",
         ),
         OptimizerRecord(
             "adamw",
@@ -82,7 +87,9 @@ def available_optimizers() -> list[str]:
 def optimizer_record(name: str) -> OptimizerRecord:
     """The record of an optimizer. Raises ValueError for an unknown name, with the known ones and the nearest."""
     if name not in _RECORDS:
-        raise ValueError(f"unknown optimizer {name!r}{did_you_mean(name, _RECORDS)}; available: {', '.join(_RECORDS)}")
+        raise ValueError(
+            f"unknown optimizer {name!r}{did_you_mean(name, _RECORDS)}; available: {', '.join(_RECORDS)}"
+        )
     return _RECORDS[name]
 
 
@@ -121,7 +128,9 @@ def create_optimizer(
     unknown = [key for key in options if key not in record.options()]
     if unknown:
         near = did_you_mean(unknown[0], record.options())
-        raise ValueError(f"{name} has no option {unknown[0]!r}{near}; its options: lr, weight_decay, {', '.join(record.options())}")
+        raise ValueError(
+            f"{name} has no option {unknown[0]!r}{near}; its options: lr, weight_decay, {', '.join(record.options())}"
+        )
     groups = decay_groups(model, weight_decay, decay_names)
     arguments = {**record.defaults, **options, **({} if lr is None else {"lr": lr})}
     if "fused" in record.options() and not {"fused", "foreach", "differentiable"} & arguments.keys():

@@ -18,7 +18,9 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # it does not use self
 
 
-def decay_groups(model: nn.Module, weight_decay: float, decay_names: Collection[str] | None = None) -> list[dict[str, Any]]:
+def decay_groups(
+    model: nn.Module, weight_decay: float, decay_names: Collection[str] | None = None
+) -> list[dict[str, Any]]:
     """Two parameter groups, as Trainer builds them: with weight decay, and (biases, norms) without.
 
     Args:
@@ -35,7 +37,9 @@ def decay_groups(model: nn.Module, weight_decay: float, decay_names: Collection[
     names = set(decay_parameter_names(model) if decay_names is None else decay_names)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trainable:
-        raise ValueError(f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what should be trained")
+        raise ValueError(
+            f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what should be trained"
+        )
     return [
         {"params": [p for name, p in trainable if name in names], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if name not in names], "weight_decay": 0.0},

@@ -47,25 +47,39 @@ class AdaFisherTrainingArguments(TrainingArguments):
     """
 
     # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
-    optim: str = field(default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."})
+    optim: str = field(
+        default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."}
+    )
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: 0.06 for AdaFisher(W), 5e-5 for every other optimizer."}
     )
     beta: float = field(default=0.9, metadata={"help": "AdaFisher: decay of the first moment, in [0, 1)."})
-    damping: float = field(default=1e-2, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."})
-    ema_decay: float = field(default=0.95, metadata={"help": "AdaFisher: decay gamma of the factors' average, in [0, 1)."})
-    update_interval: int = field(default=10, metadata={"help": "AdaFisher: T_cov, steps between two refreshes, >= 1."})
-    log_curvature: bool = field(default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."})
+    damping: float = field(
+        default=1e-2, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."}
+    )
+    ema_decay: float = field(
+        default=0.95, metadata={"help": "AdaFisher: decay gamma of the factors' average, in [0, 1)."}
+    )
+    update_interval: int = field(
+        default=10, metadata={"help": "AdaFisher: T_cov, steps between two refreshes, >= 1."}
+    )
+    log_curvature: bool = field(
+        default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."}
+    )
 
     def __post_init__(self) -> None:
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else str(self.optim)
         ours = name in available_optimizers()
         if not ours and name not in {member.value for member in OptimizerNames}:
             known = [*available_optimizers(), *(member.value for member in OptimizerNames)]
-            raise ValueError(f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(dict.fromkeys(known))}")
+            raise ValueError(
+                f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(dict.fromkeys(known))}"
+            )
         if self.learning_rate is None:
             self.learning_rate = DEFAULT_LEARNING_RATE if name in _ADAFISHER else TRAINER_LEARNING_RATE
-        self.optim = "adamw_torch" if ours else name  # passes Trainer's validation, which knows only its own names
+        self.optim = (
+            "adamw_torch" if ours else name
+        )  # passes Trainer's validation, which knows only its own names
         super().__post_init__()
         if ours:
             self.optim = name
@@ -74,7 +88,9 @@ class AdaFisherTrainingArguments(TrainingArguments):
             self._refuse_unsupported()
         self._warn_ignored()
 
-    def set_optimizer(self, name: Any = "adafisherw", *args: Any, **kwargs: Any) -> AdaFisherTrainingArguments:
+    def set_optimizer(
+        self, name: Any = "adafisherw", *args: Any, **kwargs: Any
+    ) -> AdaFisherTrainingArguments:
         """As in TrainingArguments, and with AdaFisher's names too. Raises ValueError for an unknown name."""
         ours = str(name) in available_optimizers()
         super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)
@@ -97,13 +113,16 @@ class AdaFisherTrainingArguments(TrainingArguments):
 
     def _refuse_unsupported(self) -> None:
         modes = {
-            "torch_compile": self.torch_compile and "compiled graphs do not run the hooks that record the factors",
+            "torch_compile": self.torch_compile
+            and "compiled graphs do not run the hooks that record the factors",
             "deepspeed": self.deepspeed and "DeepSpeed gives the optimizer flat shards instead of parameters",
             "fsdp": self.fsdp and "FSDP1 gives the optimizer flat shards instead of parameters",
         }
         for mode, reason in modes.items():
             if reason:
-                raise ValueError(f"optim={self.optim} does not support {mode} yet: {reason}. Unset {mode}, or use optim=adamw_torch")
+                raise ValueError(
+                    f"optim={self.optim} does not support {mode} yet: {reason}. Unset {mode}, or use optim=adamw_torch"
+                )
 
     def _warn_ignored(self) -> None:
         """Say which optimizer settings were changed from their defaults but belong to another optimizer."""
@@ -111,7 +130,10 @@ class AdaFisherTrainingArguments(TrainingArguments):
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in ignored if getattr(self, name) != defaults[name]]
         if changed:
-            logger.warning("optim=%s does not use %s: these settings have no effect.", self.optim, ", ".join(changed))
+            name = getattr(self.optim, "value", self.optim)
+            logger.warning(
+                "optim=%s does not use %s: these settings have no effect.", name, ", ".join(changed)
+            )
 
 
 def _parse_optim_args(text: str | None) -> dict[str, Any]:
@@ -123,7 +145,9 @@ def _parse_optim_args(text: str | None) -> dict[str, Any]:
         assert isinstance(call, ast.Call) and not call.args
         return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError, AssertionError):
-        raise ValueError(f'optim_args must look like "key=value,key=value" with numbers or booleans, got {text!r}') from None
+        raise ValueError(
+            f'optim_args must look like "key=value,key=value" with numbers or booleans, got {text!r}'
+        ) from None
 
 
 def _literal(node: ast.expr) -> Any:

@@ -34,7 +34,11 @@ class AdaFisherTrainer(Trainer):
             ValueError: An option of the optimizer is out of range or unknown, or several GPUs are driven by one process.
         """
         name = str(getattr(self.args.optim, "value", self.args.optim))
-        if self.optimizer is not None or self.optimizer_cls_and_kwargs is not None or name not in available_optimizers():
+        if (
+            self.optimizer is not None
+            or self.optimizer_cls_and_kwargs is not None
+            or name not in available_optimizers()
+        ):
             return super().create_optimizer(model)
         if self.args.n_gpu > 1 and optimizer_record(name).needs_model:
             raise ValueError(

@@ -42,7 +42,9 @@ class EmbeddingRule(LayerRule):
         ids, width = inputs[0], module.weight.shape[1]
         if ids.is_floating_point() or output.numel() != ids.numel() * width or ids.numel() == 0:
             return False
-        rows = module.weight.detach()[ids.reshape(-1)[:_PROBE_ROWS].clamp(0, module.weight.shape[0] - 1)].float()
+        rows = module.weight.detach()[
+            ids.reshape(-1)[:_PROBE_ROWS].clamp(0, module.weight.shape[0] - 1)
+        ].float()
         cosine = F.cosine_similarity(rows, output.detach().reshape(-1, width)[:_PROBE_ROWS].float(), dim=-1)
         return bool(((cosine > 0.99) | (rows.abs().amax(dim=-1) == 0)).all())
 

@@ -73,7 +73,11 @@ class RMSNormRule(LayerNormRule):
 def _is_rms_norm(module: nn.Module) -> bool:
     """A leaf with one 1-D weight and an epsilon. That it does compute an RMS norm is then checked by ``explains``."""
     parameters = {name: p for name, p in module.named_parameters(recurse=False)}
-    if set(parameters) != {"weight"} or any(True for _ in module.children()) or any(True for _ in module.buffers()):
+    if (
+        set(parameters) != {"weight"}
+        or any(True for _ in module.children())
+        or any(True for _ in module.buffers())
+    ):
         return False
     return parameters["weight"].dim() == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon"))
 

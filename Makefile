@@ -1,0 +1,36 @@
+# The demo, the tests and the checks, each on a fresh machine with Python 3.10 or newer.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: install demo test check format clean
+
+install: $(VENV)/.installed
+
+# torch first and pinned, so that no other package pulls in another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plots,test]"
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo --verbose
+
+test: install
+	$(BIN)/python -m pytest -q -n 2 tests
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) out build *.egg-info

@@ -1,0 +1,221 @@
+"""The recorder: what it counts, what it leaves alone, what it refuses to believe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers import OPTConfig, OPTForCausalLM
+
+from hf_adafisher import AdaFisherW, LayerRule, register_layer
+from hf_adafisher.fisher import FactorRecorder, find_rule
+from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm
+from hf_adafisher.fisher.layers import registry
+from tests.cases import CASES, Case, mlp
+from tests.model_zoo import FAMILIES, Family
+
+
+def record(model: nn.Module, loss: Any) -> dict[str, dict[str, Tensor]]:
+    """The means of one step, by module name."""
+    recorder = FactorRecorder(model, model.parameters())
+    recorder.arm()
+    loss().backward()
+    sample = recorder.flush()
+    recorder.close()
+    return {tracked.name: factors for tracked, factors in sample.factors.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_hooks_leave_gradients_bitwise_unchanged(case: Case) -> None:
+    gradients = []
+    for armed in (True, False):
+        model = case.build()
+        recorder = FactorRecorder(model, model.parameters())
+        if armed:
+            recorder.arm()
+        case.loss(model, torch.Generator().manual_seed(0)).backward()
+        assert bool(recorder._pending) == armed or not recorder.tracked
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        recorder.close()
+    assert gradients[0].keys() == gradients[1].keys() and gradients[0]
+    assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("record_", FAMILIES, ids=lambda family: family.name)
+def test_hooks_leave_gradients_of_transformers_bitwise_unchanged(record_: Family) -> None:
+    gradients = []
+    for armed in (True, False):
+        model = record_.build()
+        recorder = FactorRecorder(model, model.parameters())
+        if armed:
+            recorder.arm()
+        model(**record_.batch()).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        recorder.close()
+    assert_close(gradients[0], gradients[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_recomputed_forward_is_counted_once(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, x = mlp(4, 5, 6, 2).double(), torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    plain = record(model, lambda: model(x).square().mean())
+    again = record(
+        model, lambda: model[4:](checkpoint(model[:4], x, use_reentrant=reentrant)).square().mean()
+    )
+    assert plain.keys() == again.keys() == {"0", "2", "4"}
+    assert_close(plain, again)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_in_place_consumer_does_not_lose_the_gradient(bias: bool) -> None:
+    """A Linear with bias on 3-D input returns a view: after relu_ on it a hook on the view would never fire."""
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5, bias=bias), nn.Linear(5, 2)
+    x = torch.randn(2, 3, 4)
+
+    def loss(inplace: bool) -> Tensor:
+        return layers[1](torch.nn.functional.relu(layers[0](x), inplace=inplace)).square().mean()
+
+    model = nn.ModuleList(layers)
+    assert_close(record(model, lambda: loss(True)), record(model, lambda: loss(False)))
+
+
+def test_micro_batches_add_up_to_the_batch() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(4, 5, 2).double(), torch.randn(6, 4, dtype=torch.float64)
+    whole = record(model, lambda: model(x).square().sum())
+
+    def in_parts() -> Tensor:
+        model(x[:2]).square().sum().backward()
+        return model(x[2:]).square().sum()
+
+    assert_close(record(model, in_parts), whole)
+
+
+def test_an_armed_recorder_has_one_hook_a_module_and_a_disarmed_one_none() -> None:
+    model = mlp(4, 5, 2)
+    recorder = FactorRecorder(model, model.parameters())
+    for _ in range(2):
+        recorder.arm()
+    assert [len(m._forward_hooks) for m in (model[0], model[2])] == [1, 1]
+    recorder.disarm()
+    assert not any(m._forward_hooks for m in model.modules())
+    recorder.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        recorder.arm()
+
+
+def test_only_due_steps_are_armed() -> None:
+    model = mlp(4, 5, 2)
+    optimizer = AdaFisherW(model, update_interval=3)
+    armed = []
+    for _ in range(7):
+        armed.append(optimizer._recorder.armed)
+        model(torch.randn(3, 4)).sum().backward()
+        optimizer.step()
+    assert armed == [True, False, False, True, False, False, True]
+
+
+def test_a_position_table_called_with_a_mask_is_not_believed_to_be_a_lookup(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """OPT's position table is an Embedding whose first argument is the attention mask: {0, 1}, not positions."""
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=32, word_embed_proj_dim=16, dropout=0.0, pad_token_id=1, bos_token_id=2, eos_token_id=2,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).train()
+    optimizer = AdaFisherW(model, lr=0.0, damping=1e-3)
+    tokens = torch.randint(3, 50, (2, 8))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    table = model.model.decoder.embed_positions
+    row = next(row for row in optimizer.coverage() if "embed_positions" in row.name)
+    assert row.rule == "gradient factors"
+    assert "embed_positions" in caplog.text and "recorded nothing" in caplog.text
+    grad = table.weight.grad.double()
+    rows, columns = grad.square().mean(1), grad.square().mean(0)
+    expected = torch.outer(*((v - v.min()) / (v.max() - v.min()) for v in (rows, columns))) + 1e-3
+    assert_close(optimizer.fisher_diagonal(table.weight), expected.float())
+
+
+class ScaledHalf(nn.Linear):
+    """A Linear by class that computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input)) * input.mean()
+
+
+class MeanNorm(nn.Module):
+    """Looks like an RMSNorm (one vector, an epsilon) but subtracts the mean, as Cohere's norm does."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, eps=self.eps)
+
+
+@pytest.mark.parametrize("layer", [ScaledHalf(4, 4), MeanNorm(4)], ids=lambda layer: type(layer).__name__)
+def test_a_layer_that_computes_something_else_than_its_class_gets_gradient_factors(layer: nn.Module) -> None:
+    assert find_rule(layer) is not None
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    optimizer = AdaFisherW(model)
+    (model(torch.randn(5, 4)) + 2).square().sum().backward()
+    optimizer.step()
+    rules = {row.name: row.rule for row in optimizer.coverage()}
+    assert rules["0.weight"] == "Linear" and rules["1.weight"] == "gradient factors"
+
+
+class Doubling(nn.Module):
+    """A layer that no built-in rule knows: y = 2 x W."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x @ self.table
+
+
+class DoublingRule(LayerRule):
+    name = "Doubling"
+
+    def forms(self, module: nn.Module) -> dict[str, Any]:
+        return {"table": KroneckerForm((INPUT, OUTPUT_GRAD))}
+
+    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (4,), (3,)
+
+    def input_sums(self, module: nn.Module, inputs: Any, output: Tensor) -> tuple[Tensor, int]:
+        return (2 * inputs[0]).square().sum(0), inputs[0].shape[0]
+
+    def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        return grad.square().sum(0)
+
+
+def test_register_layer_brings_a_users_layer_under_its_own_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+    register_layer(Doubling, DoublingRule())
+    model = Doubling()
+    optimizer = AdaFisherW(model)
+    model(torch.randn(1, 4)).square().sum().backward()
+    optimizer.step()
+    assert optimizer.coverage()[0].rule == "Doubling"
+    assert_close(optimizer.fisher_diagonal(model.table, normalized=False), model.table.grad.square())
+
+
+def test_register_layer_refuses_what_is_not_a_layer_or_a_rule() -> None:
+    wrong: Any = "Linear"
+    with pytest.raises(TypeError, match="subclass of torch.nn.Module"):
+        register_layer(wrong, DoublingRule())
+    wrong = DoublingRule
+    with pytest.raises(TypeError, match="instance of LayerRule"):
+        register_layer(Doubling, wrong)

@@ -1,0 +1,263 @@
+"""The optimizer in degenerate settings, its checkpoints, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from hf_adafisher import AdaFisher, AdaFisherW
+from hf_adafisher.optimizers.update import update_parameter
+from tests.cases import CASES, Case, mlp, regression
+from tests.model_zoo import family
+
+BY_NAME = {case.name: case for case in CASES}
+KINDS = pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+
+
+def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        case.loss(model, torch.Generator().manual_seed(step)).backward()
+        optimizer.step()
+
+
+# ------------------------------------------------------------------ degenerate settings
+
+
+def constant_factors() -> Case:
+    """Layers of one input and one output: every factor has one entry, so F = 1 + damping everywhere."""
+    return Case(
+        "constant", lambda: nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 1)), regression(7, 1)
+    )
+
+
+@KINDS
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_constant_factors_make_it_sgd(kind: type[AdaFisher], weight_decay: float) -> None:
+    """Without momentum, AdaFisher is then torch's SGD with L2, AdaFisherW SGD with AdamW's decoupled decay."""
+    case, lr, damping = constant_factors(), 0.05, 0.25
+    model, twin = case.build().double(), case.build().double()
+    train(model, case, kind(model, lr=lr, beta=0.0, damping=damping, weight_decay=weight_decay), steps=10)
+    coupled = 0.0 if kind is AdaFisherW else weight_decay
+    sgd = torch.optim.SGD(twin.parameters(), lr=lr / (1 + damping), weight_decay=coupled)
+    for step in range(10):
+        sgd.zero_grad()
+        case.loss(twin, torch.Generator().manual_seed(step)).backward()
+        if kind is AdaFisherW:
+            with torch.no_grad():
+                for p in twin.parameters():
+                    p.mul_(1 - lr * weight_decay)
+        sgd.step()
+    assert_close(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize(("kind", "peer"), [(AdaFisher, torch.optim.Adam), (AdaFisherW, torch.optim.AdamW)])
+def test_momentum_is_adams_first_moment(kind: type[AdaFisher], peer: type[torch.optim.Adam]) -> None:
+    """With learning rate 0 both see the same gradients; L2 enters the moment of Adam, decoupled decay does not."""
+    case = BY_NAME["tied"]
+    model, twin = case.build().double(), case.build().double()
+    ours = kind(model, lr=0.0, beta=0.9, weight_decay=0.1)
+    theirs = peer(twin.parameters(), lr=0.0, betas=(0.9, 0.999), weight_decay=0.1)
+    train(model, case, ours, steps=10)
+    train(twin, case, theirs, steps=10)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(ours.state[p]["exp_avg"], theirs.state[q]["exp_avg"])
+        assert_close(ours.state[p]["step"], theirs.state[q]["step"])
+
+
+def test_one_update_by_hand() -> None:
+    """theta 1, gradient 2, m = 0.1 * 2, m^ = 2, F = 0.5 * 0.4 + 0.05 = 0.25; lr 0.1, decay 0.3."""
+    for decoupled, expected in ((True, 1 - 0.1 * (2 / 0.25 + 0.3)), (False, 1 - 0.1 * (2.3 / 0.25))):
+        param, exp_avg = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+        term = (torch.full((1, 1), 0.5, dtype=torch.float64), torch.full((1, 1), 0.4, dtype=torch.float64))
+        grad = torch.full((1, 1), 2.0, dtype=torch.float64)
+        update_parameter(
+            param, grad, exp_avg, [term],
+            step=1, lr=0.1, beta=0.9, damping=0.05, weight_decay=0.3, decoupled=decoupled,
+        )  # fmt: skip
+        assert_close(param.item(), expected)
+        assert_close(grad.item(), 2.0)
+
+
+def test_it_reduces_the_loss_of_a_gpt2() -> None:
+    record = family("gpt2")
+    model = record.build()
+    optimizer = AdaFisherW(model, lr=0.05, damping=1e-2, update_interval=5)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(**record.batch()).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 2.0
+
+
+def test_the_plain_loop_needs_no_transformers() -> None:
+    program = (
+        "import sys; sys.modules['transformers'] = None; sys.modules['accelerate'] = None\n"
+        "import torch; from hf_adafisher import AdaFisherW\n"
+        "model = torch.nn.Linear(3, 2); optimizer = AdaFisherW(model)\n"
+        "model(torch.randn(4, 3)).square().sum().backward(); optimizer.step(); print(len(optimizer.state))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "2"
+
+
+# ------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("name", ["tied", "experts", "norm", "attention"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(
+    name: str, dtype: torch.dtype, tmp_path: Any
+) -> None:
+    """Saved in the middle of an interval, loaded with weights_only."""
+    case = BY_NAME[name]
+    model = case.build().to(dtype)
+    optimizer = AdaFisherW(model, lr=1e-2, damping=0.5, update_interval=4, weight_decay=0.1)
+    train(model, case, optimizer, steps=6)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    train(model, case, optimizer, steps=6, start=6)
+
+    resumed = case.build(seed=1).to(dtype)
+    restored = AdaFisherW(resumed, lr=1.0)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    restored.load_state_dict(checkpoint["optimizer"])
+    assert not restored._recorder.armed
+    train(resumed, case, restored, steps=6, start=6)
+    assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert_close(restored.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+
+
+def test_state_holds_one_tensor_of_the_parameters_size_and_vectors() -> None:
+    record = family("llama")
+    model = record.build()
+    optimizer = AdaFisherW(model)
+    model(**record.batch()).loss.backward()
+    optimizer.step()
+    for p in model.parameters():
+        sizes = {key: value.numel() for key, value in optimizer.state[p].items()}
+        assert sizes.pop("exp_avg") == p.numel()
+        assert sum(sizes.values()) <= 2 * sum(p.shape) + 4
+    assert all(isinstance(v, torch.Tensor) for state in optimizer.state.values() for v in state.values())
+    plain = (bool, int, float)
+    assert all(isinstance(v, plain) for g in optimizer.param_groups for k, v in g.items() if k != "params")
+
+
+@pytest.mark.parametrize("peer", [torch.optim.AdamW, torch.optim.SGD])
+def test_another_optimizers_checkpoint_is_refused(peer: type[torch.optim.Optimizer]) -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    other = peer(model.parameters(), lr=0.1)
+    train(model, case, other, steps=1)
+    with pytest.raises(ValueError, match=r"not written by AdaFisherW .*lr.* resume with the optimizer"):
+        AdaFisherW(model).load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="written by AdaFisher, not AdaFisherW"):
+        AdaFisherW(model).load_state_dict(AdaFisher(model).state_dict())
+
+
+def test_another_models_checkpoint_is_refused() -> None:
+    tied, untied = BY_NAME["mlp"], BY_NAME["mlp_without_bias"]
+    model = tied.build()
+    optimizer = AdaFisherW(model)
+    train(model, tied, optimizer, steps=1)
+    with pytest.raises(ValueError):
+        AdaFisherW(untied.build()).load_state_dict(optimizer.state_dict())
+    wider = mlp(4, 7, 5, 3)
+    with pytest.raises(ValueError, match=r"0\.weight does not fit the model"):
+        AdaFisherW(wider).load_state_dict(optimizer.state_dict())
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("option", "values", "allowed"),
+    [
+        ("lr", [-1e-3, float("nan"), float("inf"), "fast"], "lr must be"),
+        ("damping", [0.0, -1.0, float("nan"), float("inf")], r"damping must be finite and > 0"),
+        ("ema_decay", [-0.1, 1.0, float("nan")], r"ema_decay must lie in \[0, 1\)"),
+        ("beta", [-0.1, 1.0, float("nan")], r"beta must lie in \[0, 1\)"),
+        ("update_interval", [0, -3, 2.5, True], "update_interval must be a whole number of steps >= 1"),
+        ("weight_decay", [-0.1, float("inf")], r"weight_decay must be finite and >= 0"),
+    ],
+)
+def test_options_outside_their_range(
+    kind: type[AdaFisher], option: str, values: list[Any], allowed: str
+) -> None:
+    model = mlp(3, 2)
+    for value in values:
+        with pytest.raises(ValueError, match=allowed) as raised:
+            kind(model, **{option: value})
+        assert str(value) in str(raised.value)
+        with pytest.raises(ValueError, match=allowed):
+            kind(model, [{"params": model.parameters(), option: value}])
+
+
+def test_a_foreign_parameter_a_frozen_model_and_other_impossible_things() -> None:
+    model = mlp(3, 2)
+    foreign = nn.Parameter(torch.zeros(5, 7))
+    with pytest.raises(ValueError, match=r"shape \(5, 7\) does not belong to the model"):
+        AdaFisherW(model, [*model.parameters(), foreign])
+    optimizer = AdaFisherW(model)
+    with pytest.raises(ValueError, match="does not belong"):
+        optimizer.add_param_group({"params": foreign})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        AdaFisherW(mlp(3, 2).requires_grad_(False))
+    first, second = model.parameters()
+    with pytest.raises(ValueError, match="must be the same in all parameter groups"):
+        AdaFisherW(model, [{"params": [first]}, {"params": [second], "update_interval": 3}])
+    with pytest.raises(ValueError, match="real floating-point parameters, got one of torch.complex64"):
+        AdaFisherW(nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(RuntimeError, match=r"no curvature of 0\.weight"):
+        optimizer.fisher_diagonal(model[0].weight)
+    sparse = nn.Sequential(nn.Embedding(5, 3, sparse=True))
+    optimizer = AdaFisherW(sparse)
+    sparse(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match=r"0\.weight has a sparse gradient"):
+        optimizer.step()
+
+
+# ---------------------------------------------------------------------------- reporting
+
+
+def test_coverage_names_rules_modules_and_shares() -> None:
+    model = BY_NAME["tied"].build()
+    rows = {row.name: row for row in AdaFisherW(model).coverage()}
+    assert rows["embedding.weight"].rule == "Embedding+Linear"
+    assert rows["embedding.weight"].modules == ("embedding", "head")
+    assert rows["norm.bias"].rule == "LayerNorm" and rows["mix.weight"].rule == "Linear"
+    total = sum(p.numel() for p in model.parameters())
+    for name, p in model.named_parameters():
+        assert (rows[name].numel, rows[name].share) == (p.numel(), p.numel() / total)
+
+
+def test_one_message_names_the_parameters_on_gradient_factors(caplog: pytest.LogCaptureFixture) -> None:
+    AdaFisherW(BY_NAME["experts"].build())
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == 1
+    assert "router, up, down" in messages[0] and "3 parameters (93 % of all values)" in messages[0]
+
+
+def test_the_summary_is_that_of_the_diagonals() -> None:
+    case, damping = BY_NAME["tied"], 0.02
+    model = case.build()
+    optimizer = AdaFisherW(model, damping=damping)
+    assert "fisher_mean" not in optimizer.curvature_summary()
+    train(model, case, optimizer, steps=1)
+    summary = optimizer.curvature_summary()
+    values = torch.cat([optimizer.fisher_diagonal(p).flatten() for p in model.parameters()])
+    assert summary["fisher_mean"] == pytest.approx(values.mean().item())
+    assert summary["floor_share"] == pytest.approx((values < 2 * damping).float().mean().item())
+    assert (summary["refreshes"], summary["dropped_refreshes"], summary["gradient_factor_share"]) == (1, 0, 0)

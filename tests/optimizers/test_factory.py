@@ -1,0 +1,127 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_adafisher import (
+    AdaFisherW,
+    OptimizerFactory,
+    available_optimizers,
+    create_optimizer,
+    optimizer_state_bytes,
+)
+from hf_adafisher.optimizers.param_groups import decay_groups
+from tests.cases import mlp
+from tests.model_zoo import FAMILIES, Family, family
+
+NAMES = pytest.mark.parametrize("name", available_optimizers())
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, record: Family) -> float:
+    optimizer.zero_grad()
+    loss = model(**record.batch()).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def test_the_names() -> None:
+    assert available_optimizers() == ["adafisher", "adafisherw", "sgd", "adam", "adamw"]
+
+
+@NAMES
+def test_every_name_trains_moves_every_parameter_and_resumes(name: str) -> None:
+    record = family("gpt2")
+    model = record.build()
+    options = {"update_interval": 3, "damping": 1e-2} if name.startswith("adafisher") else {}
+    optimizer = create_optimizer(name, model, lr=1e-2, weight_decay=0.01, **options)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = [step(model, optimizer, record) for _ in range(10)]
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+    resumed = record.build(seed=1)
+    resumed.load_state_dict(model.state_dict())
+    restored = create_optimizer(name, resumed, lr=1e-2, weight_decay=0.01, **options)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch's own optimizers share tensors
+    assert [step(model, optimizer, record) for _ in range(4)] == [
+        step(resumed, restored, record) for _ in range(4)
+    ]
+
+
+@pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
+def test_groups_are_trainers(record: Family, tmp_path: Any) -> None:
+    """Compared with the groups that Trainer itself builds."""
+    from transformers import TrainingArguments
+
+    model = record.build()
+    next(model.parameters()).requires_grad_(False)
+    arguments = TrainingArguments(str(tmp_path), weight_decay=0.3, use_cpu=True, report_to="none")
+    expected = Trainer(model, arguments).create_optimizer().param_groups
+    groups = decay_groups(model, 0.3)
+    assert [g["weight_decay"] for g in groups] == [g["weight_decay"] for g in expected] == [0.3, 0.0]
+    assert [[id(p) for p in g["params"]] for g in groups] == [[id(p) for p in g["params"]] for g in expected]
+
+
+def test_defaults_and_options_reach_the_optimizer() -> None:
+    model = mlp(3, 2)
+    assert create_optimizer("sgd", model).defaults["momentum"] == 0.9
+    assert create_optimizer("sgd", model, momentum=0.5).defaults["momentum"] == 0.5
+    assert create_optimizer("adamw", model).defaults["lr"] == 1e-3
+    assert create_optimizer("adamw", model).defaults["fused"]
+    assert not create_optimizer("adamw", model, fused=False).defaults["fused"]
+    optimizer = create_optimizer("adafisherw", model, lr=0.5, damping=0.25)
+    assert isinstance(optimizer, AdaFisherW)
+    assert (optimizer.defaults["lr"], optimizer.defaults["damping"]) == (0.5, 0.25)
+    by_hand = create_optimizer("adamw", model, weight_decay=0.2, decay_names=["0.bias"])
+    assert [p.shape for p in by_hand.param_groups[0]["params"]] == [(2,)]
+
+
+def test_unknown_names_and_options_name_the_known_ones_and_the_nearest() -> None:
+    model = mlp(3, 2)
+    with pytest.raises(
+        ValueError, match=r"unknown optimizer 'adafihserw', did you mean 'adafisherw'\?; available: .*adamw"
+    ):
+        create_optimizer("adafihserw", model)
+    with pytest.raises(
+        ValueError, match=r"adafisherw has no option 'dampin', did you mean 'damping'\?.*update_interval"
+    ):
+        create_optimizer("adafisherw", model, dampin=1.0)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        create_optimizer("adamw", mlp(3, 2).requires_grad_(False))
+    with pytest.raises(ValueError, match="damping must be"):
+        OptimizerFactory()(model, name="adafisherw", damping=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        (a, b)
+        for a in available_optimizers()
+        for b in available_optimizers()
+        if a != b and {a, b} != {"adam", "adamw"}
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(name: str, other: str) -> None:
+    model = mlp(3, 2)
+    with pytest.raises(ValueError, match="resume with"):
+        create_optimizer(name, model).load_state_dict(create_optimizer(other, model).state_dict())
+
+
+def test_state_bytes_count_every_tensor() -> None:
+    model = torch.nn.Linear(3, 2)
+    for name, expected in (("sgd", 8 * 4), ("adamw", 2 * 8 * 4 + 2 * 4)):
+        optimizer = create_optimizer(name, model)
+        model(torch.randn(4, 3)).sum().backward()
+        optimizer.step()
+        assert optimizer_state_bytes(optimizer) == expected
+    optimizer = create_optimizer("adafisherw", model)
+    optimizer.step()
+    # exp_avg; factors (3 + 2) of the weight and 2 of the bias; step (4) and weight (8) of each
+    assert optimizer_state_bytes(optimizer) == (8 + 5 + 2) * 4 + 2 * 12

@@ -1,0 +1,421 @@
+"""One test for each defect of the authors' released code that this package must not have (D-numbers).
+
+The other D-numbers concern convolutions, checkpointing, distribution and loss scaling.
+"""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.testing import assert_close
+
+import hf_adafisher.optimizers.adafisher as adafisher_module
+import hf_adafisher.optimizers.factory as factory_module
+from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer
+from tests.cases import CASES, Case, mlp, regression
+from tests.model_zoo import family
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        case.loss(model, generator).backward()
+        optimizer.step()
+
+
+def unmoved(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
+    return [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
+
+
+def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def assert_moves_exactly(case: Case, frozen: set[str]) -> None:
+    model = case.build()
+    before = snapshot(model)
+    train(model, case, AdaFisherW(model, lr=1e-2, update_interval=2), steps=5)
+    assert set(unmoved(model, before)) == frozen
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_d1_d2_all_of_gpt2_and_vit_is_trained(name: str) -> None:
+    record = family(name)
+    model = record.build()
+    before = snapshot(model)
+    optimizer = AdaFisherW(model, lr=1e-2, update_interval=2)
+    for seed in range(4):
+        optimizer.zero_grad()
+        model(**record.batch(seed=seed)).loss.backward()
+        optimizer.step()
+    assert unmoved(model, before) == []
+    rules = {row.name: row.rule for row in optimizer.coverage()}
+    if name == "gpt2":  # D1: Conv1D is covered by its own rule
+        assert rules["transformer.h.0.attn.c_attn.weight"] == "Conv1D"
+        assert "gradient factors" not in rules.values()
+    else:  # D2: class token and position table do not eat the head's turn
+        assert (
+            rules["classifier.weight"]
+            == rules["vit.layernorm.weight"].replace("LayerNorm", "Linear")
+            == "Linear"
+        )
+        assert rules["vit.embeddings.cls_token"] == "gradient factors"
+
+
+def test_d4_untied_head_and_embedding_have_their_own_diagonals_and_a_tied_one_has_both() -> None:
+    untied, tied = BY_NAME["untied"].build(), BY_NAME["tied"].build()
+    with torch.no_grad():
+        untied.head.weight.copy_(untied.embedding.weight)
+        for (_, p), (_, q) in zip(
+            sorted(dict(untied.named_parameters()).items()),
+            sorted({**dict(tied.named_parameters()), "head.weight": tied.head.weight}.items()),
+            strict=True,
+        ):
+            p.copy_(q)
+    damping = 1e-3
+    diagonals = {}
+    for name, model in (("untied", untied), ("tied", tied)):
+        optimizer = AdaFisherW(model, lr=0.0, damping=damping)
+        train(model, BY_NAME[name], optimizer, steps=1)
+        diagonals[name] = {key: optimizer.fisher_diagonal(p) - damping for key, p in model.named_parameters()}
+    both = diagonals["untied"]["embedding.weight"] + diagonals["untied"]["head.weight"]
+    assert_close(diagonals["tied"]["embedding.weight"], both)
+    assert (
+        diagonals["untied"]["head.weight"].max() > 0.1 and diagonals["untied"]["embedding.weight"].max() > 0.1
+    )
+
+
+def test_d5_a_bare_parameter_gets_its_own_fallback_not_a_neighbours_fisher() -> None:
+    case = BY_NAME["bare_parameter"]
+    model = case.build()
+    optimizer = AdaFisherW(model, lr=0.0, damping=1e-3)
+    train(model, case, optimizer, steps=1)
+    square = model.shift.grad.square()
+    expected = (square - square.min()) / (square.max() - square.min()) + 1e-3
+    assert_close(optimizer.fisher_diagonal(model.shift), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("first_layer_frozen", {"0.weight", "0.bias"}),
+        ("middle_layer_frozen", {"2.weight", "2.bias"}),
+        ("last_layer_frozen", {"6.weight", "6.bias"}),
+        ("two_layers_frozen", {"0.weight", "0.bias", "4.weight", "4.bias"}),
+        ("one_bias_frozen", {"2.bias"}),  # D7
+        ("one_weight_frozen", {"0.weight"}),
+    ],
+)
+def test_d6_d7_frozen_parameters_stay_and_all_others_train(name: str, frozen: set[str]) -> None:
+    assert_moves_exactly(BY_NAME[name], frozen)
+
+
+def test_d6_the_head_of_a_linear_probe_is_trained() -> None:
+    record = family("vit")
+    model = record.build()
+    model.vit.requires_grad_(False)
+    before = snapshot(model)
+    optimizer = AdaFisherW(model, lr=1e-2)
+    model(**record.batch()).loss.backward()
+    optimizer.step()
+    assert set(before) - set(unmoved(model, before)) == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("adapters", {f"{i}.base.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}),
+        ("skipped_layer", {"skipped.weight", "skipped.bias"}),
+        ("subclass_of_linear", set()),
+        ("weight_norm", set()),
+        ("attention", set()),
+    ],
+)
+def test_d8_adapters_skipped_layers_subclasses_and_functional_use(name: str, frozen: set[str]) -> None:
+    assert_moves_exactly(BY_NAME[name], frozen)
+
+
+def test_d8_layers_without_a_rule_train_on_gradient_factors() -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(12, 2))
+
+    assert_moves_exactly(Case("conv", make, regression(6, 3, 5)), set())
+
+
+def test_d9_groups_keep_their_options_and_decay_spares_biases_and_norms() -> None:
+    case = BY_NAME["norm"]
+    model = case.build()
+    optimizer = create_optimizer("adafisherw", model, lr=0.1, weight_decay=0.5)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    before = snapshot(model)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decayed = p.dim() > 1
+        assert_close(p, before[name] * (1 - 0.1 * 0.5) if decayed else before[name])
+
+
+def test_d9_add_param_group_reaches_the_hooks() -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    optimizer = AdaFisherW(model, model[0].parameters(), lr=0.0)
+    optimizer.add_param_group({"params": model[2].parameters(), "damping": 0.25})
+    train(model, case, optimizer, steps=1)
+    whole = AdaFisherW(model, lr=0.0, damping=0.25)
+    train(model, case, whole, steps=1)
+    assert_close(optimizer.fisher_diagonal(model[2].weight), whole.fisher_diagonal(model[2].weight))
+    with pytest.raises(ValueError, match="in none of its parameter groups"):
+        optimizer.fisher_diagonal(model[4].weight)
+
+
+@pytest.mark.parametrize("first", ["parameters", "groups"])
+def test_d10_parameters_in_place_of_the_model_are_refused_with_advice(first: str) -> None:
+    model = mlp(3, 2)
+    argument: Any = model.parameters() if first == "parameters" else [{"params": list(model.parameters())}]
+    with pytest.raises(TypeError, match=r"write AdaFisherW\(model, lr=.*OptimizerFactory"):
+        AdaFisherW(argument)
+
+
+def test_d11_state_is_empty_before_the_first_step_and_accelerate_takes_it() -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    optimizer = AdaFisherW(model)
+    assert optimizer.state_dict()["state"] == {}
+    model, prepared = Accelerator(cpu=True).prepare(model, optimizer)
+    before = snapshot(model)
+    train(model, case, prepared, steps=1)
+    assert unmoved(model, before) == []
+
+
+def test_d12_loading_changes_neither_the_dictionary_nor_what_it_holds() -> None:
+    case = BY_NAME["tied"]
+    model = case.build()
+    optimizer = AdaFisherW(model, update_interval=2)
+    train(model, case, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    reference = copy.deepcopy(saved)
+    first, second = (AdaFisherW(model, update_interval=2) for _ in range(2))
+    first.load_state_dict(saved)
+    train(model, case, first, steps=4)  # in-place updates must not reach the dictionary
+    assert_close(saved, reference, rtol=0, atol=0)
+    second.load_state_dict(saved)
+    assert_close(second.state_dict()["state"], reference["state"], rtol=0, atol=0)
+
+
+def test_d13_options_come_back_with_the_state() -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    optimizer = AdaFisherW(model, damping=0.5, ema_decay=0.3, update_interval=7, beta=0.6)
+    train(model, case, optimizer)
+    restored = AdaFisherW(model)
+    restored.load_state_dict(optimizer.state_dict())
+    group = restored.param_groups[0]
+    options = {key: group[key] for key in ("damping", "ema_decay", "update_interval", "beta", "steps")}
+    assert options == {"damping": 0.5, "ema_decay": 0.3, "update_interval": 7, "beta": 0.6, "steps": 3}
+
+
+def test_d14_the_examples_in_the_docstrings_run() -> None:
+    for module in (adafisher_module, factory_module):
+        outcome = doctest.testmod(module, extraglobs={"OptimizerFactory": factory_module.OptimizerFactory})
+        assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_d14_a_closure_is_called_with_gradients_and_its_loss_returned() -> None:
+    case = BY_NAME["mlp"]
+    model, twin = case.build(), case.build()
+    optimizer = AdaFisherW(model, lr=0.1)
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = case.loss(model, torch.Generator().manual_seed(0))
+        loss.backward()
+        return loss.item()
+
+    returned = optimizer.step(closure)
+    assert returned == case.loss(twin, torch.Generator().manual_seed(0)).item()
+    train(twin, case, AdaFisherW(twin, lr=0.1), steps=1)
+    assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
+
+
+def test_d17_a_module_used_twice_commits_both_calls_and_averages_once() -> None:
+    case = BY_NAME["used_twice"]
+    model = case.build()
+    optimizer = AdaFisherW(model, update_interval=1, ema_decay=0.8)
+    seen: list[int] = []
+    original = optimizer._recorder._commit
+    optimizer._recorder._commit = lambda tracked, pair: (seen.append(pair.count), original(tracked, pair))
+    train(model, case, optimizer, steps=1)
+    assert sorted(seen) == [2, 7, 7]
+    weight = optimizer.state[model.shared.weight]["factor_weight"]
+    assert_close(weight, torch.tensor(1 - 0.8, dtype=weight.dtype))
+
+
+@pytest.mark.parametrize("mode", ["autocast", "weights"])
+def test_d18_statistics_are_float32_in_bfloat16_training(mode: str) -> None:
+    case = BY_NAME["tied"]
+    model = case.build()
+    if mode == "weights":
+        model.to(torch.bfloat16)
+    optimizer = AdaFisherW(model, lr=1e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+        loss = case.loss(model, torch.Generator().manual_seed(0))
+    loss.backward()
+    before = snapshot(model)
+    optimizer.step()
+    assert unmoved(model, before) == []
+    restored = AdaFisherW(model)
+    restored.load_state_dict(optimizer.state_dict())
+    for kind in (optimizer, restored):
+        for state in kind.state.values():
+            assert {v.dtype for k, v in state.items() if k.endswith("_factor")} == {torch.float32}
+
+
+def test_d19_a_skipped_nan_batch_and_an_empty_one_leave_no_trace() -> None:
+    case = BY_NAME["mlp"]
+    model, twin = case.build(), case.build()
+    optimizer, reference = (AdaFisherW(m, update_interval=1, lr=0.1) for m in (model, twin))
+    train(model, case, optimizer, steps=1)
+    train(twin, case, reference, steps=1)
+    (model(torch.full((3, 4), float("nan"))).sum()).backward()
+    optimizer.zero_grad()  # the loop sees the NaN and skips the step
+    optimizer.discard_statistics()
+    model(torch.zeros(0, 4)).sum().backward()  # a batch without rows counts for nothing
+    train(model, case, optimizer, steps=2)
+    train(twin, case, reference, steps=2)
+    assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
+
+
+def test_d19_without_a_word_from_the_loop_non_finite_statistics_are_dropped_and_stay_due(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    optimizer = AdaFisherW(model, update_interval=10, lr=0.1)
+    (model(torch.full((3, 4), float("nan"))).sum()).backward()
+    train(model, case, optimizer, steps=1)
+    assert optimizer.curvature_summary()["dropped_refreshes"] == 1
+    assert "stays due" in caplog.text and "0" in caplog.text
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert optimizer._recorder.armed
+    train(model, case, optimizer, steps=1)
+    assert optimizer.curvature_summary()["refreshes"] == 1
+    assert not optimizer._recorder.armed
+    assert all(v.isfinite().all() for state in optimizer.state.values() for v in state.values())
+
+
+def test_d20_forwards_that_do_not_train_do_not_count() -> None:
+    case = BY_NAME["mlp"]
+    model, twin = case.build(), case.build()
+    optimizer, reference = (AdaFisherW(m, update_interval=1, lr=0.1) for m in (model, twin))
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        model.eval()
+        model(x).sum().backward()  # evaluation with gradients on
+        model.train()
+        model(x)  # a forward without a backward
+        with torch.no_grad():
+            model(x)
+        train(model, case, optimizer, steps=1)
+        train(twin, case, reference, steps=1)
+    assert_close(optimizer.state_dict()["state"], reference.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_d20_a_backward_after_the_step_does_not_reach_the_next_refresh() -> None:
+    model = nn.Linear(4, 3)  # its backward does not need the weights, which the step changes
+    optimizer = AdaFisherW(model, update_interval=1)
+    stale = model(torch.randn(5, 4)).sum()
+    model(torch.randn(5, 4)).sum().backward()
+    optimizer.step()
+    assert optimizer._recorder.armed
+    stale.backward()
+    assert not optimizer._recorder._pending
+
+
+def test_d21_a_layer_first_used_late_is_initialised_then() -> None:
+    case = BY_NAME["used_late"]
+    model = case.build()
+    optimizer = AdaFisherW(model, update_interval=5, lr=1e-2)
+    before = snapshot(model)
+    train(model, case, optimizer, steps=2)
+    assert set(unmoved(model, before)) == {"late.weight", "late.bias"}
+    with pytest.raises(RuntimeError, match=r"no curvature of late\.weight"):
+        optimizer.fisher_diagonal(model.late.weight)
+    train(model, case, optimizer, steps=1)  # between two refreshes: from the current gradient
+    assert unmoved(model, before) == []
+    assert optimizer.fisher_diagonal(model.late.weight).isfinite().all()
+    train(model, case, optimizer, steps=3)  # the refresh at step 5 has the layer's own statistics
+    assert optimizer.state[model.late.weight]["factor_weight"] > 0
+    assert {row.rule for row in optimizer.coverage()} == {"Linear"}
+
+
+def test_d22_keyword_calls_are_recorded() -> None:
+    case = BY_NAME["keyword_call"]
+    model = case.build()
+    optimizer = AdaFisherW(model, lr=1e-2)
+    train(model, case, optimizer, steps=1)
+    assert {row.rule for row in optimizer.coverage()} == {"Linear", "LayerNorm"}
+    assert not optimizer._bypassed
+
+
+def test_d25_the_average_of_constant_statistics_is_that_constant_at_every_refresh() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = AdaFisherW(model, lr=0.0, damping=1e-3, update_interval=1, ema_decay=0.8)
+    x = torch.tensor([[1.0, 2.0, 3.0]])
+    for _ in range(5):
+        optimizer.zero_grad()
+        (model(x) * torch.tensor([1.0, 3.0])).sum().backward()
+        optimizer.step()
+        raw = optimizer.fisher_diagonal(model.weight, normalized=False)
+        assert_close(raw, torch.outer(torch.tensor([1.0, 9.0]), torch.tensor([1.0, 4.0, 9.0])))
+        diagonal = optimizer.fisher_diagonal(model.weight)  # the curvature spans [damping, 1 + damping]
+        assert_close(
+            diagonal.aminmax(), torch.return_types.aminmax((torch.tensor(1e-3), torch.tensor(1.001)))
+        )
+
+
+def test_d26_hooks_go_with_the_optimizer_and_copies_of_the_model_have_none() -> None:
+    case = BY_NAME["norm"]
+    model = case.build()
+    clean = len(pickle.dumps(model))
+    optimizer = AdaFisherW(model)
+
+    def hooks(root: nn.Module) -> int:
+        return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in root.modules())
+
+    assert hooks(model) == 3
+    copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+    for twin in (copied, loaded):  # armed hooks become inert and do not bring the optimizer along
+        train(twin, case, torch.optim.SGD(twin.parameters(), lr=0.1), steps=1)
+    assert not optimizer._recorder._pending
+    optimizer.close()
+    assert hooks(model) == 0 and len(pickle.dumps(model)) == clean
+    with pytest.raises(RuntimeError, match="was closed"):
+        optimizer.step()
+    with AdaFisher(model):
+        assert hooks(model) == 3
+    assert hooks(model) == 0
+    second = AdaFisherW(model)
+    del second  # a dropped optimizer takes its hooks along
+    assert hooks(model) == 0
+
+
+def test_d26_two_optimizers_on_one_model_do_not_disturb_each_other() -> None:
+    case = BY_NAME["mlp"]
+    model, twin = case.build(), case.build()
+    first = AdaFisherW(model, lr=0.1, update_interval=1)
+    other = AdaFisherW(model, lr=0.1, update_interval=1)
+    reference = AdaFisherW(twin, lr=0.1, update_interval=1)
+    train(model, case, first)
+    train(twin, case, reference)
+    assert_close(first.state_dict()["state"], reference.state_dict()["state"], rtol=0, atol=0)
+    other.close()

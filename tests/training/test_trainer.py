@@ -1,0 +1,202 @@
+"""Trainer integration: ours, and the stock one with the factory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from hf_adafisher import (
+    AdaFisher,
+    AdaFisherTrainer,
+    AdaFisherTrainingArguments,
+    AdaFisherW,
+    OptimizerFactory,
+    available_optimizers,
+)
+from tests.model_zoo import family
+
+RECORD = family("gpt2")
+OPTIONS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 2,
+}
+
+
+def our_trainer(folder: Path, seed: int = 0, model: Any = None, **options: Any) -> AdaFisherTrainer:
+    arguments = AdaFisherTrainingArguments(str(folder), **{**OPTIONS, "save_strategy": "no", **options})
+    return AdaFisherTrainer(model or RECORD.build(seed), arguments, train_dataset=RECORD.dataset(16))
+
+
+def stock_trainer(folder: Path, seed: int = 0, **options: Any) -> Trainer:
+    kwargs = {"name": "adafisherw", "lr": 0.05, "damping": 1e-2, "update_interval": 4, "weight_decay": 0.01}
+    arguments = TrainingArguments(str(folder), **{**OPTIONS, "save_strategy": "no", **options})
+    return Trainer(
+        RECORD.build(seed),
+        arguments,
+        train_dataset=RECORD.dataset(16),
+        optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),
+    )
+
+
+def raw(trainer: Trainer) -> Any:
+    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("name", available_optimizers())
+def test_every_name_trains_under_our_trainer(name: str, tmp_path: Path) -> None:
+    trainer = our_trainer(tmp_path, optim=name, learning_rate=0.02, max_steps=24, logging_steps=8)
+    trainer.train()
+    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert name in type(raw(trainer)).__name__.lower()
+
+
+def test_trainers_own_names_keep_working(tmp_path: Path) -> None:
+    trainer = our_trainer(tmp_path, optim="adamw_torch", max_steps=2)
+    trainer.train()
+    assert type(raw(trainer)) is torch.optim.AdamW
+
+
+def test_arguments_reach_the_optimizer_and_the_groups_are_trainers(tmp_path: Path) -> None:
+    options = {"beta": 0.8, "damping": 0.3, "ema_decay": 0.7, "update_interval": 5}
+    trainer = our_trainer(tmp_path, learning_rate=0.04, weight_decay=0.2, **options)
+    optimizer = trainer.create_optimizer()
+    assert isinstance(optimizer, AdaFisherW)
+    stock = Trainer(
+        trainer.model, TrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)
+    ).create_optimizer()
+    for group, expected in zip(optimizer.param_groups, stock.param_groups, strict=True):
+        assert {key: group[key] for key in options} == options
+        assert (group["lr"], group["weight_decay"]) == (0.04, expected["weight_decay"])
+        assert [id(p) for p in group["params"]] == [id(p) for p in expected["params"]]
+    assert trainer.create_optimizer() is optimizer
+
+
+def test_a_model_argument_an_own_decay_rule_and_an_own_optimizer_are_respected(tmp_path: Path) -> None:
+    class NoDecay(AdaFisherTrainer):
+        def get_decay_parameter_names(self, model: Any) -> list[str]:
+            return []
+
+    arguments = AdaFisherTrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)
+    other = RECORD.build(1)
+    optimizer = NoDecay(RECORD.build(), arguments).create_optimizer(other)
+    assert optimizer.model is other and not optimizer.param_groups[0]["params"]
+    model = RECORD.build()
+    mine = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert AdaFisherTrainer(model, arguments, optimizers=(mine, None)).create_optimizer() is mine
+
+
+@pytest.mark.parametrize("make", [our_trainer, stock_trainer], ids=["ours", "stock"])
+def test_resume_equals_the_uninterrupted_run_bitwise(make: Callable[..., Trainer], tmp_path: Path) -> None:
+    """From a checkpoint in the middle of an update interval; evaluation and accumulation in between."""
+    options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "gradient_accumulation_steps": 2}
+    if make is our_trainer:
+        options |= {"update_interval": 4, "optim": "adafisher", "weight_decay": 0.01}
+    whole = make(tmp_path / "a", **options)
+    whole.train()
+    resumed = make(tmp_path / "b", seed=1, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
+    assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
+    assert_close(raw(resumed).state_dict(), raw(whole).state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"), [("adamw", "adafisherw"), ("adafisherw", "adamw"), ("adafisher", "adafisherw")]
+)
+def test_a_checkpoint_of_another_optimizer_is_refused_on_resume(
+    writer: str, reader: str, tmp_path: Path
+) -> None:
+    our_trainer(tmp_path / "a", optim=writer, max_steps=2, save_strategy="steps", save_steps=2).train()
+    with pytest.raises(ValueError, match="resume with"):
+        our_trainer(tmp_path / "b", optim=reader, max_steps=4).train(
+            resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2")
+        )
+
+
+def test_curvature_scalars_reach_the_history_and_every_reporter(tmp_path: Path) -> None:
+    reported: list[dict[str, float]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            reported.append(dict(logs))
+
+    trainer = our_trainer(tmp_path, max_steps=4, logging_steps=2)
+    trainer.add_callback(Reporter())
+    trainer.train()
+    for logs in (reported, trainer.state.log_history):
+        rows = [row for row in logs if "loss" in row]
+        assert len(rows) == 2
+        for row in rows:
+            assert type(row["adafisher/fisher_mean"]) is float and row["adafisher/fisher_mean"] > 0.01
+            assert row["adafisher/dropped_refreshes"] == row["adafisher/gradient_factor_share"] == 0.0
+            assert 0.0 < row["adafisher/floor_share"] < 1.0
+        assert not any("adafisher/fisher_mean" in row for row in logs if "loss" not in row)
+    quiet = our_trainer(tmp_path, max_steps=2, logging_steps=1, log_curvature=False)
+    quiet.train()
+    assert not any(key.startswith("adafisher/") for row in quiet.state.log_history for key in row)
+
+
+def test_the_model_card_names_the_optimizer_and_its_options(tmp_path: Path) -> None:
+    trainer = our_trainer(tmp_path, max_steps=2, damping=0.25, learning_rate=0.03)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert (
+        "Use adafisherw and the args are:\nlr=0.03, beta=0.9, damping=0.25, ema_decay=0.95, update_interval=10"
+        in card
+    )
+    assert "Trained with AdaFisherW" in card and "arxiv.org/abs/2405.16397" in card
+    assert trainer.args.optim_args is None
+    other = our_trainer(tmp_path / "adam", optim="adamw", max_steps=1)
+    other.train()
+    other.create_model_card()
+    card = (tmp_path / "adam" / "README.md").read_text()
+    assert "Use adamw with betas" in card and "AdaFisher" not in card
+
+
+def test_a_stock_trainer_with_our_arguments_says_that_it_cannot(tmp_path: Path) -> None:
+    arguments = AdaFisherTrainingArguments(str(tmp_path), **OPTIONS)
+    with pytest.raises(ValueError, match="unsupported optimizer: adafisherw"):
+        Trainer(RECORD.build(), arguments, train_dataset=RECORD.dataset(4)).train()
+
+
+def test_model_init_builds_a_new_optimizer_on_the_new_model(tmp_path: Path) -> None:
+    arguments = AdaFisherTrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", **OPTIONS)
+    trainer = AdaFisherTrainer(
+        model_init=lambda: RECORD.build(), args=arguments, train_dataset=RECORD.dataset(16)
+    )
+    for _ in range(2):
+        trainer.train()
+        optimizer = raw(trainer)
+        assert isinstance(optimizer, AdaFisher) and optimizer.model is trainer.model
+        assert optimizer.param_groups[0]["steps"] == 2
+
+
+def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
+    runs = []
+    for strategy in ("no", "steps"):
+        arguments = AdaFisherTrainingArguments(
+            str(tmp_path),
+            max_steps=6,
+            eval_strategy=strategy,
+            eval_steps=1,
+            update_interval=2,
+            save_strategy="no",
+            **OPTIONS,
+        )
+        data = RECORD.dataset(16)
+        trainer = AdaFisherTrainer(RECORD.build(), arguments, train_dataset=data, eval_dataset=data[:4])
+        trainer.train()
+        runs.append(trainer.model.state_dict())
+    assert_close(runs[0], runs[1], rtol=0, atol=0)
