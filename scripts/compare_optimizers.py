@@ -21,17 +21,13 @@ from hf_adafisher.experiments.summary import summarize
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; returns 0, or 1 if a cell failed, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="JSON file with the cells")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the comparison")
     parser.add_argument(
         "--local_data", type=Path, help="folder with train.txt, valid.txt, test.txt, instead of the dataset"
     )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time, with the cores divided (default 1)"
-    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with the cores divided (default 1)")
     parser.add_argument("--dry_run", action="store_true", help="only list the cells")
     parser.add_argument("--report_only", action="store_true", help="only report what is there")
     parser.add_argument("--verbose", action="store_true", help="show each run's own output")

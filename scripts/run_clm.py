@@ -43,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = train_and_report(run)
     for split in ("validation", "test"):
         if results[split] is not None:
-            loss, token, word = (
-                results[split][key] for key in ("loss", "token_perplexity", "word_perplexity")
-            )
+            loss, token, word = (results[split][key] for key in ("loss", "token_perplexity", "word_perplexity"))
             print(f"{split}: loss {loss:.4f}, perplexity per token {token:.2f}, per word {word:.2f}")
     print(f"{results['status']}: see {run.training_args.output_dir}")
     return 0 if results["status"] == "completed" else 1

@@ -113,9 +113,7 @@ def _llama() -> PreTrainedModel:
 
 
 def _qwen3() -> PreTrainedModel:
-    return transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(**_decoder(num_key_value_heads=2, head_dim=8))
-    )
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_decoder(num_key_value_heads=2, head_dim=8)))
 
 
 def _mistral() -> PreTrainedModel:
@@ -280,16 +278,12 @@ def _bert() -> PreTrainedModel:
 
 
 def _roberta() -> PreTrainedModel:
-    config = transformers.RobertaConfig(
-        **_encoder(type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2)
-    )
+    config = transformers.RobertaConfig(**_encoder(type_vocab_size=1, pad_token_id=1, bos_token_id=0, eos_token_id=2))
     return transformers.RobertaForSequenceClassification(config)
 
 
 def _electra() -> PreTrainedModel:
-    return transformers.ElectraForSequenceClassification(
-        transformers.ElectraConfig(**_encoder(embedding_size=16))
-    )
+    return transformers.ElectraForSequenceClassification(transformers.ElectraConfig(**_encoder(embedding_size=16)))
 
 
 def _albert() -> PreTrainedModel:

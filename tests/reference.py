@@ -71,9 +71,7 @@ def input_rows(
     return rows(x)
 
 
-def input_factor_loop(
-    kind: Kind, x: Tensor, *, vocabulary: int = 0, eps: float = 0.0, channel_axes: int = 1
-) -> Tensor:
+def input_factor_loop(kind: Kind, x: Tensor, *, vocabulary: int = 0, eps: float = 0.0, channel_axes: int = 1) -> Tensor:
     """h_j = (1/N) sum_n x_nj^2.
 
     `vocabulary`: for embeddings; `eps` and `channel_axes` (the number of axes normalised together) for norms.
@@ -132,9 +130,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     name = type(module).__name__
     if isinstance(module, nn.Linear):
         return "linear"
-    if name.endswith(
-        "LearnedPositionalEmbedding"
-    ):  # OPT, BART: an Embedding that is not called with its tokens
+    if name.endswith("LearnedPositionalEmbedding"):  # OPT, BART: an Embedding that is not called with its tokens
         return None
     if isinstance(module, nn.Embedding):
         return "embedding"
@@ -340,11 +336,7 @@ class ReferenceAdaFisher:
 
     def _modules_of(self, param: Tensor) -> list[tuple[Watched, str]]:
         """The uses of a parameter that have statistics."""
-        return [
-            (watched, role)
-            for watched, role in self.slots[param].uses
-            if watched.input_factor.value is not None
-        ]
+        return [(watched, role) for watched, role in self.slots[param].uses if watched.input_factor.value is not None]
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
         slot = self.slots[param]

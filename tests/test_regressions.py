@@ -64,11 +64,7 @@ def test_d1_d2_all_of_gpt2_and_vit_is_trained(name: str) -> None:
         assert rules["transformer.h.0.attn.c_attn.weight"] == "Conv1D"
         assert "gradient factors" not in rules.values()
     else:  # D2: class token and position table do not eat the head's turn
-        assert (
-            rules["classifier.weight"]
-            == rules["vit.layernorm.weight"].replace("LayerNorm", "Linear")
-            == "Linear"
-        )
+        assert rules["classifier.weight"] == rules["vit.layernorm.weight"].replace("LayerNorm", "Linear") == "Linear"
         assert rules["vit.embeddings.cls_token"] == "gradient factors"
 
 
@@ -90,9 +86,7 @@ def test_d4_untied_head_and_embedding_have_their_own_diagonals_and_a_tied_one_ha
         diagonals[name] = {key: optimizer.fisher_diagonal(p) - damping for key, p in model.named_parameters()}
     both = diagonals["untied"]["embedding.weight"] + diagonals["untied"]["head.weight"]
     assert_close(diagonals["tied"]["embedding.weight"], both)
-    assert (
-        diagonals["untied"]["head.weight"].max() > 0.1 and diagonals["untied"]["embedding.weight"].max() > 0.1
-    )
+    assert diagonals["untied"]["head.weight"].max() > 0.1 and diagonals["untied"]["embedding.weight"].max() > 0.1
 
 
 def test_d5_a_bare_parameter_gets_its_own_fallback_not_a_neighbours_fisher() -> None:
@@ -252,8 +246,8 @@ def test_d17_a_module_used_twice_commits_both_calls_and_averages_once() -> None:
     model = case.build()
     optimizer = AdaFisherW(model, update_interval=1, ema_decay=0.8)
     seen: list[int] = []
-    original = optimizer._recorder._commit
-    optimizer._recorder._commit = lambda tracked, pair: (seen.append(pair.count), original(tracked, pair))
+    original = optimizer._curvature.recorder._commit
+    optimizer._curvature.recorder._commit = lambda tracked, pair: (seen.append(pair.count), original(tracked, pair))
     train(model, case, optimizer, steps=1)
     assert sorted(seen) == [2, 7, 7]
     weight = optimizer.state[model.shared.weight]["factor_weight"]
@@ -306,10 +300,10 @@ def test_d19_without_a_word_from_the_loop_non_finite_statistics_are_dropped_and_
     assert optimizer.curvature_summary()["dropped_refreshes"] == 1
     assert "stays due" in caplog.text and "0" in caplog.text
     assert all(p.isfinite().all() for p in model.parameters())
-    assert optimizer._recorder.armed
+    assert optimizer._curvature.recorder.armed
     train(model, case, optimizer, steps=1)
     assert optimizer.curvature_summary()["refreshes"] == 1
-    assert not optimizer._recorder.armed
+    assert not optimizer._curvature.recorder.armed
     assert all(v.isfinite().all() for state in optimizer.state.values() for v in state.values())
 
 
@@ -336,9 +330,9 @@ def test_d20_a_backward_after_the_step_does_not_reach_the_next_refresh() -> None
     stale = model(torch.randn(5, 4)).sum()
     model(torch.randn(5, 4)).sum().backward()
     optimizer.step()
-    assert optimizer._recorder.armed
+    assert optimizer._curvature.recorder.armed
     stale.backward()
-    assert not optimizer._recorder._pending
+    assert not optimizer._curvature.recorder._pending
 
 
 def test_d21_a_layer_first_used_late_is_initialised_then() -> None:
@@ -364,7 +358,7 @@ def test_d22_keyword_calls_are_recorded() -> None:
     optimizer = AdaFisherW(model, lr=1e-2)
     train(model, case, optimizer, steps=1)
     assert {row.rule for row in optimizer.coverage()} == {"Linear", "LayerNorm"}
-    assert not optimizer._bypassed
+    assert not optimizer._curvature.bypassed
 
 
 def test_d25_the_average_of_constant_statistics_is_that_constant_at_every_refresh() -> None:
@@ -378,9 +372,7 @@ def test_d25_the_average_of_constant_statistics_is_that_constant_at_every_refres
         raw = optimizer.fisher_diagonal(model.weight, normalized=False)
         assert_close(raw, torch.outer(torch.tensor([1.0, 9.0]), torch.tensor([1.0, 4.0, 9.0])))
         diagonal = optimizer.fisher_diagonal(model.weight)  # the curvature spans [damping, 1 + damping]
-        assert_close(
-            diagonal.aminmax(), torch.return_types.aminmax((torch.tensor(1e-3), torch.tensor(1.001)))
-        )
+        assert_close(diagonal.aminmax(), torch.return_types.aminmax((torch.tensor(1e-3), torch.tensor(1.001))))
 
 
 def test_d26_hooks_go_with_the_optimizer_and_copies_of_the_model_have_none() -> None:
@@ -396,7 +388,7 @@ def test_d26_hooks_go_with_the_optimizer_and_copies_of_the_model_have_none() -> 
     copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in (copied, loaded):  # armed hooks become inert and do not bring the optimizer along
         train(twin, case, torch.optim.SGD(twin.parameters(), lr=0.1), steps=1)
-    assert not optimizer._recorder._pending
+    assert not optimizer._curvature.recorder._pending
     optimizer.close()
     assert hooks(model) == 0 and len(pickle.dumps(model)) == clean
     with pytest.raises(RuntimeError, match="was closed"):

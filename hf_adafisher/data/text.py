@@ -167,9 +167,7 @@ def _load_hub(name: str, corpus: HubCorpus) -> TextCorpus:
     try:
         if corpus.parquet:
             root = f"hf://datasets/{corpus.path}@{corpus.revision.replace('/', '%2F')}/{corpus.config}"
-            data = load_dataset(
-                "parquet", data_files={split: f"{root}/{split}/*.parquet" for split in splits}
-            )
+            data = load_dataset("parquet", data_files={split: f"{root}/{split}/*.parquet" for split in splits})
         else:
             data = load_dataset(corpus.path, corpus.config, revision=corpus.revision)
     # The libraries below raise a dozen unrelated types here, and for all of them the way out is the same.

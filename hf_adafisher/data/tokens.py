@@ -121,13 +121,9 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
             no target.
     """
 
-    def __init__(
-        self, stream: Tensor, block_size: int, *, drop_last: bool = True, name: str = "text"
-    ) -> None:
+    def __init__(self, stream: Tensor, block_size: int, *, drop_last: bool = True, name: str = "text") -> None:
         if block_size < 2:
-            raise ValueError(
-                f"block_size is {block_size}; it must be at least 2, one id to see and one to predict"
-            )
+            raise ValueError(f"block_size is {block_size}; it must be at least 2, one id to see and one to predict")
         targets = len(stream) - 1
         needed = block_size - 1 if drop_last else 1
         if targets < needed:

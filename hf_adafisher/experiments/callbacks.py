@@ -32,9 +32,7 @@ class StepTimer(TrainerCallback):
         """Starts the clock."""
         self._start = _now()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops the clock."""
         self.seconds.append(_now() - self._start)
 

@@ -51,9 +51,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     evaluations = _evaluate(trainer, run, diverged=watch.diverged_at is not None)
     train_loss = _last_loss(trainer.state.log_history)
     losses = [train_loss, *(evaluation["loss"] for evaluation in evaluations.values() if evaluation)]
-    diverged = watch.diverged_at is not None or not all(
-        math.isfinite(loss) for loss in losses if loss is not None
-    )
+    diverged = watch.diverged_at is not None or not all(math.isfinite(loss) for loss in losses if loss is not None)
     results = {
         "status": "diverged" if diverged else "completed",
         "optimizer": str(getattr(run.training_args.optim, "value", run.training_args.optim)),
@@ -68,9 +66,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         "train_seconds": sum(timer.seconds),
         "wall_seconds": outcome.metrics.get("train_runtime"),
         "step_time": timer.summary(),
-        "optimizer_state_bytes": optimizer_state_bytes(
-            getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        ),
+        "optimizer_state_bytes": optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
         **_describe(run),
         "log_history": trainer.state.log_history,
     }
@@ -78,9 +74,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     return results
 
 
-def _evaluate(
-    trainer: AdaFisherTrainer, run: PreparedRun, diverged: bool
-) -> dict[str, dict[str, float] | None]:
+def _evaluate(trainer: AdaFisherTrainer, run: PreparedRun, diverged: bool) -> dict[str, dict[str, float] | None]:
     """Evaluates validation and test exactly; every process does all of it, so each knows the result."""
     results: dict[str, dict[str, float] | None] = {"validation": None, "test": None}
     for name in [name for name in results if name in run.splits]:
@@ -102,10 +96,7 @@ def _evaluate(
 
 
 def _describe(run: PreparedRun) -> dict[str, Any]:
-    counts = {
-        name: {"tokens": len(split.stream) - 1, "words": split.num_words}
-        for name, split in run.splits.items()
-    }
+    counts = {name: {"tokens": len(split.stream) - 1, "words": split.num_words} for name, split in run.splits.items()}
     return {
         "corpus": {"name": run.corpus.name, "source": run.corpus.source, **counts},
         "model": {

@@ -37,32 +37,24 @@ class ModelArguments:
     )
     tokenizer_name: str | None = field(
         default=None,
-        metadata={
-            "help": "Tokenizer (Hub id or directory). Default: the model's, or a BPE trained on the text."
-        },
+        metadata={"help": "Tokenizer (Hub id or directory). Default: the model's, or a BPE trained on the text."},
     )
     n_layer: int = field(default=4, metadata={"help": "Layers of the GPT-2."})
     n_embd: int = field(default=192, metadata={"help": "Width of the GPT-2."})
     n_head: int = field(default=4, metadata={"help": "Attention heads of the GPT-2; they divide the width."})
-    vocab_size: int = field(
-        default=4096, metadata={"help": "Tokens of the tokenizer to train, at least 257."}
-    )
+    vocab_size: int = field(default=4096, metadata={"help": "Tokens of the tokenizer to train, at least 257."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout of the GPT-2, everywhere."})
 
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and self.config_name is not None:
-            raise ValueError(
-                "give --model_name_or_path (fine-tune) or --config_name (from scratch), not both"
-            )
+            raise ValueError("give --model_name_or_path (fine-tune) or --config_name (from scratch), not both")
         for name in ("n_layer", "n_embd", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.vocab_size < MIN_VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size is {self.vocab_size}; a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}"
-            )
+            raise ValueError(f"vocab_size is {self.vocab_size}; a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
 
@@ -86,9 +78,7 @@ class DataArguments:
         default=None,
         metadata={"help": "Text file(s) to validate on. Default: the last twentieth of the training lines."},
     )
-    test_file: list[str] | None = field(
-        default=None, metadata={"help": "Text file(s) to test on. Default: no test."}
-    )
+    test_file: list[str] | None = field(default=None, metadata={"help": "Text file(s) to test on. Default: no test."})
     block_size: int = field(default=128, metadata={"help": "Tokens per block, at least 2."})
 
     def __post_init__(self) -> None:
@@ -119,20 +109,12 @@ class ClmTrainingArguments(AdaFisherTrainingArguments):
     output_dir: str | None = field(default="clm_output", metadata={"help": "Where everything is written."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks per device and step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
-    lr_scheduler_type: SchedulerType | str = field(
-        default="cosine", metadata={"help": "Learning rate schedule."}
-    )
-    warmup_steps: float = field(
-        default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."}
-    )
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide non-finite losses in the log."}
-    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log."})
     eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": "When to validate."})
-    eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Steps between validations, or their share."}
-    )
+    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between validations, or their share."})
     save_steps: float = field(default=0.25, metadata={"help": "Steps between checkpoints, or their share."})
     # On a machine without an accelerator pinning does nothing but warn.
     dataloader_pin_memory: bool = field(
@@ -167,9 +149,7 @@ def parse_arguments(
     parser = HfArgumentParser((ModelArguments, DataArguments, ClmTrainingArguments))  # type: ignore[arg-type]
     if len(argv) == 1 and argv[0].endswith(".json"):
         if not Path(argv[0]).is_file():
-            raise FileNotFoundError(
-                f"configuration file {argv[0]!r} does not exist; give the path of a JSON file"
-            )
+            raise FileNotFoundError(f"configuration file {argv[0]!r} does not exist; give the path of a JSON file")
         model, data, training = parser.parse_json_file(argv[0])
     else:
         model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

@@ -52,9 +52,7 @@ class PreparedRun:
     datasets: dict[str, TokenWindows]
 
 
-def prepare(
-    model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments
-) -> PreparedRun:
+def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments) -> PreparedRun:
     """Loads text, tokenizer and model, and checks them before any work is done.
 
     The initial weights depend on the seed and the model's arguments only, never on the optimizer.
@@ -87,9 +85,7 @@ def prepare(
         name: TokenWindows(splits[name].stream, data_args.block_size, name=f"{name} text")
         for name in ("train", "validation")
     }
-    return PreparedRun(
-        model_args, data_args, training_args, checkpoint, corpus, tokenizer, model, splits, datasets
-    )
+    return PreparedRun(model_args, data_args, training_args, checkpoint, corpus, tokenizer, model, splits, datasets)
 
 
 def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
@@ -139,9 +135,7 @@ def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrained
     return tokenizer
 
 
-def load_model(
-    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> PreTrainedModel:
+def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
     """Loads the pretrained model, or makes a new one for this tokenizer; its weights are float32.
 
     Args:
@@ -162,17 +156,13 @@ def load_model(
             )
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_config(
-            _new_config(model_args, tokenizer, block_size), dtype=torch.float32
-        )
+        model = AutoModelForCausalLM.from_config(_new_config(model_args, tokenizer, block_size), dtype=torch.float32)
     if getattr(model, "loss_type", "") is None:  # GPT-2's: it then falls back to this one, with a warning
         model.loss_type = "ForCausalLM"
     return model
 
 
-def _new_config(
-    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
-) -> PreTrainedConfig:
+def _new_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedConfig:
     # No pad token: an embedding's row for it never learns, and here that would be the start token's row.
     ids = {
         "bos_token_id": tokenizer.bos_token_id,

@@ -54,8 +54,8 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
     """The cells of a configuration.
 
     Args:
-        config: ``{"common": {argument: value}, "cells": [{"optim": name, argument: value or list of values}]}``; the lists of
-            one entry are combined with each other.
+        config: ``{"common": {argument: value}, "cells": [{"optim": name, argument: value or list of values}]}``;
+            the lists of one entry are combined with each other.
 
     Raises:
         ValueError: A missing or an unknown key, an entry without ``optim``, or the same cell twice.
@@ -88,9 +88,7 @@ def local_files(folder: Path) -> dict[str, str]:
     files = {f"{split}_file": folder / f"{split[:5]}.txt" for split in ("train", "validation", "test")}
     for path in files.values():
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist: a local corpus needs train.txt, valid.txt and test.txt"
-            )
+            raise FileNotFoundError(f"{path} does not exist: a local corpus needs train.txt, valid.txt and test.txt")
     return {key: str(path) for key, path in files.items()}
 
 
@@ -123,9 +121,7 @@ def run_cells(
         ThreadPoolExecutor(jobs) as pool,
         tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run") as bar,
     ):
-        run: Callable[[Cell], str | None] = lambda cell: _run_cell(
-            cell, program, output_dir / cell.name, jobs, verbose
-        )  # noqa: E731
+        run: Callable[[Cell], str | None] = lambda cell: _run_cell(cell, program, output_dir / cell.name, jobs, verbose)  # noqa: E731
         futures = {pool.submit(run, cell): cell for cell in todo}
         for future in as_completed(futures):
             failure = future.result()
@@ -142,8 +138,8 @@ def _is_done(cell: Cell, folder: Path) -> bool:
     command = folder / COMMAND_FILE
     if command.is_file() and json.loads(command.read_text()) != cell.arguments(folder):
         raise ValueError(
-            f"{folder} holds a result made with other arguments ({command} lists them): use another output directory, or "
-            "delete the folder to run it again"
+            f"{folder} holds a result made with other arguments ({command} lists them): use another output "
+            "directory, or delete the folder to run it again"
         )
     return True
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -67,9 +67,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def loss_curve(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Returns the steps and finite values at which Trainer logged `key` ("loss", "eval_loss")."""
-    points = [
-        (entry["step"], entry[key]) for entry in log_history if key in entry and math.isfinite(entry[key])
-    ]
+    points = [(entry["step"], entry[key]) for entry in log_history if key in entry and math.isfinite(entry[key])]
     return [step for step, _ in points], [value for _, value in points]
 
 
@@ -106,9 +104,7 @@ def write_learning_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]],
     return _save(axes, path)
 
 
-def write_lines(
-    path: Path, curves: dict[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str
-) -> bool:
+def write_lines(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> bool:
     """Draws curves of points (x > 0 on a logarithmic axis, y) with a marker at each point.
 
     Returns:

@@ -115,7 +115,5 @@ def _loss_by_learning_rate(rows: Sequence[dict[str, Any]]) -> dict[str, list[tup
     for row in rows:
         if row["validation loss"] is not None and "learning_rate" in row:
             parts = [part for part in row["run"].split(",") if not part.startswith("learning_rate=")]
-            curves.setdefault(", ".join(parts), []).append(
-                (float(row["learning_rate"]), row["validation loss"])
-            )
+            curves.setdefault(", ".join(parts), []).append((float(row["learning_rate"]), row["validation loss"]))
     return {label: sorted(points) for label, points in curves.items()}

@@ -101,9 +101,7 @@ class MovingAverage:
     def update_(self, samples: Sequence[Tensor], decay: float) -> None:
         """Take in one sample for each value; ``decay`` (gamma) lies in [0, 1)."""
         for value, sample in zip(self.values, samples, strict=True):
-            value.mul_(decay).add_(
-                sample.to(value.device, value.dtype).reshape(value.shape), alpha=1.0 - decay
-            )
+            value.mul_(decay).add_(sample.to(value.device, value.dtype).reshape(value.shape), alpha=1.0 - decay)
         self.weight.mul_(decay).add_(1.0 - decay)
 
     def mean(self) -> tuple[Tensor, ...]:

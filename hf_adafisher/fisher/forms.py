@@ -132,9 +132,7 @@ class GradientForm(ParameterForm):
         return tuple(term)
 
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {
-            f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1
-        }
+        return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
 
 
 def diagonal_of(terms: Sequence[Term], like: Tensor, damping: float) -> Tensor:
@@ -146,9 +144,7 @@ def diagonal_of(terms: Sequence[Term], like: Tensor, damping: float) -> Tensor:
     dtype = statistics_dtype(like.dtype)
     total: Tensor | None = None
     for term in terms:
-        product = (
-            math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
-        )
+        product = math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
         total = product if total is None else total + product
     assert total is not None, "a parameter has at least one term"
     return total.add(damping).expand(like.shape) if total.shape != like.shape else total.add(damping)

@@ -70,12 +70,7 @@ class _ForwardHook:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is None or self._tracked is None:
             return
-        if (
-            torch.is_grad_enabled()
-            and module.training
-            and isinstance(output, Tensor)
-            and output.requires_grad
-        ):
+        if torch.is_grad_enabled() and module.training and isinstance(output, Tensor) and output.requires_grad:
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if inputs:
                 recorder._watch(self._tracked, inputs, output)
@@ -89,10 +84,9 @@ def _gradient_site(output: Tensor) -> Tensor:
     there and cost more even when idle.
     """
     base = output._base
-    if base is not None and base.requires_grad and base.numel() == output.numel() and base.dim() > 0:
-        if base.shape[-1] == output.shape[-1]:
-            return base
-    return output
+    if base is None or not base.requires_grad or base.dim() == 0 or base.numel() != output.numel():
+        return output
+    return base if base.shape[-1] == output.shape[-1] else output
 
 
 class FactorRecorder:
@@ -133,9 +127,7 @@ class FactorRecorder:
     def arm(self) -> None:
         """Put one forward hook on every tracked module. Raises RuntimeError after :meth:`close`."""
         if self.closed:
-            raise RuntimeError(
-                "this recorder was closed and records no more; build a new optimizer to train on"
-            )
+            raise RuntimeError("this recorder was closed and records no more; build a new optimizer to train on")
         if not self._handles:
             for tracked in self.tracked:
                 hook = _ForwardHook(self, tracked)

@@ -40,9 +40,7 @@ class Use:
         """Empty factors of this use; statistics are float32 whatever the model's dtype (float64 for float64)."""
         dtype, keys = statistics_dtype(param.dtype), self.factor_keys(param.shape)
         shapes = self.form.factor_shapes(param.shape)
-        state = {
-            key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()
-        }
+        state = {key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()}
         return {**state, self.weight_key: torch.zeros((), dtype=torch.float64)}
 
     def average(self, state: Mapping[str, Tensor], shape: torch.Size) -> MovingAverage:
@@ -69,9 +67,7 @@ def find_uses(params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]) 
     return uses
 
 
-def terms_of(
-    uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True
-) -> list[Term]:
+def terms_of(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> list[Term]:
     """The spread factors of every use that has statistics; empty while none has."""
     terms = []
     for use in uses:

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_adafisher.fisher.forms import Term, diagonal_of
-from hf_adafisher.fisher.recorder import FactorRecorder
-from hf_adafisher.fisher.uses import Use, find_uses, gradient_term, terms_of
+from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.optimizers.checks import check_checkpoint, check_options
-from hf_adafisher.optimizers.coverage import (
-    ParameterCoverage,
-    coverage_of,
-    curvature_summary,
-    describe_parameters,
-)
+from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
+from hf_adafisher.optimizers.curvature import Curvature
 from hf_adafisher.optimizers.update import update_parameter
-
-logger = logging.getLogger(__name__)
-
-Update = tuple[dict[str, Any], Tensor, Use, Mapping[str, Tensor]]
-"""Parameter group, parameter, the use to update and its new factors."""
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -33,8 +21,8 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 class AdaFisher(Optimizer):
     """Momentum divided by a damped diagonal Kronecker Fisher, with L2 regularisation in the gradient.
 
-    For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over all
-    positions are averaged over time every ``update_interval`` steps, and each weight is updated by
+    For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over
+    all positions are averaged over time every ``update_interval`` steps, and each weight is updated by
 
         ``F = minmax(S) (x) minmax(H) + damping``        (Eq. 4; vectors are normalised to [0, 1])
         ``m <- beta m + (1 - beta) (grad + weight_decay * theta)``
@@ -97,12 +85,10 @@ class AdaFisher(Optimizer):
             params = [p for p in model.parameters() if p.requires_grad]
             if not params:
                 raise ValueError(
-                    f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what {kind} should train"
+                    f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what {kind} should "
+                    "train"
                 )
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._recorder: FactorRecorder | None = None
-        self._bypassed: frozenset[int] = frozenset()
-        self._warned_dropped = False
+        self._curvature = Curvature(model)
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -114,15 +100,8 @@ class AdaFisher(Optimizer):
             **dict.fromkeys(("steps", "next_refresh", "refreshes", "dropped_refreshes"), 0),
         }
         super().__init__(params, defaults)
-        self._track()
-        orphans = [p for p in self._params() if self._uses_of(p)[0].tracked is None]
-        if orphans:
-            logger.warning(
-                "No layer rule reaches %s; gradient factors are used instead.",
-                describe_parameters(self, orphans),
-            )
-
-    # ----------------------------------------------------------------- the step
+        self._curvature.track(self._params())
+        self._curvature.arm(self._is_due())
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Refresh the factors if this step is due, then update every parameter that has a gradient.
@@ -136,29 +115,29 @@ class AdaFisher(Optimizer):
         Raises:
             RuntimeError: After :meth:`close`, or for a sparse gradient.
         """
-        recorder = self._open_recorder()
+        self._curvature.open_recorder()  # raises after close(), before the closure does any work
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
             if self._is_due():
-                self._refresh(recorder)
-            for group, p in self._with_gradient():
-                self._update(p, group)
+                self._refresh()
+            for group, p, grad in self._with_gradient():
+                self._update(group, p, grad)
             for group in self.param_groups:
                 group["steps"] += 1
-        self._rearm()
+        self._curvature.arm(self._is_due())
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         state = self._state_of(p)
         state["step"] += 1
         update_parameter(
             p,
-            p.grad,
+            grad,
             state["exp_avg"],
-            self._terms_for(p),
+            self._curvature.terms(p, state, grad),
             step=int(state["step"].item()),
             lr=float(group["lr"]),
             beta=group["beta"],
@@ -167,15 +146,16 @@ class AdaFisher(Optimizer):
             decoupled=self._decoupled,
         )
 
-    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+        """Group, parameter and gradient of every parameter that has one."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
                     if p.grad.is_sparse:
                         raise RuntimeError(
-                            f"{self._name(p)} has a sparse gradient: build its Embedding with sparse=False"
+                            f"{self._curvature.name_of(p)} has a sparse gradient: build its Embedding with sparse=False"
                         )
-                    yield group, p
+                    yield group, p, p.grad
 
     def _state_of(self, p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
@@ -183,86 +163,34 @@ class AdaFisher(Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            for use in self._uses_of(p):
+            for use in self._curvature.uses_of(p):
                 state.update(use.new_state(p))
         return state
-
-    # ------------------------------------------------------------ the refreshes
 
     def _is_due(self) -> bool:
         first = self.param_groups[0]
         return first["steps"] >= first["next_refresh"]
 
-    def _refresh(self, recorder: FactorRecorder) -> None:
+    def _refresh(self) -> None:
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
-        sample = recorder.flush()
-        recorded: list[Update] = []
-        from_gradient: list[Update] = []
-        for group, p in self._with_gradient():
-            uses = self._uses_of(p)
-            fresh = [
-                (group, p, use, sample.factors[use.tracked]) for use in uses if use.tracked in sample.factors
-            ]
-            recorded += fresh
-            if not fresh:
-                from_gradient.append((group, p, uses[0], uses[0].form.from_gradient(p.grad)))
-        updates = recorded + from_gradient
-        if not updates:
+        updates = self._curvature.collect(self._with_gradient())
+        if updates is None:
+            for group in self.param_groups:
+                group["dropped_refreshes"] += 1
             return
-        if sample.non_finite or not all(_is_finite(factors) for *_, factors in from_gradient):
-            self._drop(sample.non_finite)
-            return
-        for group, p, use, factors in updates:
-            use.update_(self._state_of(p), factors, p.shape, group["ema_decay"])
-        self._forget_terms()
-        self._note_bypassed({id(p) for _, p, use, _ in from_gradient if use.tracked is not None})
-        for group in self.param_groups:
-            group["refreshes"] += 1
-            # The next multiple of the interval: a late refresh does not shift those after it.
-            group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group[
-                "update_interval"
-            ]
-
-    def _drop(self, modules: list[str]) -> None:
-        for group in self.param_groups:
-            group["dropped_refreshes"] += 1
-        if not self._warned_dropped:
-            self._warned_dropped = True
-            where = (
-                f" in {modules[0]}" + (f" and {len(modules) - 1} more modules" if len(modules) > 1 else "")
-                if modules
-                else ""
-            )
-            logger.warning(
-                "Non-finite activations or gradients%s: the statistics of this step are dropped and the refresh stays "
-                "due. Said once; curvature_summary() counts them.",
-                where,
-            )
-
-    def _rearm(self) -> None:
-        recorder = self._open_recorder()
-        if self._is_due():
-            recorder.arm()
-        else:
-            recorder.disarm()
+        for update in updates:
+            state, decay = self._state_of(update.param), update.group["ema_decay"]
+            update.use.update_(state, update.factors, update.param.shape, decay)
+        if updates:
+            self._curvature.forget()
+            for group in self.param_groups:
+                group["refreshes"] += 1
+                # The next multiple of the interval: a late refresh does not shift those after it.
+                group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
 
     def discard_statistics(self) -> None:
         """Forget statistics recorded since the last step: for loops that skip a step after a backward."""
-        self._open_recorder().discard()
-
-    def _note_bypassed(self, bypassed: set[int]) -> None:
-        """Say once which parameters have a rule but no statistics: their module was not called, or not as assumed."""
-        new = bypassed - self._bypassed
-        if new:
-            params = [p for p in self._params() if id(p) in new]
-            logger.warning(
-                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
-                "something else than their class); gradient factors are used instead.",
-                describe_parameters(self, params),
-            )
-        self._bypassed = frozenset(bypassed)
-
-    # ------------------------------------------------- parameters and their uses
+        self._curvature.discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
@@ -276,59 +204,22 @@ class AdaFisher(Optimizer):
         try:
             check_options(group, self.param_groups[0], type(self).__name__)
             for p in group["params"]:
-                if id(p) not in self._names:
+                if id(p) not in self._curvature.names:
                     raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} does not belong to the model ({type(self.model).__name__}): "
-                        "build the optimizer on the module that holds every parameter it should train"
+                        f"a parameter of shape {tuple(p.shape)} does not belong to the model "
+                        f"({type(self.model).__name__}): build the optimizer on the module that holds every parameter "
+                        "it should train"
                     )
         except ValueError:
             self.param_groups.pop()
             raise
-        group["steps"], group["next_refresh"] = (
-            self.param_groups[0][key] for key in ("steps", "next_refresh")
-        )
-        if self._recorder is not None:
-            self._recorder.close()
-            self._track()
-
-    def _track(self) -> None:
-        """Find the modules and the uses of every parameter, and arm the recorder if the next step is due."""
-        self._names = {id(p): name for name, p in self.model.named_parameters()}
-        self._recorder = FactorRecorder(self.model, self._params())
-        self._uses = find_uses(self._params(), self._recorder.tracked)
-        self._forget_terms()
-        self._rearm()
+        group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
+        if self._curvature.recorder is not None:  # None while the constructor adds its groups
+            self._curvature.track(self._params())
+            self._curvature.arm(self._is_due())
 
     def _params(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
-
-    def _name(self, p: Tensor) -> str:
-        return self._names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
-
-    def _uses_of(self, p: Tensor) -> tuple[Use, ...]:
-        if id(p) not in self._uses:  # a wrapper replaced the parameters after construction
-            self._track()
-        return self._uses[id(p)]
-
-    def _terms_for(self, p: Tensor) -> list[Term]:
-        """The normalised factors of every use of ``p``, kept until the next refresh.
-
-        Before the first statistics (a layer first used between two refreshes) they come from the current gradient.
-        """
-        key = id(p)
-        if key not in self._terms:
-            self._terms[key] = terms_of(self._uses_of(p), self._state_of(p), p.shape)
-        if self._terms[key] and key not in self._provisional:
-            return self._terms[key]
-        self._provisional.add(key)
-        self._terms[key] = [gradient_term(self._uses_of(p), p.grad)]
-        return self._terms[key]
-
-    def _forget_terms(self) -> None:
-        self._terms: dict[int, list[Term]] = {}
-        self._provisional: set[int] = set()
-
-    # --------------------------------------------------------------- what it knows
 
     @torch.no_grad()
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
@@ -336,8 +227,8 @@ class AdaFisher(Optimizer):
 
         Args:
             param: A parameter that this optimizer trains.
-            normalized: False gives the Kronecker products of the averaged factors instead, neither normalised nor damped:
-                an estimate of the Fisher's diagonal, exact for a batch of one position.
+            normalized: False gives the Kronecker products of the averaged factors instead, neither normalised nor
+                damped: an estimate of the Fisher's diagonal, exact for a batch of one position.
 
         Returns:
             Tensor in the parameter's shape, float32 (float64 for a float64 parameter).
@@ -347,19 +238,14 @@ class AdaFisher(Optimizer):
             RuntimeError: There are no statistics yet, since it had no gradient in any step so far.
         """
         group = next((g for g in self.param_groups if any(q is param for q in g["params"])), None)
+        name = self._curvature.name_of(param)
         if group is None:
-            raise ValueError(
-                f"{self._name(param)} is not trained by this optimizer: it is in none of its parameter groups"
-            )
+            raise ValueError(f"{name} is not trained by this optimizer: it is in none of its parameter groups")
         state = self.state.get(param)
-        terms = []
-        if state:
-            terms = terms_of(self._uses_of(param), state, param.shape, normalize=normalized)
-            terms = terms or (self._terms.get(id(param), []) if normalized else [])
+        known = self._curvature.known_terms if normalized else self._curvature.raw_terms
+        terms = known(param, state) if state else []
         if not terms:
-            raise RuntimeError(
-                f"no curvature of {self._name(param)} is known yet: call step() after a backward first"
-            )
+            raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
         return diagonal_of(terms, param, group["damping"] if normalized else 0.0)
 
     def coverage(self) -> list[ParameterCoverage]:
@@ -367,16 +253,17 @@ class AdaFisher(Optimizer):
         return coverage_of(self)
 
     def curvature_summary(self) -> dict[str, float]:
-        """A few numbers about the curvature in use, for logs; see :func:`hf_adafisher.optimizers.coverage.curvature_summary`."""
-        return curvature_summary(self)
+        """A few numbers about the curvature in use, for logs.
 
-    # ------------------------------------------------------- checkpoints and the end
+        See :func:`hf_adafisher.optimizers.coverage.curvature_summary`.
+        """
+        return curvature_summary(self)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the given dictionary is neither changed nor shared.
 
-        Statistics come back in the dtype in which they were saved (torch's own rule would cast them to the parameter's).
+        Statistics come back in the dtype in which they were saved; torch's rule would cast them to the parameter's.
 
         Raises:
             ValueError: The checkpoint is another optimizer's, or another model's.
@@ -388,21 +275,14 @@ class AdaFisher(Optimizer):
             for key, value in state_dict["state"].get(saved_id, {}).items():
                 # 0-dimensional entries (step, weight of the average) stay on the CPU: they are read as numbers.
                 self.state[p][key] = value.detach().clone().to("cpu" if value.dim() == 0 else p.device)
-        self._forget_terms()
-        self.discard_statistics()
-        self._rearm()
-
-    def _open_recorder(self) -> FactorRecorder:
-        if self._recorder is None or self._recorder.closed:
-            raise RuntimeError(
-                f"this {type(self).__name__} was closed and has no hooks any more: build a new one to train on"
-            )
-        return self._recorder
+        self._curvature.forget()
+        self._curvature.discard()
+        self._curvature.arm(self._is_due())
 
     def close(self) -> None:
         """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
-        if self._recorder is not None:
-            self._recorder.close()
+        if self._curvature.recorder is not None:
+            self._curvature.recorder.close()
 
     def __enter__(self) -> AdaFisher:
         return self
@@ -412,13 +292,10 @@ class AdaFisher(Optimizer):
 
 
 class AdaFisherW(AdaFisher):
-    """AdaFisher with decoupled weight decay, as AdamW is to Adam: ``theta <- theta - lr (m^ / F + weight_decay * theta)``.
+    """AdaFisher with decoupled weight decay, as AdamW is to Adam.
 
-    Arguments, defaults and errors are those of :class:`AdaFisher`. This is the form for transformers.
+    ``theta <- theta - lr (m^ / F + weight_decay * theta)``, and the gradient alone enters ``m``. Arguments, defaults
+    and errors are those of :class:`AdaFisher`. This is the form for transformers.
     """
 
     _decoupled = True
-
-
-def _is_finite(factors: Mapping[str, Tensor]) -> bool:
-    return all(bool(factor.isfinite().all()) for factor in factors.values())

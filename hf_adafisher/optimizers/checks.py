@@ -68,11 +68,11 @@ def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> Non
     kind = type(optimizer).__name__
     groups = state_dict["param_groups"]
     for group in groups:
-        if not _OWN_KEYS <= group.keys():
+        if not group.keys() >= _OWN_KEYS:
             options = sorted(set(group) - {"params", "param_names", "initial_lr"})
             raise ValueError(
-                f"this checkpoint was not written by {kind} (its options are {', '.join(options)}): resume with the optimizer "
-                "that wrote it, or start without the optimizer state"
+                f"this checkpoint was not written by {kind} (its options are {', '.join(options)}): resume with the "
+                "optimizer that wrote it, or start without the optimizer state"
             )
         if group["decoupled_weight_decay"] != optimizer._decoupled:
             other = "AdaFisherW" if group["decoupled_weight_decay"] else "AdaFisher"
@@ -85,11 +85,12 @@ def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> Non
         saved = state_dict["state"].get(saved_id)
         if saved:
             expected = {"step": (), "exp_avg": tuple(p.shape)}
-            for use in optimizer._uses_of(p):
+            for use in optimizer._curvature.uses_of(p):
                 expected |= {key: tuple(value.shape) for key, value in use.new_state(p).items()}
             found = {key: tuple(value.shape) for key, value in saved.items()}
             if found != expected:
                 raise ValueError(
-                    f"the saved state of {optimizer._name(p)} does not fit the model: saved {found}, needed {expected}; "
+                    f"the saved state of {optimizer._curvature.name_of(p)} does not fit the model: saved {found}, "
+                    f"needed {expected}; "
                     "resume with the model that the checkpoint was written for"
                 )

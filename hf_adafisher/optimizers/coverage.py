@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from hf_adafisher.fisher.forms import diagonal_of
 
@@ -15,7 +13,6 @@ if TYPE_CHECKING:
     from hf_adafisher.optimizers.adafisher import AdaFisher
 
 GRADIENT_FACTORS = "gradient factors"
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,18 @@ def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
     total = sum(p.numel() for p in params)
     rows = []
     for p in params:
-        rules = {use.tracked.rule.name: None for use in optimizer._uses_of(p) if use.tracked is not None}
-        rule = GRADIENT_FACTORS if not rules or id(p) in optimizer._bypassed else "+".join(rules)
+        rules = {use.tracked.rule.name: None for use in optimizer._curvature.uses_of(p) if use.tracked is not None}
+        rule = GRADIENT_FACTORS if not rules or id(p) in optimizer._curvature.bypassed else "+".join(rules)
         rows.append(
             ParameterCoverage(
-                optimizer._name(p), rule, tuple(owners.get(id(p), ())), p.numel(), p.numel() / max(total, 1)
+                optimizer._curvature.name_of(p),
+                rule,
+                tuple(owners.get(id(p), ())),
+                p.numel(),
+                p.numel() / max(total, 1),
             )
         )
     return rows
-
-
-def describe_parameters(optimizer: AdaFisher, params: Sequence[Tensor]) -> str:
-    """``"3 parameters (0.2 % of all values): a, b, c"`` for one grouped message."""
-    share = 100.0 * sum(p.numel() for p in params) / max(sum(p.numel() for p in optimizer._params()), 1)
-    names = ", ".join(optimizer._name(p) for p in params[:_NAMES_SHOWN])
-    more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
-    return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.2g} % of all values): {names}{more}"
 
 
 @torch.no_grad()
@@ -75,7 +68,7 @@ def curvature_summary(optimizer: AdaFisher) -> dict[str, float]:
 
     Returns:
         ``fisher_mean``: mean of the damped diagonal over all values with statistics;
-        ``floor_share``: share of those values whose Fisher is smaller than the damping, so that the damping decides their step;
+        ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step;
         ``gradient_factor_share``: share of values on gradient factors;
         ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
         The first two are missing before the first step.
@@ -83,10 +76,9 @@ def curvature_summary(optimizer: AdaFisher) -> dict[str, float]:
     mean_sum = floor_sum = values = 0.0
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if optimizer.state.get(p) and p.numel():
-                terms = optimizer._terms.get(id(p)) or ()
-                if not terms:
-                    continue
+            state = optimizer.state.get(p)
+            terms = optimizer._curvature.known_terms(p, state) if state else []
+            if terms:
                 diagonal = diagonal_of(terms, p, group["damping"])
                 mean_sum += diagonal.sum(dtype=torch.float64).item()
                 floor_sum += (diagonal < 2 * group["damping"]).sum().item()

@@ -87,9 +87,7 @@ def available_optimizers() -> list[str]:
 def optimizer_record(name: str) -> OptimizerRecord:
     """The record of an optimizer. Raises ValueError for an unknown name, with the known ones and the nearest."""
     if name not in _RECORDS:
-        raise ValueError(
-            f"unknown optimizer {name!r}{did_you_mean(name, _RECORDS)}; available: {', '.join(_RECORDS)}"
-        )
+        raise ValueError(f"unknown optimizer {name!r}{did_you_mean(name, _RECORDS)}; available: {', '.join(_RECORDS)}")
     return _RECORDS[name]
 
 
@@ -122,7 +120,7 @@ def create_optimizer(
         The optimizer. It refuses to load a checkpoint that another kind of optimizer wrote.
 
     Raises:
-        ValueError: Unknown name or option (the message lists the known ones), nothing to train, or a value out of range.
+        ValueError: Unknown name or option (the message lists the known ones), nothing to train, a value out of range.
     """
     record = optimizer_record(name)
     unknown = [key for key in options if key not in record.options()]
@@ -139,7 +137,7 @@ def create_optimizer(
         arguments["fused"] = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
     if record.needs_model:
         return record.cls(model, groups, **arguments)  # type: ignore[arg-type]
-    optimizer = record.cls(groups, **arguments)  # type: ignore[call-arg]
+    optimizer = record.cls(groups, **arguments)
     optimizer.register_load_state_dict_pre_hook(_checkpoint_guard(record))
     return optimizer
 
@@ -152,8 +150,8 @@ def _checkpoint_guard(record: OptimizerRecord) -> Callable[[Optimizer, dict[str,
             if not record.checkpoint_keys <= group.keys():
                 options = sorted(set(group) - {"params", "param_names", "initial_lr"})
                 raise ValueError(
-                    f"this checkpoint was not written by {record.name} (its options are {', '.join(options)}): resume with the "
-                    "optimizer that wrote it, or start without the optimizer state"
+                    f"this checkpoint was not written by {record.name} (its options are {', '.join(options)}): resume "
+                    "with the optimizer that wrote it, or start without the optimizer state"
                 )
 
     return guard

@@ -26,12 +26,12 @@ class AdaFisherTrainingArguments(TrainingArguments):
     """``transformers.TrainingArguments`` with ``optim="adafisherw"`` and AdaFisher's options.
 
     Every argument of TrainingArguments keeps its meaning and default, and every other ``optim`` of Trainer keeps
-    working. Defaults that differ from the paper's (learning rate 1e-3, damping 1e-3, ema_decay 0.8, update_interval 100)
+    working. Defaults that differ from the paper's (learning rate and damping 1e-3, ema_decay 0.8, update_interval 100)
     are for language models trained from scratch; ``max_grad_norm`` stays at Trainer's 1.0, which they need.
 
     Args:
-        optim: ``adafisherw`` (default), ``adafisher``, ``sgd`` (momentum 0.9), ``adam``, ``adamw`` (both fused where the
-            device allows), or any name of ``transformers.training_args.OptimizerNames``.
+        optim: ``adafisherw`` (default), ``adafisher``, ``sgd`` (momentum 0.9), ``adam``, ``adamw`` (both fused where
+            the device allows), or any name of ``transformers.training_args.OptimizerNames``.
         learning_rate: Default 0.06 for AdaFisher(W), and Trainer's 5e-5 for every other optimizer. AdaFisher divides by
             a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
         beta: Decay of AdaFisher's first moment, in [0, 1). Default 0.9.
@@ -43,26 +43,20 @@ class AdaFisherTrainingArguments(TrainingArguments):
         optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
 
     Raises:
-        ValueError: Unknown ``optim``, a malformed ``optim_args``, or a training mode that AdaFisher does not support yet.
+        ValueError: Unknown ``optim``, malformed ``optim_args``, or a training mode that AdaFisher does not support yet.
     """
 
     # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
-    optim: str = field(
-        default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."}
-    )
+    optim: str = field(default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."})
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: 0.06 for AdaFisher(W), 5e-5 for every other optimizer."}
     )
     beta: float = field(default=0.9, metadata={"help": "AdaFisher: decay of the first moment, in [0, 1)."})
-    damping: float = field(
-        default=1e-2, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."}
-    )
+    damping: float = field(default=1e-2, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."})
     ema_decay: float = field(
         default=0.95, metadata={"help": "AdaFisher: decay gamma of the factors' average, in [0, 1)."}
     )
-    update_interval: int = field(
-        default=10, metadata={"help": "AdaFisher: T_cov, steps between two refreshes, >= 1."}
-    )
+    update_interval: int = field(default=10, metadata={"help": "AdaFisher: T_cov, steps between two refreshes, >= 1."})
     log_curvature: bool = field(
         default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."}
     )
@@ -77,9 +71,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
             )
         if self.learning_rate is None:
             self.learning_rate = DEFAULT_LEARNING_RATE if name in _ADAFISHER else TRAINER_LEARNING_RATE
-        self.optim = (
-            "adamw_torch" if ours else name
-        )  # passes Trainer's validation, which knows only its own names
+        self.optim = "adamw_torch" if ours else name  # passes Trainer's validation, which knows only its own names
         super().__post_init__()
         if ours:
             self.optim = name
@@ -88,9 +80,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
             self._refuse_unsupported()
         self._warn_ignored()
 
-    def set_optimizer(
-        self, name: Any = "adafisherw", *args: Any, **kwargs: Any
-    ) -> AdaFisherTrainingArguments:
+    def set_optimizer(self, name: Any = "adafisherw", *args: Any, **kwargs: Any) -> AdaFisherTrainingArguments:
         """As in TrainingArguments, and with AdaFisher's names too. Raises ValueError for an unknown name."""
         ours = str(name) in available_optimizers()
         super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)
@@ -113,8 +103,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
 
     def _refuse_unsupported(self) -> None:
         modes = {
-            "torch_compile": self.torch_compile
-            and "compiled graphs do not run the hooks that record the factors",
+            "torch_compile": self.torch_compile and "compiled graphs do not run the hooks that record the factors",
             "deepspeed": self.deepspeed and "DeepSpeed gives the optimizer flat shards instead of parameters",
             "fsdp": self.fsdp and "FSDP1 gives the optimizer flat shards instead of parameters",
         }
@@ -131,9 +120,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
         changed = [name for name in ignored if getattr(self, name) != defaults[name]]
         if changed:
             name = getattr(self.optim, "value", self.optim)
-            logger.warning(
-                "optim=%s does not use %s: these settings have no effect.", name, ", ".join(changed)
-            )
+            logger.warning("optim=%s does not use %s: these settings have no effect.", name, ", ".join(changed))
 
 
 def _parse_optim_args(text: str | None) -> dict[str, Any]:

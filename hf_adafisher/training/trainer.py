@@ -11,6 +11,7 @@ from transformers import Trainer
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
+from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 
 _LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "dropped_refreshes")
 
@@ -31,28 +32,26 @@ class AdaFisherTrainer(Trainer):
         """Build ``args.optim`` on ``model`` (default: ``self.model``) unless an optimizer was given; returns it.
 
         Raises:
-            ValueError: An option of the optimizer is out of range or unknown, or several GPUs are driven by one process.
+            ValueError: An option of the optimizer is out of range or unknown, or one process drives several GPUs.
         """
-        name = str(getattr(self.args.optim, "value", self.args.optim))
-        if (
-            self.optimizer is not None
-            or self.optimizer_cls_and_kwargs is not None
-            or name not in available_optimizers()
-        ):
+        name, args = str(getattr(self.args.optim, "value", self.args.optim)), self.args
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        if given or name not in available_optimizers() or not isinstance(args, AdaFisherTrainingArguments):
             return super().create_optimizer(model)
-        if self.args.n_gpu > 1 and optimizer_record(name).needs_model:
+        if args.n_gpu > 1 and optimizer_record(name).needs_model:
             raise ValueError(
-                f"{name} does not support DataParallel ({self.args.n_gpu} GPUs in one process): start one process a GPU with "
-                "torchrun, or show only one with CUDA_VISIBLE_DEVICES"
+                f"{name} does not support DataParallel ({args.n_gpu} GPUs in one process): start one process a GPU "
+                "with torchrun, or show only one with CUDA_VISIBLE_DEVICES"
             )
         model = self.model if model is None else model
+        assert model is not None
         self.optimizer = create_optimizer(
             name,
             model,
-            lr=self.args.learning_rate,
-            weight_decay=self.args.weight_decay,
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
             decay_names=self.get_decay_parameter_names(model),
-            **self.args.optimizer_options(),
+            **args.optimizer_options(),
         )
         return self.optimizer
 
@@ -75,7 +74,7 @@ class AdaFisherTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         finally:
             self.args.optim_args = previous
-        card = Path(self.args.output_dir) / "README.md"
+        card = Path(self.args.output_dir or ".") / "README.md"
         if optimizer is not None and self.is_world_process_zero() and card.is_file():
             kind = type(optimizer).__name__
             card.write_text(

@@ -68,9 +68,7 @@ def token_by_token_nll(model: nn.Module, stream: Tensor, block_size: int) -> flo
 @pytest.mark.parametrize("tokens", [1, 21, 28])
 def test_evaluation_equals_a_token_by_token_loop(block_size: int, tokens: int) -> None:
     model, stream = tiny_gpt2().double().eval(), stream_of(tokens)
-    result = evaluate_perplexity(
-        model, stream, num_words=9, block_size=block_size, batch_size=3, progress=False
-    )
+    result = evaluate_perplexity(model, stream, num_words=9, block_size=block_size, batch_size=3, progress=False)
     assert result.total_nll == pytest.approx(token_by_token_nll(model, stream, block_size), rel=1e-12)
     assert (result.num_tokens, result.num_words) == (tokens, 9)
     assert result.mean_loss == result.total_nll / tokens
@@ -80,9 +78,7 @@ def test_evaluation_equals_a_token_by_token_loop(block_size: int, tokens: int) -
 def test_batches_do_not_matter(batch_size: int) -> None:
     model, stream = tiny_gpt2().double(), stream_of(40)
     results = [
-        evaluate_perplexity(
-            model, stream, num_words=1, block_size=6, batch_size=size, progress=False
-        ).total_nll
+        evaluate_perplexity(model, stream, num_words=1, block_size=6, batch_size=size, progress=False).total_nll
         for size in (batch_size, 7)
     ]
     assert results[0] == pytest.approx(results[1], rel=1e-12)
@@ -100,9 +96,7 @@ def test_evaluation_switches_dropout_off_and_every_module_back() -> None:
 def test_modes_come_back_after_an_error_too() -> None:
     model = tiny_gpt2().train()
     with pytest.raises(IndexError):
-        evaluate_perplexity(
-            model, torch.full((5,), VOCABULARY + 3), num_words=1, block_size=4, progress=False
-        )
+        evaluate_perplexity(model, torch.full((5,), VOCABULARY + 3), num_words=1, block_size=4, progress=False)
     assert all(module.training for module in model.modules())
 
 
@@ -125,9 +119,7 @@ def test_half_precision_logits_are_not_summed_in_half_precision() -> None:
 def test_overflow_is_infinite_and_nan_stays_nan() -> None:
     logits = torch.zeros(VOCABULARY)
     logits[0] = 1e30
-    result = evaluate_perplexity(
-        Constant(logits), torch.ones(9).long(), num_words=1, block_size=4, progress=False
-    )
+    result = evaluate_perplexity(Constant(logits), torch.ones(9).long(), num_words=1, block_size=4, progress=False)
     assert result.token_perplexity == result.word_perplexity == math.inf
     assert math.isnan(PerplexityResult(math.nan, 3, 2).token_perplexity)
     assert token_perplexity(math.inf, 3) == math.inf

@@ -135,9 +135,7 @@ def test_hub_corpora_ask_for_the_pinned_text(name: str, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("name", list(HUB_CORPORA))
-def test_hub_corpus_without_network_or_cache(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_hub_corpus_without_network_or_cache(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)

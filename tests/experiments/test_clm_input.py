@@ -36,9 +36,7 @@ def test_bad_input_ends_in_one_line(
     assert not (tmp_path / "out" / "results.json").exists()
 
 
-def test_text_shorter_than_a_block_is_refused(
-    main: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_text_shorter_than_a_block_is_refused(main: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "short.txt").write_text("a few words\nand a line\n")
     flags = [
         "--train_file",
@@ -63,9 +61,7 @@ def test_a_foreign_tokenizer_must_fit_the_model(
     assert "305 tokens" in caplog.text and "only 300" in caplog.text
 
 
-def test_unknown_keys_in_a_json_file_are_refused(
-    main: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unknown_keys_in_a_json_file_are_refused(main: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "run.json").write_text('{"n_layers": 2}')
     assert main([str(tmp_path / "run.json")]) == 2
     assert "n_layers" in caplog.text

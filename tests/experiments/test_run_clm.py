@@ -66,9 +66,7 @@ def test_files_beside_the_results(finished: Path) -> None:
 
 
 @pytest.mark.parametrize("optim", ["adafisherw", "adamw"])
-def test_resumed_is_uninterrupted(
-    main: Any, command: list[str], finished: Path, tmp_path: Path, optim: str
-) -> None:
+def test_resumed_is_uninterrupted(main: Any, command: list[str], finished: Path, tmp_path: Path, optim: str) -> None:
     command = [*command, "--save_steps", "2", "--update_interval", "3", "--optim", optim]
     assert main([*command, "--output_dir", str(tmp_path / "whole")]) == 0
     middle = str(tmp_path / "whole" / "checkpoint-2")
@@ -85,9 +83,7 @@ def test_resumed_is_uninterrupted(
 
 
 def test_last_finds_the_latest_checkpoint(finished: Path) -> None:
-    assert (
-        find_checkpoint(finished, "last") == find_checkpoint(finished, True) == str(finished / "checkpoint-4")
-    )
+    assert find_checkpoint(finished, "last") == find_checkpoint(finished, True) == str(finished / "checkpoint-4")
     assert find_checkpoint(finished, None) is None
 
 
@@ -101,9 +97,7 @@ def test_a_used_output_directory_gives_a_warning(
     assert "starts anew" not in caplog.text
 
 
-def test_initial_weights_depend_on_the_seed_and_not_on_the_optimizer(
-    command: list[str], tmp_path: Path
-) -> None:
+def test_initial_weights_depend_on_the_seed_and_not_on_the_optimizer(command: list[str], tmp_path: Path) -> None:
     def weights(*flags: str) -> torch.Tensor:
         model = prepare(*parse_arguments([*command, "--output_dir", str(tmp_path), *flags])).model
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
@@ -166,19 +160,14 @@ def test_a_diverged_run_says_so(main: Any, command: list[str], tmp_path: Path) -
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_fine_tuning_starts_from_the_given_model(
-    main: Any, command: list[str], finished: Path, tmp_path: Path
-) -> None:
+def test_fine_tuning_starts_from_the_given_model(main: Any, command: list[str], finished: Path, tmp_path: Path) -> None:
     command = [*command, "--model_name_or_path", str(finished), "--output_dir", str(tmp_path)]
     before = load_file(finished / "model.safetensors")
     state = prepare(*parse_arguments(command)).model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
     assert main([*command, "--learning_rate", "1e-2"]) == 0
     assert read_results(tmp_path)["test"]["loss"] < read_results(finished)["test"]["loss"]
-    assert (
-        AutoTokenizer.from_pretrained(tmp_path).get_vocab()
-        == AutoTokenizer.from_pretrained(finished).get_vocab()
-    )
+    assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == AutoTokenizer.from_pretrained(finished).get_vocab()
 
 
 def test_another_architecture_from_scratch(command: list[str], tmp_path: Path) -> None:

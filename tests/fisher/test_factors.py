@@ -74,11 +74,7 @@ def test_pairs_add_sums_and_counts() -> None:
 def test_gradient_factors_of_every_number_of_axes() -> None:
     form, grad = GradientForm(), torch.randn(2, 1, 4, 3, dtype=torch.float64)
     factors = form.from_gradient(grad)
-    assert (
-        set(factors)
-        == set(form.factor_shapes(grad.shape))
-        == {"axis0_factor", "axis2_factor", "axis3_factor"}
-    )
+    assert set(factors) == set(form.factor_shapes(grad.shape)) == {"axis0_factor", "axis2_factor", "axis3_factor"}
     assert_close(factors["axis2_factor"], torch.stack([grad[:, :, i].square().mean() for i in range(4)]))
     raw = form.spread(factors, grad.shape, normalize=False)
     product = raw[0] * raw[1] * raw[2]

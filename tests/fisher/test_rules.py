@@ -164,9 +164,7 @@ def test_factors_are_summed_in_float32(record: Layer, dtype: torch.dtype) -> Non
     """In a low-precision model too: 300 squared is no float16, and 1 + 1/512 is no bfloat16."""
     layer, x = record.build(dtype), record.batch((9, 8), dtype)
     g = normal(9, 8, *record.outputs, seed=3, dtype=dtype) * 300
-    options = record.options | (
-        {"eps": torch.finfo(dtype).eps} if record.name == "rmsnorm_default_eps" else {}
-    )
+    options = record.options | ({"eps": torch.finfo(dtype).eps} if record.name == "rmsnorm_default_eps" else {})
     factor, expected = input_factor(layer, x), input_factor_loop(record.kind, x, **options)
     assert factor.dtype == torch.float32
     assert_close(factor, expected.float())

@@ -50,9 +50,7 @@ def test_every_name_trains_moves_every_parameter_and_resumes(name: str) -> None:
     resumed.load_state_dict(model.state_dict())
     restored = create_optimizer(name, resumed, lr=1e-2, weight_decay=0.01, **options)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # torch's own optimizers share tensors
-    assert [step(model, optimizer, record) for _ in range(4)] == [
-        step(resumed, restored, record) for _ in range(4)
-    ]
+    assert [step(model, optimizer, record) for _ in range(4)] == [step(resumed, restored, record) for _ in range(4)]
 
 
 @pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
@@ -101,12 +99,7 @@ def test_unknown_names_and_options_name_the_known_ones_and_the_nearest() -> None
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [
-        (a, b)
-        for a in available_optimizers()
-        for b in available_optimizers()
-        if a != b and {a, b} != {"adam", "adamw"}
-    ],
+    [(a, b) for a in available_optimizers() for b in available_optimizers() if a != b and {a, b} != {"adam", "adamw"}],
 )
 def test_a_checkpoint_of_another_kind_is_refused(name: str, other: str) -> None:
     model = mlp(3, 2)

@@ -166,9 +166,7 @@ def test_micro_batches_of_different_sizes(optimizer_class: type[AdaFisher]) -> N
     """Three backward passes a step: one refresh over all positions of all of them, whatever their sizes."""
 
     def loss(model: nn.Module, step: int) -> Tensor:
-        parts = [
-            regression(rows, 5)(model, torch.Generator().manual_seed(10 * step + rows)) for rows in (2, 7, 4)
-        ]
+        parts = [regression(rows, 5)(model, torch.Generator().manual_seed(10 * step + rows)) for rows in (2, 7, 4)]
         for part in parts[:-1]:
             part.backward()
         return parts[-1]

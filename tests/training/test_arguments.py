@@ -18,15 +18,11 @@ CPU = {"use_cpu": True, "report_to": "none"}
 
 def parse(tmp_path: Path, *arguments: str) -> AdaFisherTrainingArguments:
     parser = HfArgumentParser(AdaFisherTrainingArguments)
-    (parsed,) = parser.parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "true", *arguments]
-    )
+    (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--use_cpu", "true", *arguments])
     return parsed
 
 
-@pytest.mark.parametrize(
-    "name", [*available_optimizers(), "adamw_torch", "adafactor", "adamw_torch_fused", "rmsprop"]
-)
+@pytest.mark.parametrize("name", [*available_optimizers(), "adamw_torch", "adafactor", "adamw_torch_fused", "rmsprop"])
 def test_every_name_parses_and_survives(name: str, tmp_path: Path) -> None:
     arguments = parse(tmp_path, "--optim", name, "--damping", "0.5")
     assert arguments.optim == name
@@ -37,9 +33,7 @@ def test_every_name_parses_and_survives(name: str, tmp_path: Path) -> None:
 
 def test_a_json_file_is_parsed(tmp_path: Path) -> None:
     parser = HfArgumentParser(AdaFisherTrainingArguments)
-    (arguments,) = parser.parse_dict(
-        {"output_dir": str(tmp_path), "optim": "adafisher", "update_interval": 3, **CPU}
-    )
+    (arguments,) = parser.parse_dict({"output_dir": str(tmp_path), "optim": "adafisher", "update_interval": 3, **CPU})
     assert arguments.optimizer_options()["update_interval"] == 3
 
 
@@ -53,14 +47,10 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
         (OptimizerNames.ADAFACTOR, 5e-5),
     ],
 )
-def test_the_default_learning_rate_depends_on_the_optimizer(
-    optim: Any, expected: float, tmp_path: Path
-) -> None:
+def test_the_default_learning_rate_depends_on_the_optimizer(optim: Any, expected: float, tmp_path: Path) -> None:
     arguments = AdaFisherTrainingArguments(str(tmp_path), optim=optim, **CPU)
     assert arguments.learning_rate == expected
-    assert (
-        AdaFisherTrainingArguments(str(tmp_path), optim=optim, learning_rate=0.5, **CPU).learning_rate == 0.5
-    )
+    assert AdaFisherTrainingArguments(str(tmp_path), optim=optim, learning_rate=0.5, **CPU).learning_rate == 0.5
 
 
 def test_defaults_are_those_of_the_docstring_and_of_training_arguments(tmp_path: Path) -> None:
@@ -72,9 +62,7 @@ def test_defaults_are_those_of_the_docstring_and_of_training_arguments(tmp_path:
 
 def test_optim_args_are_read_as_python_values(tmp_path: Path) -> None:
     def options(optim: str, text: str) -> dict[str, Any]:
-        return AdaFisherTrainingArguments(
-            str(tmp_path), optim=optim, optim_args=text, **CPU
-        ).optimizer_options()
+        return AdaFisherTrainingArguments(str(tmp_path), optim=optim, optim_args=text, **CPU).optimizer_options()
 
     assert options("sgd", "momentum=0.5, nesterov=true") == {"momentum": 0.5, "nesterov": True}
     assert options("adamw", "betas=(0.8, 0.9)") == {"betas": (0.8, 0.9), "eps": 1e-8}
@@ -85,15 +73,11 @@ def test_optim_args_are_read_as_python_values(tmp_path: Path) -> None:
 
 
 def test_adam_settings_reach_adam(tmp_path: Path) -> None:
-    arguments = AdaFisherTrainingArguments(
-        str(tmp_path), optim="adam", adam_beta2=0.95, adam_epsilon=1e-6, **CPU
-    )
+    arguments = AdaFisherTrainingArguments(str(tmp_path), optim="adam", adam_beta2=0.95, adam_epsilon=1e-6, **CPU)
     assert arguments.optimizer_options() == {"betas": (0.9, 0.95), "eps": 1e-6}
 
 
-def test_settings_of_another_optimizer_are_pointed_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     AdaFisherTrainingArguments(str(tmp_path), optim="adafisherw", adam_beta1=0.8, **CPU)
     assert "optim=adafisherw does not use adam_beta1" in caplog.text
     caplog.clear()

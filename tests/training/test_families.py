@@ -65,9 +65,7 @@ def test_every_parameter_has_a_gradient(record: Family) -> None:
     for seed in range(STEPS):
         model.zero_grad()
         model(**record.batch(seed=seed)).loss.backward()
-        seen |= {
-            name for name, param in trainable(model).items() if param.grad is not None and param.grad.any()
-        }
+        seen |= {name for name, param in trainable(model).items() if param.grad is not None and param.grad.any()}
     assert seen == set(trainable(model))
 
 
@@ -94,9 +92,7 @@ def test_every_matrix_takes_the_rule_of_its_layer(record: Family, tmp_path: Path
     rows = adafisher_of(trainer).coverage()
     without_rule = {row.name for row in rows if row.rule == "gradient factors"}
     assert without_rule == {
-        name
-        for name in trainable(model_of(trainer))
-        if any(part in name for part in WITHOUT_RULE.get(record.name, ()))
+        name for name in trainable(model_of(trainer)) if any(part in name for part in WITHOUT_RULE.get(record.name, ()))
     }
     assert {rule for row in rows for rule in row.rule.split("+")} <= RULES
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -73,9 +73,7 @@ def test_arguments_reach_the_optimizer_and_the_groups_are_trainers(tmp_path: Pat
     trainer = our_trainer(tmp_path, learning_rate=0.04, weight_decay=0.2, **options)
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, AdaFisherW)
-    stock = Trainer(
-        trainer.model, TrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)
-    ).create_optimizer()
+    stock = Trainer(trainer.model, TrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)).create_optimizer()
     for group, expected in zip(optimizer.param_groups, stock.param_groups, strict=True):
         assert {key: group[key] for key in options} == options
         assert (group["lr"], group["weight_decay"]) == (0.04, expected["weight_decay"])
@@ -114,9 +112,7 @@ def test_resume_equals_the_uninterrupted_run_bitwise(make: Callable[..., Trainer
 @pytest.mark.parametrize(
     ("writer", "reader"), [("adamw", "adafisherw"), ("adafisherw", "adamw"), ("adafisher", "adafisherw")]
 )
-def test_a_checkpoint_of_another_optimizer_is_refused_on_resume(
-    writer: str, reader: str, tmp_path: Path
-) -> None:
+def test_a_checkpoint_of_another_optimizer_is_refused_on_resume(writer: str, reader: str, tmp_path: Path) -> None:
     our_trainer(tmp_path / "a", optim=writer, max_steps=2, save_strategy="steps", save_steps=2).train()
     with pytest.raises(ValueError, match="resume with"):
         our_trainer(tmp_path / "b", optim=reader, max_steps=4).train(
@@ -153,8 +149,7 @@ def test_the_model_card_names_the_optimizer_and_its_options(tmp_path: Path) -> N
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert (
-        "Use adafisherw and the args are:\nlr=0.03, beta=0.9, damping=0.25, ema_decay=0.95, update_interval=10"
-        in card
+        "Use adafisherw and the args are:\nlr=0.03, beta=0.9, damping=0.25, ema_decay=0.95, update_interval=10" in card
     )
     assert "Trained with AdaFisherW" in card and "arxiv.org/abs/2405.16397" in card
     assert trainer.args.optim_args is None
@@ -173,9 +168,7 @@ def test_a_stock_trainer_with_our_arguments_says_that_it_cannot(tmp_path: Path) 
 
 def test_model_init_builds_a_new_optimizer_on_the_new_model(tmp_path: Path) -> None:
     arguments = AdaFisherTrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", **OPTIONS)
-    trainer = AdaFisherTrainer(
-        model_init=lambda: RECORD.build(), args=arguments, train_dataset=RECORD.dataset(16)
-    )
+    trainer = AdaFisherTrainer(model_init=lambda: RECORD.build(), args=arguments, train_dataset=RECORD.dataset(16))
     for _ in range(2):
         trainer.train()
         optimizer = raw(trainer)

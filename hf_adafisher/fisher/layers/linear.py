@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from hf_adafisher.fisher.factors import sum_of_squares
 from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
-from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure
+from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure, weight_of
 
 _PROBE_ROWS = 8
 
@@ -24,7 +24,7 @@ class LinearRule(LayerRule):
         return {"weight": KroneckerForm(self.axes), "bias": KroneckerForm((OUTPUT_GRAD,))}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        sizes = dict(zip(self.axes, module.weight.shape, strict=True))
+        sizes = dict(zip(self.axes, weight_of(module).shape, strict=True))
         return (sizes[INPUT],), (sizes[OUTPUT_GRAD],)
 
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
@@ -42,8 +42,8 @@ class LinearRule(LayerRule):
         if inputs[0].shape[-1] != d_in or output.shape[-1] != d_out:
             return False
         x, y = inputs[0].reshape(-1, d_in)[:_PROBE_ROWS], output.reshape(-1, d_out)[:_PROBE_ROWS]
-        weight = module.weight if self.axes[0] == OUTPUT_GRAD else module.weight.t()
-        bias = None if module.bias is None else module.bias.to(x.dtype)
+        weight = weight_of(module) if self.axes[0] == OUTPUT_GRAD else weight_of(module).t()
+        bias = module.bias.to(x.dtype) if isinstance(module.bias, Tensor) else None
         return agree(y, F.linear(x, weight.to(x.dtype), bias))
 
 

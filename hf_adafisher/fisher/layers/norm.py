@@ -14,9 +14,15 @@ from torch.nn import functional as F
 
 from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares
 from hf_adafisher.fisher.forms import ParameterForm, ScaleForm, ShiftForm
-from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure
+from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure, weight_of
 
 _PROBE_ROWS = 8
+
+
+def _epsilon(module: nn.Module, default: float) -> float:
+    """The layer's epsilon under its usual names."""
+    eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
+    return default if eps is None else float(eps)
 
 
 class LayerNormRule(LayerRule):
@@ -26,35 +32,35 @@ class LayerNormRule(LayerRule):
 
     def normalized_input(self, module: nn.Module, x: Tensor) -> Tensor:
         """``xhat``, in the dtype of statistics."""
-        shape = module.weight.shape
-        return F.layer_norm(x.to(statistics_dtype(x.dtype)), shape, eps=module.eps)
+        shape = weight_of(module).shape
+        return F.layer_norm(x.to(statistics_dtype(x.dtype)), shape, eps=_epsilon(module, 1e-5))
 
     def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
         return {"weight": ScaleForm(), "bias": ShiftForm()}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(module.weight.shape), tuple(module.weight.shape)
+        return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
 
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
-        shape = module.weight.shape
+        shape = weight_of(module).shape
         xhat = self.normalized_input(module, inputs[0].detach())
         return sum_of_squares(xhat, shape.numel()).reshape(shape), xhat.numel() // shape.numel()
 
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
-        shape = module.weight.shape
+        shape = weight_of(module).shape
         return sum_of_squares(grad, shape.numel()).reshape(shape)
 
     def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
             return True
-        shape = module.weight.shape
+        shape = weight_of(module).shape
         if inputs[0].shape != output.shape or inputs[0].shape[inputs[0].dim() - len(shape) :] != shape:
             return False
         x, y = (t.detach().reshape(-1, *shape)[:_PROBE_ROWS] for t in (inputs[0], output))
         xhat, bias = self.normalized_input(module, x), getattr(module, "bias", None)
         shift = 0.0 if bias is None else bias
         # Gemma stores its scale as a distance from one: y = (1 + w) xhat. Gradient and factors are the same.
-        return any(agree(y, xhat * (module.weight + offset) + shift) for offset in (0.0, 1.0))
+        return any(agree(y, xhat * (weight_of(module) + offset) + shift) for offset in (0.0, 1.0))
 
 
 class RMSNormRule(LayerNormRule):
@@ -63,21 +69,15 @@ class RMSNormRule(LayerNormRule):
     name = "RMSNorm"
 
     def normalized_input(self, module: nn.Module, x: Tensor) -> Tensor:
-        shape = module.weight.shape
-        eps = getattr(module, "eps", getattr(module, "variance_epsilon", None))
-        if eps is None:  # torch's default: the resolution of the input's dtype
-            eps = torch.finfo(x.dtype).eps
-        return F.rms_norm(x.to(statistics_dtype(x.dtype)), shape, eps=float(eps))
+        shape = weight_of(module).shape
+        # Where eps is None, torch uses the resolution of the input's dtype, not of the statistics'.
+        return F.rms_norm(x.to(statistics_dtype(x.dtype)), shape, eps=_epsilon(module, torch.finfo(x.dtype).eps))
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
     """A leaf with one 1-D weight and an epsilon. That it does compute an RMS norm is then checked by ``explains``."""
-    parameters = {name: p for name, p in module.named_parameters(recurse=False)}
-    if (
-        set(parameters) != {"weight"}
-        or any(True for _ in module.children())
-        or any(True for _ in module.buffers())
-    ):
+    parameters = dict(module.named_parameters(recurse=False))
+    if set(parameters) != {"weight"} or any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return False
     return parameters["weight"].dim() == 1 and (hasattr(module, "eps") or hasattr(module, "variance_epsilon"))
 

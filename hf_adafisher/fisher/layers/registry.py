@@ -46,10 +46,17 @@ class LayerRule(ABC):
         """Whether this call really computes what the rule assumes.
 
         Asked once per module, on real numbers, because a class proves little: OPT's position table derives from
-        Embedding and is called with an attention mask, a gated RMSNorm multiplies before it normalises. A module that is
-        not explained gets gradient factors. The default accepts.
+        Embedding and is called with an attention mask, a gated RMSNorm multiplies before it normalises. A module that
+        is not explained gets gradient factors. The default accepts.
         """
         return True
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """``module.weight``, which a rule knows to be a tensor where the type checker does not."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def agree(actual: Tensor, expected: Tensor, tolerance: float = 0.03) -> bool:

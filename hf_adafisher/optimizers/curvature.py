@@ -1,0 +1,173 @@
+"""The curvature of a model's parameters: which modules use them, what was recorded, what their diagonal is made of."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.recorder import FactorRecorder
+from hf_adafisher.fisher.uses import Use, find_uses, gradient_term, terms_of
+
+logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class FactorUpdate:
+    """New factors for one use of one parameter."""
+
+    group: Mapping[str, Any]
+    param: Tensor
+    use: Use
+    factors: Mapping[str, Tensor]
+
+
+class Curvature:
+    """Bookkeeping between the recorder, which knows modules, and the optimizer's state, which knows parameters.
+
+    Args:
+        model: The model that the optimizer was given.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.recorder: FactorRecorder | None = None
+        self.bypassed: frozenset[int] = frozenset()
+        self._params: list[Any] = []
+        self._warned_dropped = False
+        self._map_parameters()
+
+    def track(self, params: Sequence[Any]) -> None:
+        """Follow exactly these parameters of the model from now on, with a new recorder (disarmed)."""
+        if self.recorder is not None:
+            self.recorder.close()
+        self._params = list(params)
+        self.recorder = FactorRecorder(self.model, self._params)
+        self._map_parameters()
+        orphans = [p for p in self._params if self.uses_of(p)[0].tracked is None]
+        if orphans:
+            logger.warning("No layer rule reaches %s; gradient factors are used instead.", self.describe(orphans))
+
+    def _map_parameters(self) -> None:
+        self.names = {id(p): name for name, p in self.model.named_parameters()}
+        self._uses = find_uses(self._params, self.recorder.tracked if self.recorder else [])
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget every cached term: the averages have changed."""
+        self._terms: dict[int, list[Term]] = {}
+        self._provisional: set[int] = set()
+
+    def name_of(self, p: Tensor) -> str:
+        """The parameter's name in the model."""
+        return self.names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
+
+    def uses_of(self, p: Any) -> tuple[Use, ...]:
+        """All uses of a tracked parameter, at least one."""
+        if id(p) not in self._uses:  # a wrapper (FSDP2) replaced the parameters of the same modules
+            self._params = [*self._params, p]
+            self._map_parameters()
+        return self._uses[id(p)]
+
+    def describe(self, params: Sequence[Tensor]) -> str:
+        """``"3 parameters (0.2 % of all values): a, b, c"`` for one grouped message."""
+        share = 100.0 * sum(p.numel() for p in params) / max(sum(p.numel() for p in self._params), 1)
+        names = ", ".join(self.name_of(p) for p in params[:_NAMES_SHOWN])
+        more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
+        return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.2g} % of all values): {names}{more}"
+
+    def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
+        """The normalised factors of every use of ``p``, kept until the next refresh.
+
+        Before the first statistics (a layer first used between two refreshes) they come from the current gradient.
+        """
+        key = id(p)
+        if key not in self._terms:
+            self._terms[key] = terms_of(self.uses_of(p), state, p.shape)
+        if not self._terms[key] or key in self._provisional:
+            self._provisional.add(key)
+            self._terms[key] = [gradient_term(self.uses_of(p), grad)]
+        return self._terms[key]
+
+    def known_terms(self, p: Tensor, state: Mapping[str, Tensor]) -> list[Term]:
+        """The terms that the last step used, else those of the averages; empty while nothing is known."""
+        return self._terms.get(id(p)) or terms_of(self.uses_of(p), state, p.shape)
+
+    def collect(self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]]) -> list[FactorUpdate] | None:
+        """What was recorded since the last call, for every parameter that has a gradient.
+
+        A parameter whose modules recorded nothing gets the factors of its gradient, in the form of its first use.
+
+        Args:
+            with_gradient: Parameter group, parameter and gradient.
+
+        Returns:
+            The updates to make, or None if anything is not finite; the decision is the same on every process.
+        """
+        assert self.recorder is not None
+        sample = self.recorder.flush()
+        recorded, fallbacks = [], []
+        for group, p, grad in with_gradient:
+            uses = self.uses_of(p)
+            fresh = [FactorUpdate(group, p, u, sample.factors[u.tracked]) for u in uses if u.tracked in sample.factors]
+            recorded += fresh
+            if not fresh:
+                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(grad)))
+        if sample.non_finite or not all(bool(f.isfinite().all()) for u in fallbacks for f in u.factors.values()):
+            self._warn_dropped(sample.non_finite)
+            return None
+        self._note_bypassed([update.param for update in fallbacks if update.use.tracked is not None])
+        return recorded + fallbacks
+
+    def _warn_dropped(self, modules: Sequence[str]) -> None:
+        if not self._warned_dropped:
+            self._warned_dropped = True
+            where = f" in {modules[0]!r}" if modules else ""
+            more = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
+            logger.warning(
+                "Non-finite activations or gradients%s%s: the statistics of this step are dropped and the refresh "
+                "stays due. Said once; curvature_summary() counts them.",
+                where,
+                more,
+            )
+
+    def _note_bypassed(self, params: Sequence[Tensor]) -> None:
+        """Say once which parameters have a rule but no statistics: their module was not called, or not as assumed."""
+        new = [p for p in params if id(p) not in self.bypassed]
+        if new:
+            logger.warning(
+                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
+                "something else than their class); gradient factors are used instead.",
+                self.describe(new),
+            )
+        self.bypassed = frozenset(id(p) for p in params)
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last step."""
+        self.open_recorder().discard()
+
+    def arm(self, due: bool) -> None:
+        """Put the hooks on for a step that is due, and off for any other."""
+        recorder = self.open_recorder()
+        if due:
+            recorder.arm()
+        else:
+            recorder.disarm()
+
+    def open_recorder(self) -> FactorRecorder:
+        """The recorder. Raises RuntimeError after it was closed."""
+        if self.recorder is None or self.recorder.closed:
+            raise RuntimeError("this optimizer was closed and has no hooks any more: build a new one to train on")
+        return self.recorder
+
+    @torch.no_grad()
+    def raw_terms(self, p: Tensor, state: Mapping[str, Tensor]) -> list[Term]:
+        """The averaged factors of every use with statistics, spread but not normalised."""
+        return terms_of(self.uses_of(p), state, p.shape, normalize=False)
