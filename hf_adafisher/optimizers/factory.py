@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ class OptimizerRecord:
         """Names of the options that ``create_optimizer`` accepts beside ``lr`` and ``weight_decay``."""
         names = inspect.signature(self.cls.__init__).parameters
         return sorted(set(names) - {"self", "model", "params", "lr", "weight_decay"})
+
+    def check_names(self, options: Iterable[str]) -> None:
+        """Raises ValueError for the first option that this optimizer does not have, with those it has."""
+        for name in options:
+            if name not in self.options():
+                known = self.options()
+                raise ValueError(
+                    f"{self.name} has no option {name!r}{did_you_mean(name, known)}; "
+                    f"its options: lr, weight_decay, {', '.join(known)}"
+                )
 
 
 _ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
@@ -123,12 +133,7 @@ def create_optimizer(
         ValueError: Unknown name or option (the message lists the known ones), nothing to train, a value out of range.
     """
     record = optimizer_record(name)
-    unknown = [key for key in options if key not in record.options()]
-    if unknown:
-        near = did_you_mean(unknown[0], record.options())
-        raise ValueError(
-            f"{name} has no option {unknown[0]!r}{near}; its options: lr, weight_decay, {', '.join(record.options())}"
-        )
+    record.check_names(options)
     groups = decay_groups(model, weight_decay, decay_names)
     arguments = {**record.defaults, **options, **({} if lr is None else {"lr": lr})}
     if "fused" in record.options() and not {"fused", "foreach", "differentiable"} & arguments.keys():

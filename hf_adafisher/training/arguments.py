@@ -10,7 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_adafisher.optimizers.factory import available_optimizers, did_you_mean
+from hf_adafisher.optimizers.checks import check_options
+from hf_adafisher.optimizers.factory import available_optimizers, did_you_mean, optimizer_record
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class AdaFisherTrainingArguments(TrainingArguments):
         optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
 
     Raises:
-        ValueError: Unknown ``optim``, malformed ``optim_args``, or a training mode that AdaFisher does not support yet.
+        ValueError: Unknown ``optim``, malformed ``optim_args`` or an option that the optimizer does not have, an
+            option of AdaFisher out of its range, or a training mode that AdaFisher does not support yet.
     """
 
     # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
@@ -75,9 +77,12 @@ class AdaFisherTrainingArguments(TrainingArguments):
         super().__post_init__()
         if ours:
             self.optim = name
-            self.optimizer_options()
-        if name in _ADAFISHER:
-            self._refuse_unsupported()
+            options = self.optimizer_options()
+            optimizer_record(name).check_names(options)
+            if name in _ADAFISHER:
+                group = {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay, "params": ()}
+                check_options(group, group, f"optim={name}")
+                self._refuse_unsupported()
         self._warn_ignored()
 
     def set_optimizer(self, name: Any = "adafisherw", *args: Any, **kwargs: Any) -> AdaFisherTrainingArguments:

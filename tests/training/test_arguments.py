@@ -89,6 +89,23 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
     assert not caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping must be finite and > 0, got 0.0"),
+        ({"beta": 1.0}, r"beta must lie in \[0, 1\), got 1.0"),
+        ({"update_interval": 0}, "update_interval must be a whole number of steps >= 1, got 0"),
+        ({"learning_rate": float("nan")}, "lr must be finite"),
+        ({"optim_args": "damping=-1"}, "damping must be finite and > 0, got -1"),
+        ({"optim_args": "dampin=1"}, r"no option 'dampin', did you mean 'damping'\?"),
+        ({"optim": "sgd", "optim_args": "betas=(0.9, 0.99)"}, "sgd has no option 'betas'.*momentum"),
+    ],
+)
+def test_options_are_checked_before_any_work(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaFisherTrainingArguments(str(tmp_path), **options, **CPU)
+
+
 def test_unknown_names_and_unsupported_modes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"unknown optim 'adafsherw', did you mean 'adafisherw'\?; available: .*adamw_torch"
