@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo --verbose
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
 
 check: install
 	$(BIN)/ruff check .

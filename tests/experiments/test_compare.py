@@ -29,7 +29,7 @@ loss = None if lr > 1 else 4 + (lr - 0.1) ** 2 + (a["--optim"] == "adamw")
 split = {"loss": loss, "token_perplexity": loss, "word_perplexity": loss}
 (out / "results.json").write_text(json.dumps({
     "status": "completed" if loss else "diverged", "seed": 0, "steps": 7, "validation": split, "test": split,
-    "step_time": {"median_ms": 12.0}, "optimizer_state_bytes": 2**20, "train_seconds": 1.0,
+    "step_time": {"mean_ms": 12.0}, "optimizer_state_bytes": 2**20, "train_seconds": 1.0,
     "log_history": [{"step": 1, "loss": 5.0}, {"step": 7, "loss": 4.0}, {"step": 7, "eval_loss": 4.5}]}))
 """
 
