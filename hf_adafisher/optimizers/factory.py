@@ -168,7 +168,7 @@ class OptimizerFactory:
     Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place.
 
     Example:
-        >>> kwargs = {"name": "adafisherw", "lr": 0.06, "damping": 1e-2, "update_interval": 10}
+        >>> kwargs = {"name": "adafisherw", "lr": 0.04, "damping": 3e-3, "update_interval": 10}
         >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
     """
 

@@ -40,8 +40,8 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optim", "expected"),
     [
-        ("adafisherw", 0.06),
-        ("adafisher", 0.06),
+        ("adafisherw", 0.04),
+        ("adafisher", 0.04),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
         (OptimizerNames.ADAFACTOR, 5e-5),
@@ -55,7 +55,7 @@ def test_the_default_learning_rate_depends_on_the_optimizer(optim: Any, expected
 
 def test_defaults_are_those_of_the_docstring_and_of_training_arguments(tmp_path: Path) -> None:
     ours, theirs = AdaFisherTrainingArguments(str(tmp_path), **CPU), TrainingArguments(str(tmp_path), **CPU)
-    assert (ours.beta, ours.damping, ours.ema_decay, ours.update_interval) == (0.9, 1e-2, 0.95, 10)
+    assert (ours.beta, ours.damping, ours.ema_decay, ours.update_interval) == (0.9, 3e-3, 0.95, 10)
     changed = {f.name for f in dataclasses.fields(theirs) if getattr(ours, f.name) != getattr(theirs, f.name)}
     assert changed - {"logging_dir"} == {"optim", "learning_rate"}
 
