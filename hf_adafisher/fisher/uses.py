@@ -47,11 +47,30 @@ class Use:
         """The moving average over this use's tensors in ``state``."""
         return MovingAverage([state[key] for key in self.factor_keys(shape).values()], state[self.weight_key])
 
+    def reset_(self, state: Mapping[str, Tensor], shape: torch.Size) -> None:
+        """Forget what was averaged so far."""
+        for key in (*self.factor_keys(shape).values(), self.weight_key):
+            state[key].zero_()
+
     def update_(
         self, state: Mapping[str, Tensor], factors: Mapping[str, Tensor], shape: torch.Size, decay: float
     ) -> None:
         """Take in the factors of one refresh."""
         self.average(state, shape).update_([factors[name] for name in self.form.factor_shapes(shape)], decay)
+
+
+ON_GRADIENT = "on_gradient"
+"""State key: 1 while a parameter that has a rule lives on gradient factors, since its modules recorded nothing."""
+
+
+def new_state(uses: Sequence[Use], param: Tensor) -> dict[str, Tensor]:
+    """Empty factors of all uses of a parameter; the keys depend on the model alone, never on the data."""
+    state: dict[str, Tensor] = {}
+    for use in uses:
+        state.update(use.new_state(param))
+    if uses[0].tracked is not None:
+        state[ON_GRADIENT] = torch.zeros(())
+    return state
 
 
 def find_uses(params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]) -> dict[int, tuple[Use, ...]]:
@@ -76,6 +95,13 @@ def terms_of(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size
             factors = dict(zip(use.form.factor_shapes(shape), average.mean(), strict=True))
             terms.append(use.form.spread(factors, shape, normalize))
     return terms
+
+
+def needs_gradient_factors(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size) -> bool:
+    """Whether a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
+    if uses[0].tracked is None or state[ON_GRADIENT].item():
+        return True
+    return all(use.average(state, shape).is_empty for use in uses)
 
 
 def gradient_term(uses: Sequence[Use], grad: Tensor) -> Term:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_adafisher.fisher.forms import diagonal_of
+from hf_adafisher.fisher.uses import new_state
 from hf_adafisher.optimizers.checks import check_checkpoint, check_options
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
@@ -163,8 +164,7 @@ class AdaFisher(Optimizer):
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            for use in self._curvature.uses_of(p):
-                state.update(use.new_state(p))
+            state.update(new_state(self._curvature.uses_of(p), p))
         return state
 
     def _is_due(self) -> bool:
@@ -173,14 +173,13 @@ class AdaFisher(Optimizer):
 
     def _refresh(self) -> None:
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
-        updates = self._curvature.collect(self._with_gradient())
+        updates = self._curvature.collect(self._with_gradient(), self._state_of)
         if updates is None:
             for group in self.param_groups:
                 group["dropped_refreshes"] += 1
             return
         for update in updates:
-            state, decay = self._state_of(update.param), update.group["ema_decay"]
-            update.use.update_(state, update.factors, update.param.shape, decay)
+            update.apply(self._state_of(update.param), self._curvature.uses_of(update.param))
         if updates:
             self._curvature.forget()
             for group in self.param_groups:
@@ -194,6 +193,8 @@ class AdaFisher(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
+
+        Call it after ``step()``: statistics recorded since the last step are forgotten.
 
         Raises:
             ValueError: An option is outside its range, a parameter is not the model's, or ``update_interval`` differs
@@ -228,7 +229,8 @@ class AdaFisher(Optimizer):
         Args:
             param: A parameter that this optimizer trains.
             normalized: False gives the Kronecker products of the averaged factors instead, neither normalised nor
-                damped: an estimate of the Fisher's diagonal, exact for a batch of one position.
+                damped: an estimate of the Fisher's diagonal, exact for a batch of one position in layers that do not
+                rescale their output.
 
         Returns:
             Tensor in the parameter's shape, float32 (float64 for a float64 parameter).

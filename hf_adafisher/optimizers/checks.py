@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_adafisher.fisher.uses import new_state
+
 if TYPE_CHECKING:
     from hf_adafisher.optimizers.adafisher import AdaFisher
 
@@ -84,9 +86,8 @@ def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> Non
     for saved_id, p in zip(saved_ids, params, strict=True):
         saved = state_dict["state"].get(saved_id)
         if saved:
-            expected = {"step": (), "exp_avg": tuple(p.shape)}
-            for use in optimizer._curvature.uses_of(p):
-                expected |= {key: tuple(value.shape) for key, value in use.new_state(p).items()}
+            factors = new_state(optimizer._curvature.uses_of(p), p)
+            expected = {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
             found = {key: tuple(value.shape) for key, value in saved.items()}
             if found != expected:
                 raise ValueError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_adafisher.fisher.forms import diagonal_of
+from hf_adafisher.fisher.uses import ON_GRADIENT
 
 if TYPE_CHECKING:
     from hf_adafisher.optimizers.adafisher import AdaFisher
@@ -49,7 +50,8 @@ def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
     rows = []
     for p in params:
         rules = {use.tracked.rule.name: None for use in optimizer._curvature.uses_of(p) if use.tracked is not None}
-        rule = GRADIENT_FACTORS if not rules or id(p) in optimizer._curvature.bypassed else "+".join(rules)
+        state = optimizer.state.get(p)
+        rule = GRADIENT_FACTORS if not rules or (state and state[ON_GRADIENT].item()) else "+".join(rules)
         rows.append(
             ParameterCoverage(
                 optimizer._curvature.name_of(p),

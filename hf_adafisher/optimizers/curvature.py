@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.fisher.recorder import FactorRecorder
-from hf_adafisher.fisher.uses import Use, find_uses, gradient_term, terms_of
+from hf_adafisher.fisher.uses import ON_GRADIENT, Use, find_uses, gradient_term, needs_gradient_factors, terms_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,12 +21,25 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class FactorUpdate:
-    """New factors for one use of one parameter."""
+    """New factors for one use of one parameter, recorded by its module or taken from its gradient."""
 
     group: Mapping[str, Any]
     param: Tensor
     use: Use
     factors: Mapping[str, Tensor]
+    from_gradient: bool
+
+    def apply(self, state: Mapping[str, Tensor], uses: Sequence[Use]) -> None:
+        """Take the factors into the averages of ``state``; a module's first statistics replace gradient factors.
+
+        The two have different scales, so they are never averaged with each other.
+        """
+        if self.use.tracked is not None:
+            if state[ON_GRADIENT].item() and not self.from_gradient:
+                for use in uses:
+                    use.reset_(state, self.param.shape)
+            state[ON_GRADIENT].fill_(float(self.from_gradient))
+        self.use.update_(state, self.factors, self.param.shape, self.group["ema_decay"])
 
 
 class Curvature:
@@ -39,7 +52,7 @@ class Curvature:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.recorder: FactorRecorder | None = None
-        self.bypassed: frozenset[int] = frozenset()
+        self._warned_bypassed: set[int] = set()
         self._params: list[Any] = []
         self._warned_dropped = False
         self._map_parameters()
@@ -81,7 +94,7 @@ class Curvature:
         share = 100.0 * sum(p.numel() for p in params) / max(sum(p.numel() for p in self._params), 1)
         names = ", ".join(self.name_of(p) for p in params[:_NAMES_SHOWN])
         more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
-        return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.2g} % of all values): {names}{more}"
+        return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.1f} % of all values): {names}{more}"
 
     def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
         """The normalised factors of every use of ``p``, kept until the next refresh.
@@ -100,13 +113,19 @@ class Curvature:
         """The terms that the last step used, else those of the averages; empty while nothing is known."""
         return self._terms.get(id(p)) or terms_of(self.uses_of(p), state, p.shape)
 
-    def collect(self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]]) -> list[FactorUpdate] | None:
+    def collect(
+        self,
+        with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
+        state_of: Callable[[Tensor], Mapping[str, Tensor]],
+    ) -> list[FactorUpdate] | None:
         """What was recorded since the last call, for every parameter that has a gradient.
 
-        A parameter whose modules recorded nothing gets the factors of its gradient, in the form of its first use.
+        A parameter whose modules never recorded anything gets the factors of its gradient, in the form of its first
+        use. One whose modules recorded something earlier keeps their averages.
 
         Args:
             with_gradient: Parameter group, parameter and gradient.
+            state_of: The optimizer's state of a parameter.
 
         Returns:
             The updates to make, or None if anything is not finite; the decision is the same on every process.
@@ -116,10 +135,10 @@ class Curvature:
         recorded, fallbacks = [], []
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
-            fresh = [FactorUpdate(group, p, u, sample.factors[u.tracked]) for u in uses if u.tracked in sample.factors]
-            recorded += fresh
-            if not fresh:
-                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(grad)))
+            used = [use for use in uses if use.tracked in sample.factors]
+            recorded += [FactorUpdate(group, p, use, sample.factors[use.tracked], False) for use in used if use.tracked]
+            if not used and needs_gradient_factors(uses, state_of(p), p.shape):
+                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(grad), True))
         if sample.non_finite or not all(bool(f.isfinite().all()) for u in fallbacks for f in u.factors.values()):
             self._warn_dropped(sample.non_finite)
             return None
@@ -140,14 +159,14 @@ class Curvature:
 
     def _note_bypassed(self, params: Sequence[Tensor]) -> None:
         """Say once which parameters have a rule but no statistics: their module was not called, or not as assumed."""
-        new = [p for p in params if id(p) not in self.bypassed]
+        new = [p for p in params if id(p) not in self._warned_bypassed]
         if new:
+            self._warned_bypassed.update(id(p) for p in new)
             logger.warning(
                 "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
                 "something else than their class); gradient factors are used instead.",
                 self.describe(new),
             )
-        self.bypassed = frozenset(id(p) for p in params)
 
     def discard(self) -> None:
         """Forget what was recorded since the last step."""

@@ -121,7 +121,9 @@ class AdaFisherTrainingArguments(TrainingArguments):
 
     def _warn_ignored(self) -> None:
         """Say which optimizer settings were changed from their defaults but belong to another optimizer."""
-        ignored = _ADAM_OPTIONS if self.optim in (*_ADAFISHER, "sgd") else _ADAFISHER_OPTIONS
+        ignored = () if self.optim in _ADAFISHER else _ADAFISHER_OPTIONS
+        if self.optim in (*_ADAFISHER, "sgd"):
+            ignored = (*ignored, *_ADAM_OPTIONS)
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in ignored if getattr(self, name) != defaults[name]]
         if changed:

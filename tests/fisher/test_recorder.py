@@ -217,3 +217,42 @@ def test_register_layer_refuses_what_is_not_a_layer_or_a_rule() -> None:
     wrong = DoublingRule
     with pytest.raises(TypeError, match="instance of LayerRule"):
         register_layer(Doubling, wrong)
+
+
+class Alternating(nn.Module):
+    """Uses its first layer by calling it in odd forwards, and functionally in even ones (or the other way round)."""
+
+    def __init__(self, call_first: bool) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 3), nn.Linear(3, 2)
+        self.call_next = call_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        called, self.call_next = self.call_next, not self.call_next
+        layer = self.layer
+        hidden = layer(x) if called else torch.nn.functional.linear(x, layer.weight, layer.bias)
+        return self.head(torch.tanh(hidden))
+
+
+@pytest.mark.parametrize("call_first", [True, False])
+def test_gradient_factors_are_never_averaged_with_a_modules_statistics(
+    call_first: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The two differ in scale: mixed, the diagonal would depend on the scale of the loss."""
+    diagonals = []
+    for scale in (1.0, 1e-3):
+        torch.manual_seed(0)
+        model = Alternating(call_first).double()
+        optimizer = AdaFisherW(model, lr=0.0, update_interval=1)
+        rules = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            (scale * model(torch.randn(64, 4, dtype=torch.float64)).square().sum()).backward()
+            optimizer.step()
+            rules.append(optimizer.coverage()[0].rule)
+        diagonals.append(optimizer.fisher_diagonal(model.layer.weight))
+        weight = optimizer.state[model.layer.weight]["factor_weight"]  # two statistics of the module, nothing else
+        assert_close(weight, torch.tensor(1 - 0.8**2, dtype=weight.dtype))
+        assert rules[1:] == ["Linear"] * 3 and rules[0] == ("Linear" if call_first else "gradient factors")
+    assert_close(diagonals[0], diagonals[1])
+    assert caplog.text.count("recorded nothing") == (0 if call_first else 2)

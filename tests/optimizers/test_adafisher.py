@@ -241,7 +241,7 @@ def test_one_message_names_the_parameters_on_gradient_factors(caplog: pytest.Log
     AdaFisherW(BY_NAME["experts"].build())
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 1
-    assert "router, up, down" in messages[0] and "3 parameters (93 % of all values)" in messages[0]
+    assert "router, up, down" in messages[0] and "3 parameters (93.0 % of all values)" in messages[0]
 
 
 def test_the_summary_is_that_of_the_diagonals() -> None:

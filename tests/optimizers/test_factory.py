@@ -116,5 +116,5 @@ def test_state_bytes_count_every_tensor() -> None:
         assert optimizer_state_bytes(optimizer) == expected
     optimizer = create_optimizer("adafisherw", model)
     optimizer.step()
-    # exp_avg; factors (3 + 2) of the weight and 2 of the bias; step (4) and weight (8) of each
-    assert optimizer_state_bytes(optimizer) == (8 + 5 + 2) * 4 + 2 * 12
+    # exp_avg; factors (3 + 2) of the weight and 2 of the bias; of each a step (4), an average's weight (8), a mark (4)
+    assert optimizer_state_bytes(optimizer) == (8 + 5 + 2) * 4 + 2 * 16

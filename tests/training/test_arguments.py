@@ -83,6 +83,8 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
     caplog.clear()
     AdaFisherTrainingArguments(str(tmp_path), optim="adamw_torch", damping=0.5, update_interval=3, **CPU)
     assert "optim=adamw_torch does not use damping, update_interval" in caplog.text
+    AdaFisherTrainingArguments(str(tmp_path), optim="sgd", damping=0.5, adam_beta1=0.8, **CPU)
+    assert "optim=sgd does not use damping, adam_beta1" in caplog.text
     caplog.clear()
     AdaFisherTrainingArguments(str(tmp_path), optim="adafisherw", damping=0.5, **CPU)
     AdaFisherTrainingArguments(str(tmp_path), optim="adamw", adam_beta1=0.8, **CPU)
