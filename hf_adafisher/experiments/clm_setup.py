@@ -18,11 +18,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adafisher.data.text import TextCorpus, count_words, load_corpus
 from hf_adafisher.data.tokens import TokenWindows, encode_lines, train_tokenizer
 from hf_adafisher.experiments.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from hf_adafisher.optimizers.factory import available_optimizers, optimizer_record
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +61,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
 
     Raises:
         ValueError: an unknown corpus, text that is empty or too short, a block larger than the model's
-            context.
+            context, a checkpoint of another optimizer or of a run that has finished.
         FileNotFoundError: a text file or a checkpoint that does not exist.
         ConnectionError: a corpus of the Hub that cannot be had.
     """
@@ -67,6 +69,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     if pretrained is not None:
         check_context(AutoConfig.from_pretrained(pretrained), data_args.block_size)
     checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_checkpoint(Path(checkpoint), training_args)
     corpus = load_corpus(
         data_args.dataset,
         train_files=data_args.train_file,
@@ -122,6 +126,24 @@ def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
             "checkpoint-N directory, or last for the latest in --output_dir"
         )
     return str(resume)
+
+
+def check_checkpoint(checkpoint: Path, training_args: ClmTrainingArguments) -> None:
+    """Checks that a checkpoint can be continued, before anything of the earlier run is touched.
+
+    Raises:
+        ValueError: another optimizer wrote it, or it already has `max_steps` steps.
+    """
+    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    if 0 < training_args.max_steps <= done:
+        raise ValueError(
+            f"{checkpoint} has {done} steps and --max_steps is {training_args.max_steps}: the run has finished; "
+            "to train on, raise --max_steps"
+        )
+    saved, name = checkpoint / "optimizer.pt", str(getattr(training_args.optim, "value", training_args.optim))
+    if saved.is_file() and name in available_optimizers():
+        groups = torch.load(saved, map_location="cpu", weights_only=True)["param_groups"]
+        optimizer_record(name).check_groups(groups)
 
 
 def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:

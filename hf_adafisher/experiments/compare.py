@@ -40,11 +40,10 @@ class Cell:
         rest = [f"{key}={value}" for key, value in self.settings.items() if key != "optim"]
         return ",".join([str(self.settings["optim"]), *rest])
 
-    def arguments(self, output_dir: Path) -> list[str]:
-        """Command line arguments of the run, without the program."""
-        merged = {**self.common, **self.settings, "output_dir": str(output_dir)}
+    def arguments(self) -> list[str]:
+        """Command line arguments of the run, without the program and the output directory."""
         pairs = []
-        for key, value in merged.items():
+        for key, value in {**self.common, **self.settings}.items():
             values = value if isinstance(value, list) else [value]
             pairs += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
         return pairs
@@ -123,12 +122,16 @@ def run_cells(
     ):
         run: Callable[[Cell], str | None] = lambda cell: _run_cell(cell, program, output_dir / cell.name, jobs, verbose)  # noqa: E731
         futures = {pool.submit(run, cell): cell for cell in todo}
-        for future in as_completed(futures):
-            failure = future.result()
-            if failure is not None:
-                failures.append(failure)
-            bar.update()
-            bar.write(failure or _one_line(futures[future], output_dir))
+        try:
+            for future in as_completed(futures):
+                failure = future.result()
+                if failure is not None:
+                    failures.append(failure)
+                bar.update()
+                bar.write(failure or _one_line(futures[future], output_dir))
+        except BaseException:  # Ctrl-C above all: what waits must not start
+            pool.shutdown(cancel_futures=True)
+            raise
     return failures
 
 
@@ -136,7 +139,7 @@ def _is_done(cell: Cell, folder: Path) -> bool:
     if not (folder / RESULTS_FILE).is_file():
         return False
     command = folder / COMMAND_FILE
-    if command.is_file() and json.loads(command.read_text()) != cell.arguments(folder):
+    if command.is_file() and json.loads(command.read_text()) != cell.arguments():
         raise ValueError(
             f"{folder} holds a result made with other arguments ({command} lists them): use another output "
             "directory, or delete the folder to run it again"
@@ -146,11 +149,10 @@ def _is_done(cell: Cell, folder: Path) -> bool:
 
 def _run_cell(cell: Cell, program: Path, folder: Path, jobs: int, verbose: bool) -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
-    arguments = cell.arguments(folder)
-    (folder / COMMAND_FILE).write_text(json.dumps(arguments, indent=2))
-    threads = max((os.cpu_count() or 1) // jobs, 1)
+    (folder / COMMAND_FILE).write_text(json.dumps(cell.arguments(), indent=2))
+    threads = max(available_cores() // jobs, 1)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(program), *arguments]
+    command = [sys.executable, str(program), *cell.arguments(), "--output_dir", str(folder)]
     started = time.perf_counter()
     if verbose and jobs == 1:
         code = subprocess.run(command, env=environment).returncode
@@ -160,7 +162,8 @@ def _run_cell(cell: Cell, program: Path, folder: Path, jobs: int, verbose: bool)
     if (folder / RESULTS_FILE).is_file():
         return None
     seconds = time.perf_counter() - started
-    return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s, see {folder / LOG_FILE}"
+    where = f", see {folder / LOG_FILE}" if (folder / LOG_FILE).is_file() else ""
+    return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s{where}"
 
 
 def _one_line(cell: Cell, output_dir: Path) -> str:
@@ -168,6 +171,11 @@ def _one_line(cell: Cell, output_dir: Path) -> str:
     loss = (result.get("validation") or {}).get("loss")
     shown = "diverged" if loss is None else f"validation loss {loss:.4f}"
     return f"{cell.name}: {shown}, {result['steps']} steps, {result['train_seconds']:.0f} s"
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_result(folder: Path) -> dict[str, Any]:

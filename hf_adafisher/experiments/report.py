@@ -62,7 +62,9 @@ def json_ready(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes strict JSON: no NaN or Infinity, which JSON does not have; they become null."""
-    path.write_text(json.dumps(json_ready(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")  # a killed run must not leave half a result
+    partial.write_text(json.dumps(json_ready(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
 
 
 def loss_curve(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

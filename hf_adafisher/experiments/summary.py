@@ -19,7 +19,7 @@ _COLUMNS = (
     "word perplexity",
     "test loss",
     "ms per step",
-    "optimizer MB",
+    "optimizer MiB",
 )
 
 
@@ -73,7 +73,7 @@ def _row(cell: Cell, output_dir: Path) -> dict[str, Any]:
         "test token perplexity": test.get("token_perplexity"),
         "test word perplexity": test.get("word_perplexity"),
         "ms per step": result["step_time"]["mean_ms"],
-        "optimizer MB": result["optimizer_state_bytes"] / 2**20,
+        "optimizer MiB": result["optimizer_state_bytes"] / 2**20,
         "seconds": result["train_seconds"],
     }
 

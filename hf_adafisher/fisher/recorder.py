@@ -139,9 +139,13 @@ class FactorRecorder:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what is pending: the statistics of a batch whose step was skipped."""
-        self._pending.clear()
+        """Forget what is pending, and whatever graphs built so far would still commit."""
+        self.forget_pending()
         self._generation += 1
+
+    def forget_pending(self) -> None:
+        """Forget what was committed so far, as zeroing the gradients forgets them; graphs in flight still count."""
+        self._pending.clear()
 
     def close(self) -> None:
         """Disarm for good."""
@@ -152,6 +156,8 @@ class FactorRecorder:
         """One call of a tracked module: take the input's sums, and commit them once the gradient arrives."""
         with torch.no_grad():
             if tracked.explained is None:
+                if output.numel() == 0 or not bool(output.isfinite().all()):
+                    return  # an empty or a broken batch proves nothing about the layer
                 tracked.explained = tracked.rule.explains(tracked.module, inputs, output)
             if not tracked.explained:
                 return

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.fisher.uses import new_state
-from hf_adafisher.optimizers.checks import check_checkpoint, check_options
+from hf_adafisher.optimizers.checks import check_checkpoint, check_options, warn_changed_options
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
 from hf_adafisher.optimizers.update import update_parameter
@@ -101,6 +101,10 @@ class AdaFisher(Optimizer):
             **dict.fromkeys(("steps", "next_refresh", "refreshes", "dropped_refreshes"), 0),
         }
         super().__init__(params, defaults)
+        if not any(p.requires_grad for p in self._params()):
+            raise ValueError(
+                f"none of the parameters given to {kind} is trainable: set requires_grad=True on some of them"
+            )
         self._curvature.track(self._params())
         self._curvature.arm(self._is_due())
 
@@ -187,8 +191,18 @@ class AdaFisher(Optimizer):
                 # The next multiple of the interval: a late refresh does not shift those after it.
                 group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and with them the statistics of the backward passes that made them."""
+        super().zero_grad(set_to_none)
+        if self._curvature.recorder is not None:
+            self._curvature.recorder.forget_pending()
+
     def discard_statistics(self) -> None:
-        """Forget statistics recorded since the last step: for loops that skip a step after a backward."""
+        """Forget statistics recorded since the last step.
+
+        For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
+        ``optimizer.zero_grad()`` does it by itself.
+        """
         self._curvature.discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -204,6 +218,7 @@ class AdaFisher(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group, self.param_groups[0], type(self).__name__)
+            self._curvature.map_parameters()  # the model may have grown since
             for p in group["params"]:
                 if id(p) not in self._curvature.names:
                     raise ValueError(
@@ -265,17 +280,22 @@ class AdaFisher(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a state; the given dictionary is neither changed nor shared.
 
-        Statistics come back in the dtype in which they were saved; torch's rule would cast them to the parameter's.
+        As for every torch optimizer, the options of the saved groups replace those of the constructor; one warning
+        names those of AdaFisher's options that differ. Statistics come back in the dtype in which they were saved;
+        torch's rule would cast them to the parameter's.
 
         Raises:
             ValueError: The checkpoint is another optimizer's, or another model's.
         """
         check_checkpoint(self, state_dict)
+        warn_changed_options(self, state_dict)
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         for saved_id, p in zip(saved_ids, self._params(), strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
+                # Momentum has the parameter's dtype, which torch's cast gives it; statistics keep their own.
                 # 0-dimensional entries (step, weight of the average) stay on the CPU: they are read as numbers.
+                value = self.state[p][key] if key == "exp_avg" else value
                 self.state[p][key] = value.detach().clone().to("cpu" if value.dim() == 0 else p.device)
         self._curvature.forget()
         self._curvature.discard()
@@ -285,6 +305,12 @@ class AdaFisher(Optimizer):
         """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
         if self._curvature.recorder is not None:
             self._curvature.recorder.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, since its hooks belong to one model: save "
+            "state_dict(), and load it into a new optimizer built on the copy of the model"
+        )
 
     def __enter__(self) -> AdaFisher:
         return self

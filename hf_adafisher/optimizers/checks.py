@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+import numbers
+from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +15,16 @@ from hf_adafisher.fisher.uses import new_state
 if TYPE_CHECKING:
     from hf_adafisher.optimizers.adafisher import AdaFisher
 
-_OWN_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
+logger = logging.getLogger(__name__)
+
+ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
+"""Options that the saved groups of AdaFisher(W) have and those of other optimizers lack."""
+
+_CHECKED_ON_LOAD = ("beta", "damping", "ema_decay", "update_interval", "weight_decay")
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.Tensor)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
 
@@ -47,7 +54,7 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
     interval = group["update_interval"]
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+    if isinstance(interval, bool) or not isinstance(interval, numbers.Integral) or interval < 1:
         raise ValueError(f"update_interval must be a whole number of steps >= 1, got {interval!r}")
     if interval != first["update_interval"]:
         raise ValueError(
@@ -61,24 +68,53 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
             )
 
 
+def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Check that saved parameter groups were written by this kind of optimizer; torch loads any without a word.
+
+    Args:
+        kind: The optimizer's name, for the message.
+        keys: Options that its groups have and those of other kinds lack.
+        decoupled: Its ``decoupled_weight_decay``, by which Adam differs from AdamW; None where it has no such option.
+        groups: ``state_dict["param_groups"]``.
+
+    Raises:
+        ValueError: They were not.
+    """
+    for group in groups:
+        saved = group.get("decoupled_weight_decay", decoupled)
+        if not group.keys() >= keys or saved != decoupled:
+            options = {k: v for k, v in sorted(group.items()) if k not in ("params", "param_names", "initial_lr")}
+            shown = ", ".join(f"{key}={value}" for key, value in options.items())
+            raise ValueError(
+                f"this checkpoint was not written by {kind} (its options are {shown}): resume with the optimizer that "
+                "wrote it, or start without the optimizer state"
+            )
+
+
+def warn_changed_options(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> None:
+    """Say which options a checkpoint is about to change from what the optimizer was built with."""
+    changed = {
+        f"{name}: {group[name]} -> {saved[name]}"
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
+        for name in _CHECKED_ON_LOAD
+        if group[name] != saved[name]
+    }
+    if changed:
+        logger.warning(
+            "The checkpoint's options replace those given to the optimizer (%s). To change them, set them in "
+            "optimizer.param_groups after loading.",
+            ", ".join(sorted(changed)),
+        )
+
+
 def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> None:
     """Check that a saved state belongs to this kind of optimizer and to this model.
 
     Raises:
         ValueError: It does not; the message says what it looks like instead.
     """
-    kind = type(optimizer).__name__
     groups = state_dict["param_groups"]
-    for group in groups:
-        if not group.keys() >= _OWN_KEYS:
-            options = sorted(set(group) - {"params", "param_names", "initial_lr"})
-            raise ValueError(
-                f"this checkpoint was not written by {kind} (its options are {', '.join(options)}): resume with the "
-                "optimizer that wrote it, or start without the optimizer state"
-            )
-        if group["decoupled_weight_decay"] != optimizer._decoupled:
-            other = "AdaFisherW" if group["decoupled_weight_decay"] else "AdaFisher"
-            raise ValueError(f"this checkpoint was written by {other}, not {kind}: resume with {other}")
+    check_kind(type(optimizer).__name__, ADAFISHER_KEYS, optimizer._decoupled, groups)
     saved_ids = [i for group in groups for i in group["params"]]
     params = optimizer._params()
     if len(saved_ids) != len(params):

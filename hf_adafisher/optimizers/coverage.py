@@ -38,7 +38,7 @@ class ParameterCoverage:
 def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
     """One row for every trainable parameter of ``optimizer``, in the order of its groups.
 
-    After the first step it also shows which layers were found to record nothing, and use gradient factors.
+    After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
     """
     owners: dict[int, list[str]] = {}
     for name, module in optimizer.model.named_modules():
@@ -49,8 +49,9 @@ def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
     total = sum(p.numel() for p in params)
     rows = []
     for p in params:
-        rules = {use.tracked.rule.name: None for use in optimizer._curvature.uses_of(p) if use.tracked is not None}
-        state = optimizer.state.get(p)
+        uses, state = optimizer._curvature.uses_of(p), optimizer.state.get(p)
+        recorded = [use for use in uses if state and not use.average(state, p.shape).is_empty]
+        rules = {use.tracked.rule.name: None for use in recorded or uses if use.tracked is not None}
         rule = GRADIENT_FACTORS if not rules or (state and state[ON_GRADIENT].item()) else "+".join(rules)
         rows.append(
             ParameterCoverage(

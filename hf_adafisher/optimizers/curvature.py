@@ -55,7 +55,7 @@ class Curvature:
         self._warned_bypassed: set[int] = set()
         self._params: list[Any] = []
         self._warned_dropped = False
-        self._map_parameters()
+        self.map_parameters()
 
     def track(self, params: Sequence[Any]) -> None:
         """Follow exactly these parameters of the model from now on, with a new recorder (disarmed)."""
@@ -63,12 +63,13 @@ class Curvature:
             self.recorder.close()
         self._params = list(params)
         self.recorder = FactorRecorder(self.model, self._params)
-        self._map_parameters()
+        self.map_parameters()
         orphans = [p for p in self._params if self.uses_of(p)[0].tracked is None]
         if orphans:
             logger.warning("No layer rule reaches %s; gradient factors are used instead.", self.describe(orphans))
 
-    def _map_parameters(self) -> None:
+    def map_parameters(self) -> None:
+        """Look the names and the uses of all parameters up in the model again."""
         self.names = {id(p): name for name, p in self.model.named_parameters()}
         self._uses = find_uses(self._params, self.recorder.tracked if self.recorder else [])
         self.forget()
@@ -86,7 +87,7 @@ class Curvature:
         """All uses of a tracked parameter, at least one."""
         if id(p) not in self._uses:  # a wrapper (FSDP2) replaced the parameters of the same modules
             self._params = [*self._params, p]
-            self._map_parameters()
+            self.map_parameters()
         return self._uses[id(p)]
 
     def describe(self, params: Sequence[Tensor]) -> str:
@@ -128,7 +129,7 @@ class Curvature:
             state_of: The optimizer's state of a parameter.
 
         Returns:
-            The updates to make, or None if anything is not finite; the decision is the same on every process.
+            The updates to make, or None if anything is not finite.
         """
         assert self.recorder is not None
         sample = self.recorder.flush()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.adafisher import AdaFisher, AdaFisherW
+from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_kind
 from hf_adafisher.optimizers.param_groups import decay_groups
 
 
@@ -27,6 +28,7 @@ class OptimizerRecord:
         defaults: Options that differ from the class's own defaults, the learning rate included.
         checkpoint_keys: Options that every saved parameter group of this optimizer has and other kinds lack.
         paper: Where it was published.
+        decoupled: Its ``decoupled_weight_decay``, None where it has no such option.
     """
 
     name: str
@@ -35,15 +37,24 @@ class OptimizerRecord:
     defaults: Mapping[str, Any]
     checkpoint_keys: frozenset[str]
     paper: str
+    decoupled: bool | None = None
 
     def options(self) -> list[str]:
         """Names of the options that ``create_optimizer`` accepts beside ``lr`` and ``weight_decay``."""
         names = inspect.signature(self.cls.__init__).parameters
         return sorted(set(names) - {"self", "model", "params", "lr", "weight_decay"})
 
+    def check_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Raises ValueError if saved parameter groups were not written by this optimizer."""
+        check_kind(self.name, self.checkpoint_keys, self.decoupled, groups)
+
     def check_names(self, options: Iterable[str]) -> None:
         """Raises ValueError for the first option that this optimizer does not have, with those it has."""
         for name in options:
+            if name in ("lr", "learning_rate", "weight_decay"):
+                raise ValueError(
+                    f"{name} is an argument of its own (learning_rate, weight_decay), not one of the options"
+                )
             if name not in self.options():
                 known = self.options()
                 raise ValueError(
@@ -52,13 +63,12 @@ class OptimizerRecord:
                 )
 
 
-_ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
 _ADAFISHER_PAPER = "Gomes et al., ICLR 2025, arXiv 2405.16397"
 _RECORDS = {
     record.name: record
     for record in (
-        OptimizerRecord("adafisher", AdaFisher, True, {}, _ADAFISHER_KEYS, _ADAFISHER_PAPER),
-        OptimizerRecord("adafisherw", AdaFisherW, True, {}, _ADAFISHER_KEYS, _ADAFISHER_PAPER),
+        OptimizerRecord("adafisher", AdaFisher, True, {}, ADAFISHER_KEYS, _ADAFISHER_PAPER, False),
+        OptimizerRecord("adafisherw", AdaFisherW, True, {}, ADAFISHER_KEYS, _ADAFISHER_PAPER, True),
         # Momentum 0.9 is what the paper's tables and nearly every SGD baseline use; torch's default is 0.
         OptimizerRecord(
             "sgd",
@@ -75,6 +85,7 @@ _RECORDS = {
             {},
             frozenset({"betas", "amsgrad"}),
             "Kingma and Ba, ICLR 2015, arXiv 1412.6980",
+            False,
         ),
         OptimizerRecord(
             "adamw",
@@ -83,6 +94,7 @@ _RECORDS = {
             {},
             frozenset({"betas", "amsgrad"}),
             "Loshchilov and Hutter, ICLR 2019, arXiv 1711.05101",
+            True,
         ),
     )
 }
@@ -143,38 +155,25 @@ def create_optimizer(
     if record.needs_model:
         return record.cls(model, groups, **arguments)  # type: ignore[arg-type]
     optimizer = record.cls(groups, **arguments)
-    optimizer.register_load_state_dict_pre_hook(_checkpoint_guard(record))
+    optimizer.register_load_state_dict_pre_hook(lambda _, state: record.check_groups(state["param_groups"]))
     return optimizer
-
-
-def _checkpoint_guard(record: OptimizerRecord) -> Callable[[Optimizer, dict[str, Any]], None]:
-    """A hook that refuses the checkpoint of another kind of optimizer, which torch would load without a word."""
-
-    def guard(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        for group in state_dict["param_groups"]:
-            if not record.checkpoint_keys <= group.keys():
-                options = sorted(set(group) - {"params", "param_names", "initial_lr"})
-                raise ValueError(
-                    f"this checkpoint was not written by {record.name} (its options are {', '.join(options)}): resume "
-                    "with the optimizer that wrote it, or start without the optimizer state"
-                )
-
-    return guard
 
 
 class OptimizerFactory:
     """What a stock ``Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {...}))`` accepts.
 
-    Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place.
+    Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place. It
+    does not pass its own ``learning_rate`` and ``weight_decay``: ``lr`` must be among the arguments, and
+    ``weight_decay`` is 0 unless it is.
 
     Example:
         >>> kwargs = {"name": "adafisherw", "lr": 0.04, "damping": 3e-3, "update_interval": 10}
         >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
     """
 
-    def __call__(self, model: nn.Module, *, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
-        """:func:`create_optimizer` with the model first."""
-        return create_optimizer(name, model, **kwargs)
+    def __call__(self, model: nn.Module, *, lr: float, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
+        """:func:`create_optimizer` with the model first; raises TypeError without ``lr``."""
+        return create_optimizer(name, model, lr=lr, **kwargs)
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:

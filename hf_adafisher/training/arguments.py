@@ -32,8 +32,9 @@ class AdaFisherTrainingArguments(TrainingArguments):
     ``max_grad_norm`` stays at Trainer's 1.0, which they need. Fine-tuning was not measured: scan the learning rate.
 
     Args:
-        optim: ``adafisherw`` (default), ``adafisher``, ``sgd`` (momentum 0.9), ``adam``, ``adamw`` (both fused where
-            the device allows), or any name of ``transformers.training_args.OptimizerNames``.
+        optim: ``adafisherw`` (default), ``adafisher``, ``sgd`` (momentum 0.9, where Trainer's own has 0), ``adam``,
+            ``adamw`` (all three fused where the device allows), or any name of
+            ``transformers.training_args.OptimizerNames``.
         learning_rate: Default 0.04 for AdaFisher(W), and Trainer's 5e-5 for every other optimizer. AdaFisher divides by
             a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
         beta: Decay of AdaFisher's first moment, in [0, 1). Default 0.9.
@@ -67,17 +68,37 @@ class AdaFisherTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         name = self.optim.value if isinstance(self.optim, OptimizerNames) else str(self.optim)
         ours = name in available_optimizers()
-        if not ours and name not in {member.value for member in OptimizerNames}:
-            known = [*available_optimizers(), *(member.value for member in OptimizerNames)]
-            raise ValueError(
-                f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(dict.fromkeys(known))}"
-            )
+        _check_name(name)
         if self.learning_rate is None:
-            self.learning_rate = DEFAULT_LEARNING_RATE if name in _ADAFISHER else TRAINER_LEARNING_RATE
+            self.learning_rate = default_learning_rate(name)
         self.optim = "adamw_torch" if ours else name  # passes Trainer's validation, which knows only its own names
         super().__post_init__()
         if ours:
             self.optim = name
+        self._check_optimizer(name)
+
+    def set_optimizer(
+        self, name: Any = "adafisherw", learning_rate: float | None = None, *args: Any, **kwargs: Any
+    ) -> AdaFisherTrainingArguments:
+        """As in TrainingArguments, with AdaFisher's names, checks and default learning rates too.
+
+        Raises:
+            ValueError: As the constructor.
+        """
+        name = str(getattr(name, "value", name))
+        _check_name(name)
+        if learning_rate is None:
+            learning_rate = default_learning_rate(name)
+        ours = name in available_optimizers()
+        super().set_optimizer("adamw_torch" if ours else name, learning_rate, *args, **kwargs)
+        if ours:
+            self.optim = name
+        self._check_optimizer(name)
+        return self
+
+    def _check_optimizer(self, name: str) -> None:
+        """Everything that can be known about the optimizer's options before there is a model."""
+        if name in available_optimizers():
             options = self.optimizer_options()
             optimizer_record(name).check_names(options)
             if name in _ADAFISHER:
@@ -85,14 +106,6 @@ class AdaFisherTrainingArguments(TrainingArguments):
                 check_options(group, group, f"optim={name}")
                 self._refuse_unsupported()
         self._warn_ignored()
-
-    def set_optimizer(self, name: Any = "adafisherw", *args: Any, **kwargs: Any) -> AdaFisherTrainingArguments:
-        """As in TrainingArguments, and with AdaFisher's names too. Raises ValueError for an unknown name."""
-        ours = str(name) in available_optimizers()
-        super().set_optimizer("adamw_torch" if ours else name, *args, **kwargs)
-        if ours:
-            self.optim = str(name)
-        return self
 
     def optimizer_options(self) -> dict[str, Any]:
         """Options for ``create_optimizer(self.optim, ...)`` beside learning rate and weight decay.
@@ -131,15 +144,27 @@ class AdaFisherTrainingArguments(TrainingArguments):
             logger.warning("optim=%s does not use %s: these settings have no effect.", name, ", ".join(changed))
 
 
+def default_learning_rate(optim: str) -> float:
+    """The learning rate of ``optim`` where none is given."""
+    return DEFAULT_LEARNING_RATE if optim in _ADAFISHER else TRAINER_LEARNING_RATE
+
+
+def _check_name(name: str) -> None:
+    known = list(dict.fromkeys([*available_optimizers(), *(member.value for member in OptimizerNames)]))
+    if name not in known:
+        raise ValueError(f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(known)}")
+
+
 def _parse_optim_args(text: str | None) -> dict[str, Any]:
     """``"a=1,b=(0.9, 0.99),c=true"`` as a dictionary of Python values."""
     if not text:
         return {}
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("not of the form key=value")
         return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
+    except (SyntaxError, ValueError):
         raise ValueError(
             f'optim_args must look like "key=value,key=value" with numbers or booleans, got {text!r}'
         ) from None

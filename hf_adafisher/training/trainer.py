@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,14 @@ from transformers import Trainer
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
-from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+from hf_adafisher.training.arguments import (
+    DEFAULT_LEARNING_RATE,
+    TRAINER_LEARNING_RATE,
+    AdaFisherTrainingArguments,
+    default_learning_rate,
+)
+
+logger = logging.getLogger(__name__)
 
 _LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "dropped_refreshes")
 
@@ -36,8 +44,19 @@ class AdaFisherTrainer(Trainer):
         """
         name, args = str(getattr(self.args.optim, "value", self.args.optim)), self.args
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
-        if given or name not in available_optimizers() or not isinstance(args, AdaFisherTrainingArguments):
+        ours = isinstance(args, AdaFisherTrainingArguments)
+        if not given and not ours:
+            logger.warning(
+                "AdaFisherTrainer got %s, which does not know AdaFisher, and trains with optim=%s: pass "
+                "AdaFisherTrainingArguments to train with AdaFisher.",
+                type(args).__name__,
+                name,
+            )
+        if not given and ours:
+            _warn_of_a_foreign_default(name, args.learning_rate)
+        if given or not ours or name not in available_optimizers():
             return super().create_optimizer(model)
+        assert isinstance(args, AdaFisherTrainingArguments)
         if args.n_gpu > 1 and optimizer_record(name).needs_model:
             raise ValueError(
                 f"{name} does not support DataParallel ({args.n_gpu} GPUs in one process): start one process a GPU "
@@ -68,7 +87,7 @@ class AdaFisherTrainer(Trainer):
         optimizer, previous = self._adafisher(), self.args.optim_args
         if optimizer is not None:
             shown = ("lr", "beta", "damping", "ema_decay", "update_interval")
-            options = {**optimizer.defaults, "lr": self.args.learning_rate}
+            options = {**optimizer.param_groups[0], "lr": self.args.learning_rate}
             self.args.optim_args = ", ".join(f"{key}={options[key]}" for key in shown)
         try:
             super().create_model_card(*args, **kwargs)
@@ -88,3 +107,15 @@ class AdaFisherTrainer(Trainer):
         """The AdaFisher(W) in use, out of accelerate's wrapper, or None."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer if isinstance(optimizer, AdaFisher) else None
+
+
+def _warn_of_a_foreign_default(name: str, learning_rate: float) -> None:
+    """``dataclasses.replace(args, optim=...)`` keeps the learning rate, and the defaults are 800 times apart."""
+    right = default_learning_rate(name)
+    if learning_rate != right and learning_rate in (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE):
+        logger.warning(
+            "optim=%s runs with learning_rate=%s, the default of other optimizers; its own is %s.",
+            name,
+            learning_rate,
+            right,
+        )

@@ -53,8 +53,8 @@ def test_lists_of_an_entry_are_combined() -> None:
     config = {"common": {"max_steps": 3}, "cells": [{"optim": "a", "x": [1, 2], "y": [3, 4]}, {"optim": "b"}]}
     cells = expand_cells(config)
     assert [cell.name for cell in cells] == ["a,x=1,y=3", "a,x=1,y=4", "a,x=2,y=3", "a,x=2,y=4", "b"]
-    arguments = Cell({"optim": "a"}, {"flag": True, "files": ["p", "q"]}).arguments(Path("out"))
-    assert arguments == ["--flag", "true", "--files", "p", "q", "--optim", "a", "--output_dir", "out"]
+    arguments = Cell({"optim": "a"}, {"flag": True, "files": ["p", "q"]}).arguments()
+    assert arguments == ["--flag", "true", "--files", "p", "q", "--optim", "a"]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_every_configuration_is_one_that_run_clm_accepts(path: Path, tmp_path: P
     from hf_adafisher.experiments.clm_arguments import parse_arguments
 
     for cell in expand_cells(json.loads(path.read_text())):
-        _, _, training = parse_arguments(cell.arguments(tmp_path))
+        _, _, training = parse_arguments([*cell.arguments(), "--output_dir", str(tmp_path)])
         assert training.optim == cell.settings["optim"]
 
 

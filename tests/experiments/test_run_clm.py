@@ -93,7 +93,8 @@ def test_a_used_output_directory_gives_a_warning(
     prepare(*parse_arguments([*command, "--output_dir", str(finished)]))
     assert "starts anew" in caplog.text and "--resume_from_checkpoint last" in caplog.text
     caplog.clear()
-    prepare(*parse_arguments([*command, "--output_dir", str(finished), "--resume_from_checkpoint", "last"]))
+    longer = ["--max_steps", "6", "--output_dir", str(finished), "--resume_from_checkpoint", "last"]
+    prepare(*parse_arguments([*command, *longer]))
     assert "starts anew" not in caplog.text
 
 
@@ -208,3 +209,16 @@ def test_an_interrupted_run_leaves_no_earlier_results(
     with pytest.raises(KeyboardInterrupt):
         main([*command, "--output_dir", str(tmp_path)])
     assert not (tmp_path / "results.json").exists()
+
+
+def test_a_refused_resume_leaves_the_earlier_run_as_it_was(
+    main: Any, command: list[str], finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A finished run, and another optimizer: bad input, told in a line before anything is touched."""
+    before = (finished / "results.json").read_bytes()
+    again = [*command, "--output_dir", str(finished), "--resume_from_checkpoint"]
+    assert main([*again, "last"]) == 2
+    assert "has 4 steps and --max_steps is 4: the run has finished" in caplog.text
+    assert main([*again, str(finished / "checkpoint-2"), "--optim", "adamw"]) == 2
+    assert "this checkpoint was not written by adamw" in caplog.text
+    assert (finished / "results.json").read_bytes() == before

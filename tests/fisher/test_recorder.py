@@ -54,6 +54,7 @@ def test_hooks_leave_gradients_of_transformers_bitwise_unchanged(record_: Family
         if armed:
             recorder.arm()
         model(**record_.batch()).loss.backward()
+        assert bool(recorder._pending) == armed
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
         recorder.close()
     assert_close(gradients[0], gradients[1], rtol=0, atol=0)
@@ -256,3 +257,27 @@ def test_gradient_factors_are_never_averaged_with_a_modules_statistics(
         assert rules[1:] == ["Linear"] * 3 and rules[0] == ("Linear" if call_first else "gradient factors")
     assert_close(diagonals[0], diagonals[1])
     assert caplog.text.count("recorded nothing") == (0 if call_first else 2)
+
+
+class ScaledEmbedding(nn.Embedding):
+    """A subclass whose forward is its own, as Gemma's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3 * super().forward(input)
+
+
+def test_a_broken_or_empty_first_batch_does_not_switch_a_rule_off() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    model = nn.Sequential(ScaledEmbedding(7, 4), LlamaRMSNorm(4), nn.Linear(4, 2))
+    optimizer = AdaFisherW(model)
+    model(torch.zeros(0, 3, dtype=torch.long)).sum().backward()
+    with torch.no_grad():
+        model[0].weight[0] = float("nan")
+    model(torch.zeros(2, 3, dtype=torch.long)).sum().backward()
+    with torch.no_grad():
+        model[0].weight[0] = 1.0
+    optimizer.zero_grad()  # the loop skips the broken batch
+    model(torch.arange(6).reshape(2, 3)).square().sum().backward()
+    optimizer.step()
+    assert [row.rule for row in optimizer.coverage()] == ["Embedding", "RMSNorm", "Linear", "Linear"]

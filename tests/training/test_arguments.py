@@ -123,5 +123,9 @@ def test_set_optimizer_takes_every_name(tmp_path: Path) -> None:
     assert arguments.set_optimizer("adafisherw", learning_rate=0.1) is arguments
     assert (arguments.optim, arguments.learning_rate) == ("adafisherw", 0.1)
     assert arguments.set_optimizer("adafactor").optim == "adafactor"
-    with pytest.raises(ValueError):
-        arguments.set_optimizer("nonsense")
+    assert arguments.set_optimizer("adafisher").learning_rate == 0.04
+    assert arguments.set_optimizer("adamw").learning_rate == 5e-5
+    with pytest.raises(ValueError, match=r"unknown optim 'adafishrw', did you mean 'adafisherw'"):
+        arguments.set_optimizer("adafishrw")
+    with pytest.raises(ValueError, match="no option 'dampin'"):
+        arguments.set_optimizer("adafisherw", args="dampin=3")

@@ -59,7 +59,8 @@ def test_every_name_trains_under_our_trainer(name: str, tmp_path: Path) -> None:
     trainer = our_trainer(tmp_path, optim=name, learning_rate=0.02, max_steps=24, logging_steps=8)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
-    assert name in type(raw(trainer)).__name__.lower()
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    assert type(raw(trainer)) is {**kinds, "adafisher": AdaFisher, "adafisherw": AdaFisherW}[name]
 
 
 def test_trainers_own_names_keep_working(tmp_path: Path) -> None:
@@ -158,6 +159,33 @@ def test_the_model_card_names_the_optimizer_and_its_options(tmp_path: Path) -> N
     other.create_model_card()
     card = (tmp_path / "adam" / "README.md").read_text()
     assert "Use adamw with betas" in card and "AdaFisher" not in card
+
+
+def test_stock_arguments_and_another_optimizers_default_learning_rate_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    AdaFisherTrainer(RECORD.build(), TrainingArguments(str(tmp_path), **OPTIONS)).create_optimizer()
+    assert "got TrainingArguments" in caplog.text and "pass AdaFisherTrainingArguments" in caplog.text
+    caplog.clear()
+    our_trainer(tmp_path, learning_rate=5e-5).create_optimizer()
+    assert "optim=adafisherw runs with learning_rate=5e-05" in caplog.text and "its own is 0.04" in caplog.text
+    caplog.clear()
+    our_trainer(tmp_path, optim="adamw_torch", learning_rate=0.04).create_optimizer()
+    assert "optim=adamw_torch runs with learning_rate=0.04" in caplog.text and "its own is 5e-05" in caplog.text
+    caplog.clear()
+    our_trainer(tmp_path).create_optimizer()
+    assert not caplog.text
+
+
+def test_resuming_with_other_options_is_pointed_out_and_the_card_tells_the_truth(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    our_trainer(tmp_path / "a", damping=0.01, max_steps=2, save_strategy="steps", save_steps=2).train()
+    trainer = our_trainer(tmp_path / "b", damping=0.5, max_steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert caplog.text.count("options replace those given to the optimizer (damping: 0.5 -> 0.01)") == 1
+    trainer.create_model_card()
+    assert "damping=0.01" in (tmp_path / "b" / "README.md").read_text()
 
 
 def test_a_stock_trainer_with_our_arguments_says_that_it_cannot(tmp_path: Path) -> None:
