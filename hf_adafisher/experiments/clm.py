@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import Subset
 from transformers import default_data_collator
 
 from hf_adafisher.data.perplexity import PerplexityResult, evaluate_perplexity
@@ -18,6 +19,8 @@ from hf_adafisher.optimizers.factory import optimizer_state_bytes
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 CURVE_FILE = "learning_curve.png"
+CURVE_WINDOWS = 256
+"""Validation windows, the first ones, for the curve during training; the evaluation at the end uses all of the text."""
 
 
 def run_clm(
@@ -35,12 +38,12 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         `status` is "completed", or "diverged" if a loss was not finite; a diverged model is neither evaluated
         nor saved.
     """
-    timer, watch = StepTimer(), StopOnDivergence()
+    timer, watch, validation = StepTimer(), StopOnDivergence(), run.datasets["validation"]
     trainer = AdaFisherTrainer(
         model=run.model,
         args=run.training_args,
         train_dataset=run.datasets["train"],
-        eval_dataset=run.datasets["validation"],
+        eval_dataset=Subset(validation, range(min(len(validation), CURVE_WINDOWS))),
         processing_class=run.tokenizer,
         data_collator=default_data_collator,
         callbacks=[timer, watch],

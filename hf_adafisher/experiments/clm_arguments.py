@@ -98,9 +98,9 @@ class ClmTrainingArguments(AdaFisherTrainingArguments):
     """AdaFisher's training arguments with defaults for a language modelling run from the command line.
 
     Different from `TrainingArguments`: batch 16, cosine schedule after 5 % warm-up, a log line every 10
-    steps, ten evaluations and four checkpoints per run (the last two are kept), and losses logged as they
-    are: by default Trainer replaces a non-finite loss by the average of the others, which would hide a
-        diverged run.
+    steps, ten evaluations (of the first 256 validation blocks) and four checkpoints per run (the last two
+    are kept), and losses logged as they are: by default Trainer replaces a non-finite loss by the average of
+    the others, which would hide a diverged run.
 
     Raises:
         ValueError: `max_steps` and `num_train_epochs` that leave nothing to train.

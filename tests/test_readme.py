@@ -1,0 +1,36 @@
+"""What the README shows must run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def test_the_plain_pytorch_example_runs() -> None:
+    (example,) = [block for block in PYTHON_BLOCKS if "torch.nn.Sequential" in block]
+    scope: dict[str, object] = {}
+    exec(example, scope)
+    assert not any(module._forward_hooks for module in scope["model"].modules())  # type: ignore[attr-defined]
+
+
+def test_the_stock_trainer_example_builds_the_optimizer(tmp_path: Path) -> None:
+    from hf_adafisher import AdaFisherW
+    from tests.model_zoo import family
+
+    (example,) = [block for block in PYTHON_BLOCKS if "optimizer_cls_and_kwargs" in block]
+    record = family("gpt2")
+    scope = {"model": record.build(), "dataset": record.dataset(8)}
+    exec(example.replace('"out"', f'"{tmp_path}", use_cpu=True, report_to="none"'), scope)
+    optimizer = scope["trainer"].create_optimizer()  # type: ignore[attr-defined]
+    assert isinstance(optimizer, AdaFisherW) and optimizer.defaults["lr"] == 0.04
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:scripts|docs|hf_adafisher|tests)/[\w/.-]*\w", TEXT))))
+def test_every_path_exists(path: str) -> None:
+    assert (ROOT / path).exists()
