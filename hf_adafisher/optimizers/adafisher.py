@@ -259,8 +259,7 @@ class AdaFisher(Optimizer):
         if group is None:
             raise ValueError(f"{name} is not trained by this optimizer: it is in none of its parameter groups")
         state = self.state.get(param)
-        known = self._curvature.known_terms if normalized else self._curvature.raw_terms
-        terms = known(param, state) if state else []
+        terms = self._curvature.known_terms(param, state, normalized) if state else []
         if not terms:
             raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
         return diagonal_of(terms, param, group["damping"] if normalized else 0.0)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import Term
@@ -110,9 +109,13 @@ class Curvature:
             self._terms[key] = [gradient_term(self.uses_of(p), grad)]
         return self._terms[key]
 
-    def known_terms(self, p: Tensor, state: Mapping[str, Tensor]) -> list[Term]:
-        """The terms that the last step used, else those of the averages; empty while nothing is known."""
-        return self._terms.get(id(p)) or terms_of(self.uses_of(p), state, p.shape)
+    def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[Term]:
+        """The terms that the last step used, else those of the averages; empty while nothing is known.
+
+        With ``normalize=False`` those of the averages, not normalised.
+        """
+        used = self._terms.get(id(p)) if normalize else None
+        return used or terms_of(self.uses_of(p), state, p.shape, normalize)
 
     def collect(
         self,
@@ -186,8 +189,3 @@ class Curvature:
         if self.recorder is None or self.recorder.closed:
             raise RuntimeError("this optimizer was closed and has no hooks any more: build a new one to train on")
         return self.recorder
-
-    @torch.no_grad()
-    def raw_terms(self, p: Tensor, state: Mapping[str, Tensor]) -> list[Term]:
-        """The averaged factors of every use with statistics, spread but not normalised."""
-        return terms_of(self.uses_of(p), state, p.shape, normalize=False)
