@@ -13,12 +13,13 @@ from hf_adafisher.optimizers import (
 )
 
 if TYPE_CHECKING:
-    from hf_adafisher.training import AdaFisherTrainer, AdaFisherTrainingArguments
+    from hf_adafisher.training import AdaFisherCallback, AdaFisherTrainer, AdaFisherTrainingArguments
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdaFisher",
+    "AdaFisherCallback",
     "AdaFisherTrainer",
     "AdaFisherTrainingArguments",
     "AdaFisherW",
@@ -33,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The optimizers work in a plain PyTorch loop: transformers is imported only where the Trainer is asked for.
-    if name in ("AdaFisherTrainer", "AdaFisherTrainingArguments"):
+    if name in ("AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments"):
         from hf_adafisher import training
 
         return getattr(training, name)

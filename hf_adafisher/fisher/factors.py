@@ -56,6 +56,17 @@ def sum_of_squares(values: Tensor, width: int) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=0, dtype=dtype).square_()
 
 
+def sum_of_squares_along(values: Tensor, axis: int) -> Tensor:
+    """Sums of squares over every axis of ``values`` but ``axis``; a vector, in :func:`statistics_dtype`."""
+    dtype = statistics_dtype(values.dtype)
+    rest = [i for i in range(values.dim()) if i != axis]
+    if values.numel() == 0:
+        return torch.zeros(values.shape[axis], dtype=dtype, device=values.device)
+    if not rest:
+        return values.detach().to(dtype).square()
+    return torch.linalg.vector_norm(values.detach(), dim=rest, dtype=dtype).square_()
+
+
 @dataclass
 class FactorPair:
     """Statistics of one layer: sums over ``count`` positions (batch times tokens or pixels).

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.factors import min_max_normalize, statistics_dtype
+from hf_adafisher.fisher.factors import min_max_normalize, statistics_dtype, sum_of_squares_along
 
 INPUT = "input_factor"
 OUTPUT_GRAD = "output_grad_factor"
@@ -41,14 +41,7 @@ class ParameterForm(ABC):
 
 def _mean_square(grad: Tensor, axis: int) -> Tensor:
     """Mean of grad^2 over every axis but ``axis``, in the dtype of statistics."""
-    dtype = statistics_dtype(grad.dtype)
-    if grad.numel() == 0:
-        return torch.zeros(grad.shape[axis], dtype=dtype, device=grad.device)
-    rest = [i for i in range(grad.dim()) if i != axis]
-    if not rest:
-        return grad.detach().to(dtype).square()
-    others = grad.numel() // grad.shape[axis]
-    return torch.linalg.vector_norm(grad.detach(), dim=rest, dtype=dtype).square_() / others
+    return sum_of_squares_along(grad, axis) / max(grad.numel() // max(grad.shape[axis], 1), 1)
 
 
 @dataclass(frozen=True)
@@ -74,6 +67,41 @@ class KroneckerForm(ParameterForm):
 
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {name: _mean_square(grad, axis) for axis, name in enumerate(self.axes)}
+
+
+@dataclass(frozen=True)
+class ConvForm(ParameterForm):
+    """The weight ``(out, in / groups, *kernel)`` of a convolution: ``F[o, j, k] = minmax(S)[o] * minmax(H)[c, k]``.
+
+    ``c`` is the input channel that ``j`` stands for in the group of ``o``. With several groups the weight is that of
+    a dense convolution with zeros in the other groups' places, and so are the factors: each is normalised as a whole.
+
+    Attributes:
+        groups: Number of groups; ``H`` has the shape ``(in, *kernel)`` for any.
+    """
+
+    groups: int
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {OUTPUT_GRAD: (shape[0],), INPUT: (shape[1] * self.groups, *shape[2:])}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        s, h = factors[OUTPUT_GRAD], factors[INPUT]
+        if normalize:
+            s, h = min_max_normalize(s), min_max_normalize(h)
+        h = h.reshape(self.groups, 1, *shape[1:])
+        if self.groups > 1:
+            h = h.expand(-1, shape[0] // self.groups, *shape[1:]).reshape(shape)
+        else:
+            h = h.squeeze(1)
+        return s.reshape(-1, *[1] * (len(shape) - 1)), h
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        out, *rest = grad.shape
+        by_group = grad.detach().reshape(self.groups, out // self.groups, *rest)
+        norm = torch.linalg.vector_norm(by_group, dim=1, dtype=statistics_dtype(grad.dtype))
+        mean = norm.square_() / max(out // self.groups, 1)
+        return {OUTPUT_GRAD: _mean_square(grad, 0), INPUT: mean.reshape(rest[0] * self.groups, *rest[1:])}
 
 
 @dataclass(frozen=True)

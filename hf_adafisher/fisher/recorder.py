@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_adafisher.fisher.factors import FactorPair, statistics_dtype
 from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, ParameterForm
 from hf_adafisher.fisher.layers import LayerRule, find_rule
-from hf_adafisher.fisher.reduce import sum_over_ranks
+from hf_adafisher.fisher.reduce import check_same_layout, sum_over_ranks
 
 
 @dataclass(eq=False)
@@ -70,6 +70,11 @@ class _ForwardHook:
         recorder = None if self._recorder is None else self._recorder()
         if recorder is None or self._tracked is None:
             return
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel runs copies of the model in threads, whose statistics would be mixed up: start one "
+                "process a GPU with torchrun (DistributedDataParallel), or show only one with CUDA_VISIBLE_DEVICES"
+            )
         if torch.is_grad_enabled() and module.training and isinstance(output, Tensor) and output.requires_grad:
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if inputs:
@@ -81,12 +86,13 @@ def _gradient_site(output: Tensor) -> Tensor:
 
     A Linear with bias on 3-D input and transformers' Conv1D return a view of what they computed. After an in-place
     operation on that view a hook on the view never fires, silently; one on its base does. Full backward hooks raise
-    there and cost more even when idle.
+    there and cost more even when idle. The base stands in only where it holds the same values in the same order, so
+    that its gradient can be given the output's shape.
     """
     base = output._base
-    if base is None or not base.requires_grad or base.dim() == 0 or base.numel() != output.numel():
+    if base is None or not base.requires_grad or base.numel() != output.numel():
         return output
-    return base if base.shape[-1] == output.shape[-1] else output
+    return base if base.is_contiguous() and output.is_contiguous() else output
 
 
 class FactorRecorder:
@@ -100,6 +106,11 @@ class FactorRecorder:
     Args:
         model: Any module; its submodules are walked once.
         parameters: The parameters of interest; modules that own none of them are not tracked.
+
+    Attributes:
+        tracked: The modules with a rule that own a parameter of interest.
+        gradient_scale: What the loss of the coming backward passes was multiplied by; factors are divided by its
+            square. Default 1.
     """
 
     def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
@@ -116,7 +127,9 @@ class FactorRecorder:
         self._handles: list[RemovableHandle] = []
         # Statistics of a graph built before the last flush or discard must not count towards the next one.
         self._generation = 0
+        self._layout_checked = False
         self.closed = False
+        self.gradient_scale = 1.0
         weakref.finalize(self, _remove_all, self._handles)
 
     @property
@@ -162,13 +175,15 @@ class FactorRecorder:
             if not tracked.explained:
                 return
             input_sums, count = tracked.rule.input_sums(tracked.module, inputs, output)
-        generation, reference = self._generation, weakref.ref(self)
+        generation, reference, shape = self._generation, weakref.ref(self), output.shape
 
         def commit(grad: Tensor) -> None:
             recorder = reference()
             if recorder is not None and recorder._generation == generation:
                 with torch.no_grad():
-                    grad_sums = tracked.rule.output_grad_sums(tracked.module, grad)
+                    grad_sums = tracked.rule.output_grad_sums(tracked.module, grad.reshape(shape))
+                    if recorder.gradient_scale != 1.0:
+                        grad_sums = grad_sums / recorder.gradient_scale**2
                 recorder._commit(tracked, FactorPair(input_sums, grad_sums, count))
 
         _gradient_site(output).register_hook(commit)
@@ -193,6 +208,9 @@ class FactorRecorder:
             return Sample()
         anchor = next(self.tracked[0].module.parameters(recurse=False))
         dtypes = {statistics_dtype(p.dtype) for t in self.tracked for p in t.module.parameters(recurse=False)}
+        if not self._layout_checked:
+            self._layout_checked = True
+            check_same_layout([t.name for t in self.tracked], sum(_flat_size(t) for t in self.tracked), anchor.device)
         buffer = torch.cat([_flatten(t, pending.get(t), anchor.device) for t in self.tracked])
         buffer = sum_over_ranks(buffer.to(torch.float64 if torch.float64 in dtypes else torch.float32))
         pieces = buffer.split([_flat_size(t) for t in self.tracked])

@@ -1,6 +1,9 @@
-"""Averaging statistics over data-parallel processes."""
+"""Summing statistics over data-parallel processes."""
 
 from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,6 +16,36 @@ def sum_over_ranks(buffer: Tensor) -> Tensor:
     Without an initialised process group, or with a single process, the buffer is returned as it is. Every process
     must call this with a buffer of the same length.
     """
-    if torch.distributed.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if in_parallel():
         dist.all_reduce(buffer)
     return buffer
+
+
+def in_parallel() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def check_same_layout(names: Sequence[str], size: int, device: torch.device) -> None:
+    """Check that all processes are about to reduce the same statistics; a different buffer would hang them.
+
+    Args:
+        names: What the buffer holds, in its order.
+        size: Its length.
+        device: Where the processes communicate.
+
+    Raises:
+        RuntimeError: They are not, on every process alike.
+    """
+    if not in_parallel():
+        return
+    mine = torch.tensor([size, len(names), zlib.crc32("\n".join(names).encode())], device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    for rank, other in enumerate(everyone):
+        if not torch.equal(other, everyone[0]):
+            raise RuntimeError(
+                f"process {rank} tracks {int(other[1])} layers with {int(other[0])} statistics, process 0 "
+                f"{int(everyone[0][1])} with {int(everyone[0][0])}, or others: all processes must train the same "
+                "parameters of the same model (DistributedDataParallel or FSDP2, not pipeline or tensor parallelism)"
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch.optim import Optimizer
 
 from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.fisher.uses import new_state
-from hf_adafisher.optimizers.checks import check_checkpoint, check_options, warn_changed_options
+from hf_adafisher.optimizers.checks import check_checkpoint, check_model, check_options, warn_changed_options
+from hf_adafisher.optimizers.checks import momentum_dtype as momentum_dtype_of
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
+from hf_adafisher.optimizers.sharding import local_part
 from hf_adafisher.optimizers.update import update_parameter
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -46,10 +49,14 @@ class AdaFisher(Optimizer):
         ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8.
         update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100.
         weight_decay: kappa, >= 0. Default 0.
+        momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own;
+            ``"float32"`` is worth its memory where the weights are bfloat16. Factors are float32 in any case.
 
     Raises:
         TypeError: ``model`` is not a module (``AdaFisherW(model.parameters())``).
-        ValueError: An option is outside its range, a parameter does not belong to the model, or nothing is trainable.
+        ValueError: An option is outside its range, a parameter does not belong to the model, nothing is trainable, or
+            the model is wrapped or split in a way that hides layers or parameters (DataParallel, FSDP1, DeepSpeed,
+            tensor, context or pipeline parallelism).
 
     Example:
         >>> import torch
@@ -73,6 +80,7 @@ class AdaFisher(Optimizer):
         ema_decay: float = 0.8,  # gamma
         update_interval: int = 100,  # T_cov
         weight_decay: float = 0.0,  # kappa
+        momentum_dtype: torch.dtype | str | None = None,
     ) -> None:
         kind = type(self).__name__
         if not isinstance(model, nn.Module):
@@ -81,6 +89,7 @@ class AdaFisher(Optimizer):
                 f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
                 f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
             )
+        check_model(model, kind)
         self.model = model
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -97,6 +106,7 @@ class AdaFisher(Optimizer):
             "ema_decay": ema_decay,
             "update_interval": update_interval,
             "weight_decay": weight_decay,
+            "momentum_dtype": momentum_dtype,
             "decoupled_weight_decay": self._decoupled,
             **dict.fromkeys(("steps", "next_refresh", "refreshes", "dropped_refreshes"), 0),
         }
@@ -136,13 +146,13 @@ class AdaFisher(Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
-        state = self._state_of(p)
+        state = self._state_of(group, p)
         state["step"] += 1
         update_parameter(
-            p,
-            grad,
-            state["exp_avg"],
-            self._curvature.terms(p, state, grad),
+            local_part(p),
+            local_part(grad),
+            local_part(state["exp_avg"]),
+            self._curvature.local_terms(p, state, grad),
             step=int(state["step"].item()),
             lr=float(group["lr"]),
             beta=group["beta"],
@@ -162,14 +172,44 @@ class AdaFisher(Optimizer):
                         )
                     yield group, p, p.grad
 
-    def _state_of(self, p: Tensor) -> dict[str, Tensor]:
+    def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            dtype = momentum_dtype_of(group, p.dtype)
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state.update(new_state(self._curvature.uses_of(p), p))
         return state
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next ``step()`` refreshes the factors, so that the backward passes before it are recorded.
+
+        Hooks cannot run inside compiled graphs. With ``torch.compile``, run the forward and backward of such a step
+        under ``torch.compiler.set_stance("force_eager")``; AdaFisherTrainer does so by itself.
+        """
+        return self._is_due()
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the loss of the coming backward passes is multiplied by, beyond the mean over its positions. Default 1.
+
+        Normalised factors do not depend on it; their average over refreshes does, where it changes from one to the
+        next. AdaFisherTrainer sets it on every step that is due. In your own loop with loss scaling, set it to
+        ``scaler.get_scale()`` before the backward.
+
+        Raises:
+            ValueError: On setting a value that is not finite and > 0.
+            RuntimeError: After :meth:`close`.
+        """
+        return self._curvature.open_recorder().gradient_scale
+
+    @gradient_scale.setter
+    def gradient_scale(self, value: float) -> None:
+        if not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"gradient_scale must be finite and > 0, got {value}")
+        self._curvature.open_recorder().gradient_scale = float(value)
 
     def _is_due(self) -> bool:
         first = self.param_groups[0]
@@ -183,7 +223,7 @@ class AdaFisher(Optimizer):
                 group["dropped_refreshes"] += 1
             return
         for update in updates:
-            update.apply(self._state_of(update.param), self._curvature.uses_of(update.param))
+            update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
         if updates:
             self._curvature.forget()
             for group in self.param_groups:
@@ -218,6 +258,8 @@ class AdaFisher(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group, self.param_groups[0], type(self).__name__)
+            if group["momentum_dtype"] is not None:  # as a word, which every kind of checkpoint can hold
+                group["momentum_dtype"] = str(momentum_dtype_of(group)).removeprefix("torch.")
             self._curvature.map_parameters()  # the model may have grown since
             for p in group["params"]:
                 if id(p) not in self._curvature.names:
@@ -248,7 +290,8 @@ class AdaFisher(Optimizer):
                 rescale their output.
 
         Returns:
-            Tensor in the parameter's shape, float32 (float64 for a float64 parameter).
+            Tensor in the parameter's shape, float32 (float64 for a float64 parameter); whole, also where FSDP2 has
+            sharded the parameter.
 
         Raises:
             ValueError: The parameter is not trained by this optimizer.
@@ -290,12 +333,15 @@ class AdaFisher(Optimizer):
         warn_changed_options(self, state_dict)
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for saved_id, p in zip(saved_ids, self._params(), strict=True):
+        members = [(group, p) for group in self.param_groups for p in group["params"]]
+        for saved_id, (group, p) in zip(saved_ids, members, strict=True):
+            group.setdefault("momentum_dtype", None)
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                # Momentum has the parameter's dtype, which torch's cast gives it; statistics keep their own.
+                # Momentum has the dtype that its group names; statistics keep their own.
                 # 0-dimensional entries (step, weight of the average) stay on the CPU: they are read as numbers.
-                value = self.state[p][key] if key == "exp_avg" else value
-                self.state[p][key] = value.detach().clone().to("cpu" if value.dim() == 0 else p.device)
+                dtype = momentum_dtype_of(group, p.dtype) if key == "exp_avg" else value.dtype
+                device = torch.device("cpu") if value.dim() == 0 else p.device
+                self.state[p][key] = value.detach().clone().to(device, dtype)
         self._curvature.forget()
         self._curvature.discard()
         self._curvature.arm(self._is_due())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import numbers
+import sys
 from collections.abc import Iterable, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from hf_adafisher.fisher.uses import new_state
+from hf_adafisher.optimizers.sharding import is_sharded
 
 if TYPE_CHECKING:
     from hf_adafisher.optimizers.adafisher import AdaFisher
@@ -20,13 +23,98 @@ logger = logging.getLogger(__name__)
 ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
 """Options that the saved groups of AdaFisher(W) have and those of other optimizers lack."""
 
-_CHECKED_ON_LOAD = ("beta", "damping", "ema_decay", "update_interval", "weight_decay")
+_CHECKED_ON_LOAD = ("beta", "damping", "ema_decay", "update_interval", "weight_decay", "momentum_dtype")
 
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.Tensor)):
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def momentum_dtype(group: Mapping[str, Any], default: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype that a group's ``momentum_dtype`` names, ``default`` where it is None.
+
+    Raises:
+        ValueError: It names no floating-point dtype.
+    """
+    name = group["momentum_dtype"]
+    if name is None:
+        return default
+    dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"momentum_dtype must be None (the parameter's dtype) or a floating-point dtype such as 'float32', got {name!r}"
+        )
+    return dtype
+
+
+_DATA_PARALLEL = "use DistributedDataParallel (torchrun, one process a GPU) or FSDP2 (fully_shard)"
+_OTHER_MESH_AXES = frozenset({"tp", "cp", "sp", "pp", "ep"})
+
+
+def check_model(model: nn.Module, kind: str) -> None:
+    """Check that the model's layers see whole batches of their process and that its parameters are whole or FSDP2's.
+
+    Raises:
+        ValueError: It is wrapped or split in a way that hides them; the message says what to use instead.
+    """
+    fsdp1 = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    reason = None
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        reason = "nn.DataParallel (it runs copies of the model in threads, whose statistics would be mixed up)"
+    elif any(isinstance(module, fsdp1) for module in model.modules()):
+        reason = "FSDP1 (it gives the optimizer flat shards instead of parameters)"
+    elif type(model).__module__.partition(".")[0] == "deepspeed":
+        reason = "DeepSpeed (it gives the optimizer flat shards instead of parameters)"
+    elif _other_parallelism(model):
+        reason = "tensor, context or pipeline parallelism (a process then sees a part of a layer or of the model)"
+    else:
+        reason = _refused_by_accelerate()
+    if reason is not None:
+        raise ValueError(f"{kind} does not support {reason}: {_DATA_PARALLEL}")
+
+
+def _other_parallelism(model: nn.Module) -> bool:
+    """Whether parameters are DTensors of something else than FSDP2."""
+    sharded = [p for p in model.parameters() if is_sharded(p)]
+    if any(_OTHER_MESH_AXES & set(p.device_mesh.mesh_dim_names or ()) for p in sharded):  # type: ignore[attr-defined]
+        return True
+    fsdp2 = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return bool(sharded) and not any(isinstance(module, fsdp2) for module in model.modules())
+
+
+def accelerate_state() -> Any | None:
+    """accelerate's state, where accelerate is in use; this package does not import it for that."""
+    module = sys.modules.get("accelerate.state")
+    return module.AcceleratorState() if module is not None and module.is_initialized() else None
+
+
+def _refused_by_accelerate() -> str | None:
+    """What accelerate is about to do to the model that AdaFisher does not support."""
+    state = accelerate_state()
+    if state is None:
+        return None
+    kind = str(getattr(state.distributed_type, "value", state.distributed_type))
+    if kind in ("DEEPSPEED", "MEGATRON_LM"):
+        return f"{kind.replace('_', '-').title()} (it gives the optimizer flat shards instead of parameters)"
+    if kind == "FSDP" and getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1) == 1:
+        return "FSDP1 (it gives the optimizer flat shards instead of parameters; set fsdp_version to 2)"
+    mesh = getattr(state, "parallelism_config", None)
+    if mesh is not None and any(getattr(mesh, f"{axis}_enabled", False) for axis in ("tp", "cp", "sp")):
+        return "tensor, context or sequence parallelism (a process then sees a part of a layer or of the sequence)"
+    return None
+
+
+def refuse_compilation(kind: str) -> None:
+    """Raises ValueError where accelerate is about to compile the model for a Trainer that does not know of hooks."""
+    state = accelerate_state()
+    backend = getattr(getattr(state, "dynamo_plugin", None), "backend", None)
+    if backend is not None and str(getattr(backend, "value", backend)).upper() != "NO":
+        raise ValueError(
+            f"{kind} records its statistics with hooks, which compiled graphs do not run, and a stock Trainer compiles "
+            "every step: use AdaFisherTrainer, which runs the few steps that record eagerly, or unset torch_compile"
+        )
 
 
 def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
@@ -53,6 +141,7 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
         value = _number(name, group[name])
         if not 0.0 <= value < 1.0:
             raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    momentum_dtype(group)
     interval = group["update_interval"]
     if isinstance(interval, bool) or not isinstance(interval, numbers.Integral) or interval < 1:
         raise ValueError(f"update_interval must be a whole number of steps >= 1, got {interval!r}")

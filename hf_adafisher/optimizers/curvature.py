@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.fisher.uses import ON_GRADIENT, Use, find_uses, gradient_term, needs_gradient_factors, terms_of
+from hf_adafisher.optimizers.sharding import is_sharded, local_terms, whole
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +70,21 @@ class Curvature:
             logger.warning("No layer rule reaches %s; gradient factors are used instead.", self.describe(orphans))
 
     def map_parameters(self) -> None:
-        """Look the names and the uses of all parameters up in the model again."""
+        """Look the names, the owners and the uses of all parameters up in the model again."""
         self.names = {id(p): name for name, p in self.model.named_parameters()}
+        self._owners = {
+            id(p): (module, key)
+            for module in self.model.modules()
+            for key, p in module._parameters.items()
+            if p is not None
+        }
         self._uses = find_uses(self._params, self.recorder.tracked if self.recorder else [])
         self.forget()
 
     def forget(self) -> None:
         """Forget every cached term: the averages have changed."""
         self._terms: dict[int, list[Term]] = {}
+        self._local_terms: dict[int, list[Term]] = {}
         self._provisional: set[int] = set()
 
     def name_of(self, p: Tensor) -> str:
@@ -84,10 +93,18 @@ class Curvature:
 
     def uses_of(self, p: Any) -> tuple[Use, ...]:
         """All uses of a tracked parameter, at least one."""
-        if id(p) not in self._uses:  # a wrapper (FSDP2) replaced the parameters of the same modules
-            self._params = [*self._params, p]
-            self.map_parameters()
+        if id(p) not in self._uses:
+            self._follow_replaced_parameters()
+        if id(p) not in self._uses:
+            raise RuntimeError(
+                f"{self.name_of(p)} was put into param_groups by hand: use add_param_group, or build a new optimizer"
+            )
         return self._uses[id(p)]
+
+    def _follow_replaced_parameters(self) -> None:
+        """FSDP2 replaces the parameters by sharded ones but keeps the modules: look the new ones up there."""
+        self._params = [getattr(*self._owners[id(p)]) if id(p) in self._owners else p for p in self._params]
+        self.map_parameters()
 
     def describe(self, params: Sequence[Tensor]) -> str:
         """``"3 parameters (0.2 % of all values): a, b, c"`` for one grouped message."""
@@ -106,8 +123,17 @@ class Curvature:
             self._terms[key] = terms_of(self.uses_of(p), state, p.shape)
         if not self._terms[key] or key in self._provisional:
             self._provisional.add(key)
-            self._terms[key] = [gradient_term(self.uses_of(p), grad)]
+            self._terms[key] = [gradient_term(self.uses_of(p), whole(grad))]
         return self._terms[key]
+
+    def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
+        """The part of :meth:`terms` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
+        if not is_sharded(p):
+            return self.terms(p, state, grad)
+        key = id(p)
+        if key not in self._local_terms or key in self._provisional:
+            self._local_terms[key] = local_terms(self.terms(p, state, grad), p)
+        return self._local_terms[key]
 
     def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[Term]:
         """The terms that the last step used, else those of the averages; empty while nothing is known.
@@ -120,7 +146,7 @@ class Curvature:
     def collect(
         self,
         with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
-        state_of: Callable[[Tensor], Mapping[str, Tensor]],
+        state_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]],
     ) -> list[FactorUpdate] | None:
         """What was recorded since the last call, for every parameter that has a gradient.
 
@@ -129,25 +155,42 @@ class Curvature:
 
         Args:
             with_gradient: Parameter group, parameter and gradient.
-            state_of: The optimizer's state of a parameter.
+            state_of: The optimizer's state of a parameter, given its group too.
 
         Returns:
-            The updates to make, or None if anything is not finite.
+            The updates to make, none where the step had nothing but zero gradients; None if anything is not finite.
         """
         assert self.recorder is not None
         sample = self.recorder.flush()
-        recorded, fallbacks = [], []
+        recorded, fallbacks, informative = [], [], bool(sample.factors)
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
             used = [use for use in uses if use.tracked in sample.factors]
             recorded += [FactorUpdate(group, p, use, sample.factors[use.tracked], False) for use in used if use.tracked]
-            if not used and needs_gradient_factors(uses, state_of(p), p.shape):
-                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(grad), True))
+            if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
+                full = whole(grad)
+                informative = informative or bool(full.any())
+                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(full), True))
+        if not informative and not sample.non_finite:
+            return []  # zeros everywhere: distributed checkpoints make such a step to initialise states
+        if self.recorder.tracked and not sample.factors and not sample.non_finite and self.model.training:
+            self._check_not_compiled()
         if sample.non_finite or not all(bool(f.isfinite().all()) for u in fallbacks for f in u.factors.values()):
             self._warn_dropped(sample.non_finite)
             return None
         self._note_bypassed([update.param for update in fallbacks if update.use.tracked is not None])
         return recorded + fallbacks
+
+    @staticmethod
+    def _check_not_compiled() -> None:
+        """Nothing at all was recorded: an error if this process runs compiled graphs, which is then the reason."""
+        dynamo = sys.modules.get("torch._dynamo.utils")
+        if dynamo is not None and dynamo.counters["stats"].get("unique_graphs"):
+            raise RuntimeError(
+                "no layer recorded anything in a step that refreshes the factors, and models were compiled in this "
+                "process: compiled graphs do not run hooks. Use AdaFisherTrainer, or run the forward and backward of "
+                'these steps with torch.compiler.set_stance("force_eager" if optimizer.refresh_due else "default")'
+            )
 
     def _warn_dropped(self, modules: Sequence[str]) -> None:
         if not self._warned_dropped:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.adafisher import AdaFisher, AdaFisherW
-from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_kind
+from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_kind, refuse_compilation
 from hf_adafisher.optimizers.param_groups import decay_groups
 
 
@@ -172,7 +172,14 @@ class OptimizerFactory:
     """
 
     def __call__(self, model: nn.Module, *, lr: float, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
-        """:func:`create_optimizer` with the model first; raises TypeError without ``lr``."""
+        """:func:`create_optimizer` with the model first.
+
+        Raises:
+            TypeError: Without ``lr``.
+            ValueError: As :func:`create_optimizer`, and for AdaFisher(W) where Trainer is to compile the model.
+        """
+        if optimizer_record(name).needs_model:
+            refuse_compilation(name)
         return create_optimizer(name, model, lr=lr, **kwargs)
 
 

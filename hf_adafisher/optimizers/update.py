@@ -35,6 +35,7 @@ def update_parameter(
         terms: The parameter's factors, normalised and spread (see :mod:`hf_adafisher.fisher.forms`).
         step: Number of updates of this parameter, this one included.
     """
+    grad = grad.to(exp_avg.dtype)
     if weight_decay and not decoupled:
         grad = grad.add(param, alpha=weight_decay)
     exp_avg.lerp_(grad, 1.0 - beta)

@@ -1,6 +1,7 @@
-"""How Hugging Face drives it: training arguments and a Trainer."""
+"""How Hugging Face drives it: training arguments, a Trainer and a callback."""
 
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
-__all__ = ["AdaFisherTrainer", "AdaFisherTrainingArguments"]
+__all__ = ["AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments"]

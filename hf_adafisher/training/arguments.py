@@ -16,7 +16,7 @@ from hf_adafisher.optimizers.factory import available_optimizers, did_you_mean, 
 logger = logging.getLogger(__name__)
 
 _ADAFISHER = ("adafisher", "adafisherw")
-_ADAFISHER_OPTIONS = ("beta", "damping", "ema_decay", "update_interval")
+_ADAFISHER_OPTIONS = ("beta", "damping", "ema_decay", "update_interval", "momentum_dtype")
 _ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 DEFAULT_LEARNING_RATE = 0.04
 TRAINER_LEARNING_RATE = 5e-5
@@ -42,12 +42,14 @@ class AdaFisherTrainingArguments(TrainingArguments):
             value is ``learning_rate / damping`` times its momentum.
         ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.95.
         update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 10.
+        momentum_dtype: Dtype of AdaFisher's first moment. Default None: that of the weights; ``float32`` for weights in
+            bfloat16.
         log_curvature: Add a few curvature scalars (``adafisher/...``) to the training logs. Default True.
         optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
 
     Raises:
         ValueError: Unknown ``optim``, malformed ``optim_args`` or an option that the optimizer does not have, an
-            option of AdaFisher out of its range, or a training mode that AdaFisher does not support yet.
+            option of AdaFisher out of its range, or a training mode that AdaFisher does not support (DeepSpeed, FSDP1).
     """
 
     # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
@@ -61,6 +63,9 @@ class AdaFisherTrainingArguments(TrainingArguments):
         default=0.95, metadata={"help": "AdaFisher: decay gamma of the factors' average, in [0, 1)."}
     )
     update_interval: int = field(default=10, metadata={"help": "AdaFisher: T_cov, steps between two refreshes, >= 1."})
+    momentum_dtype: str | None = field(
+        default=None, metadata={"help": "AdaFisher: dtype of the first moment; default: that of the weights."}
+    )
     log_curvature: bool = field(
         default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."}
     )
@@ -121,16 +126,22 @@ class AdaFisherTrainingArguments(TrainingArguments):
         return {**options, **_parse_optim_args(self.optim_args)}
 
     def _refuse_unsupported(self) -> None:
-        modes = {
-            "torch_compile": self.torch_compile and "compiled graphs do not run the hooks that record the factors",
-            "deepspeed": self.deepspeed and "DeepSpeed gives the optimizer flat shards instead of parameters",
-            "fsdp": self.fsdp and "FSDP1 gives the optimizer flat shards instead of parameters",
-        }
-        for mode, reason in modes.items():
-            if reason:
-                raise ValueError(
-                    f"optim={self.optim} does not support {mode} yet: {reason}. Unset {mode}, or use optim=adamw_torch"
-                )
+        """The training modes that hide layers or parameters from the optimizer; a model's own are found when it is."""
+        shards = "gives the optimizer flat shards instead of parameters"
+        if self.deepspeed:
+            raise ValueError(
+                f"optim={self.optim} does not support deepspeed: it {shards}. Use fsdp (FSDP2) or torchrun without it, "
+                "or optim=adamw_torch"
+            )
+        if self.fsdp and isinstance(self.fsdp_config, dict) and int(self.fsdp_config.get("version", 2)) == 1:
+            raise ValueError(
+                f"optim={self.optim} does not support FSDP1: it {shards}. Set fsdp_config['version'] to 2 (the "
+                "default), or use optim=adamw_torch"
+            )
+        if self.torch_compile and self.update_interval == 1:
+            logger.warning(
+                "torch_compile has no effect with update_interval=1: steps that refresh the factors run eagerly."
+            )
 
     def _warn_ignored(self) -> None:
         """Say which optimizer settings were changed from their defaults but belong to another optimizer."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_compiled_module
 from torch.optim import Optimizer
 from transformers import Trainer
 
-from hf_adafisher.optimizers.adafisher import AdaFisher
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
 from hf_adafisher.training.arguments import (
     DEFAULT_LEARNING_RATE,
@@ -18,6 +19,7 @@ from hf_adafisher.training.arguments import (
     AdaFisherTrainingArguments,
     default_learning_rate,
 )
+from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ class AdaFisherTrainer(Trainer):
     Use it with :class:`hf_adafisher.AdaFisherTrainingArguments`; the constructor is Trainer's. Optimizers passed as
     ``optimizers=`` or ``optimizer_cls_and_kwargs=`` come first, as in Trainer, and so does an overridden
     ``get_decay_parameter_names``.
+
+    With AdaFisher(W) the steps that refresh the factors run eagerly where ``torch_compile`` is on (compiled graphs do
+    not run hooks), statistics of steps that a loss scaler skips are dropped, and the scale of the loss is taken out of
+    the factors: they are those of each position's own loss, whatever the batch size, the accumulation, the number of
+    processes and the loss scale.
 
     While AdaFisher(W) trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
     ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
@@ -64,6 +71,8 @@ class AdaFisherTrainer(Trainer):
             )
         model = self.model if model is None else model
         assert model is not None
+        if not any(isinstance(callback, AdaFisherCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(AdaFisherCallback())
         self.optimizer = create_optimizer(
             name,
             model,
@@ -74,9 +83,32 @@ class AdaFisherTrainer(Trainer):
         )
         return self.optimizer
 
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """As in Trainer; a step that refreshes AdaFisher's factors runs eagerly and with the scale of the loss known."""
+        optimizer, stance = adafisher_in(self.optimizer), contextlib.nullcontext()
+        if optimizer is not None and optimizer.refresh_due:
+            optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
+            if self.args.torch_compile or is_compiled_module(model) or is_compiled_module(optimizer.model):
+                stance = torch.compiler.set_stance("force_eager")
+        with stance:
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _gradient_scale(self, num_items: torch.Tensor | int | None) -> float:
+        """What Trainer is about to multiply each position's loss by, or its batch's mean where it counts no items."""
+        items = 0.0 if num_items is None else float(num_items)
+        if items > 0 and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            scale = ranks / items
+        else:
+            scale = 1.0 / max(getattr(self, "current_gradient_accumulation_steps", 1), 1)
+        scaler = getattr(self.accelerator, "scaler", None)
+        return scale if scaler is None else scale * scaler.get_scale()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; training logs get AdaFisher's curvature scalars (``args.log_curvature``)."""
-        optimizer = self._adafisher()
+        optimizer = adafisher_in(self.optimizer)
         if optimizer is not None and "loss" in logs and getattr(self.args, "log_curvature", True):
             summary = optimizer.curvature_summary()
             logs |= {f"adafisher/{key}": summary[key] for key in _LOGGED if key in summary}
@@ -84,7 +116,7 @@ class AdaFisherTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with the optimizer and the options that were really used."""
-        optimizer, previous = self._adafisher(), self.args.optim_args
+        optimizer, previous = adafisher_in(self.optimizer), self.args.optim_args
         if optimizer is not None:
             shown = ("lr", "beta", "damping", "ema_decay", "update_interval")
             options = {**optimizer.param_groups[0], "lr": self.args.learning_rate}
@@ -102,11 +134,6 @@ class AdaFisherTrainer(Trainer):
                 "Information](https://arxiv.org/abs/2405.16397) (ICLR 2025), implemented in hf_adafisher.\n",
                 encoding="utf-8",
             )
-
-    def _adafisher(self) -> AdaFisher | None:
-        """The AdaFisher(W) in use, out of accelerate's wrapper, or None."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        return optimizer if isinstance(optimizer, AdaFisher) else None
 
 
 def _warn_of_a_foreign_default(name: str, learning_rate: float) -> None:

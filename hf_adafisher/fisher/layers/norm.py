@@ -1,5 +1,6 @@
-"""Normalisation layers as scale-and-shift blocks: LayerNorm, and every RMSNorm, matched by structure.
+"""Normalisation layers as scale-and-shift blocks: LayerNorm, every RMSNorm, BatchNorm, GroupNorm.
 
+RMSNorms are matched by structure, since no transformers class derives from ``torch.nn.RMSNorm``.
 For each channel the gradient of the scale is ``g_c * xhat_c``, so ``F_scale = minmax(S * H)`` with ``H`` the second
 moment of the *normalised* input, and ``F_shift = minmax(S)``.
 """
@@ -7,12 +8,13 @@ moment of the *normalised* input, and ``F_shift = minmax(S)``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares
+from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares, sum_of_squares_along
 from hf_adafisher.fisher.forms import ParameterForm, ScaleForm, ShiftForm
 from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure, weight_of
 
@@ -74,6 +76,55 @@ class RMSNormRule(LayerNormRule):
         return F.rms_norm(x.to(statistics_dtype(x.dtype)), shape, eps=_epsilon(module, torch.finfo(x.dtype).eps))
 
 
+class ChannelNormRule(LayerRule):
+    """``y = xhat * scale + shift`` for each channel, axis 1 of an input ``(N, C, *spatial)``."""
+
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """What the layer is to compute in training mode."""
+        raise NotImplementedError
+
+    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
+        return {"weight": ScaleForm(), "bias": ShiftForm()}
+
+    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
+
+    def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
+        x = inputs[0].detach()
+        xhat = self.apply(module, x.to(statistics_dtype(x.dtype)), None, None)
+        return sum_of_squares_along(xhat, 1), x.numel() // max(x.shape[1], 1)
+
+    def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        return sum_of_squares_along(grad, 1)
+
+    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        if type(module).forward in (nn.BatchNorm2d.forward, nn.GroupNorm.forward):
+            return True
+        x, weight = inputs[0].detach().float(), weight_of(module)
+        if x.dim() < 2 or x.shape != output.shape or x.shape[1] != weight.numel():
+            return False
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        return agree(output, self.apply(module, x, weight.float(), None if bias is None else bias.float()))
+
+
+class BatchNormRule(ChannelNormRule):
+    """BatchNorm over one, two or three axes: ``xhat`` is normalised with the statistics of the call's own batch."""
+
+    name = "BatchNorm"
+
+    def apply(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=_epsilon(module, 1e-5))
+
+
+class GroupNormRule(ChannelNormRule):
+    """GroupNorm: ``xhat`` is normalised over each example's groups of channels."""
+
+    name = "GroupNorm"
+
+    def apply(self, module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.group_norm(x, module.num_groups, weight, bias, eps=_epsilon(module, 1e-5))
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
     """A leaf with one 1-D weight and an epsilon. That it does compute an RMS norm is then checked by ``explains``."""
     parameters = dict(module.named_parameters(recurse=False))
@@ -84,4 +135,7 @@ def _is_rms_norm(module: nn.Module) -> bool:
 
 register_layer(nn.LayerNorm, LayerNormRule())
 register_layer(nn.RMSNorm, RMSNormRule())
+for _module_class in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+    register_layer(_module_class, BatchNormRule())
+register_layer(nn.GroupNorm, GroupNormRule())
 register_structure(_is_rms_norm, RMSNormRule())

@@ -1,0 +1,79 @@
+"""Convolutions over one, two or three axes: a Linear over patches, whose factors never need the patches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares_along
+from hf_adafisher.fisher.forms import OUTPUT_GRAD, ConvForm, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, weight_of
+
+_FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+class ConvRule(LayerRule):
+    """``y[n, o, p] = sum W[o, c, k] x[n, c, p * stride + k * dilation]``: ``F_W = S (x) H``, ``F_b = S``.
+
+    ``H[c, k]`` is the mean square of entry ``(c, k)`` of the patches, padding included, over examples and output
+    positions; its shape is ``(in_channels, *kernel_size)``. Squares are summed over the batch first and patches are
+    then windows of that one map, so the input factor takes a padded float32 map of a *single* example as memory, and
+    never the patches, whatever the batch size.
+    """
+
+    name = "Conv"
+
+    def forms(self, module: Any) -> Mapping[str, ParameterForm]:
+        return {"weight": ConvForm(module.groups), "bias": KroneckerForm((OUTPUT_GRAD,))}
+
+    def factor_shapes(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (module.in_channels, *module.kernel_size), (module.out_channels,)
+
+    def input_sums(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
+        x, spatial = inputs[0].detach(), len(module.kernel_size)
+        dtype = statistics_dtype(x.dtype)
+        batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+        windows = _pad(module, torch.linalg.vector_norm(batched, dim=0, keepdim=True, dtype=dtype).square_())[0]
+        for axis, size in enumerate(module.kernel_size):
+            stride, dilation = module.stride[axis], module.dilation[axis]
+            windows = windows.unfold(1 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        # A view of shape (in_channels, *positions, *kernel_size).
+        return windows.sum(dim=tuple(range(1, 1 + spatial))), output.numel() // module.out_channels
+
+    def output_grad_sums(self, module: Any, grad: Tensor) -> Tensor:
+        return sum_of_squares_along(grad, grad.dim() - len(module.kernel_size) - 1)
+
+    def explains(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        base = next(c for c in _FUNCTIONS if isinstance(module, c))
+        kind = type(module)
+        if kind.forward is base.forward and kind._conv_forward is base._conv_forward:
+            return True
+        # Subclasses may standardise the weight or pad by themselves: compare on one example.
+        x = inputs[0].detach()
+        one = x[:1] if x.dim() == len(module.kernel_size) + 2 else x.unsqueeze(0)
+        weight, bias = weight_of(module).to(x.dtype), None if module.bias is None else module.bias.to(x.dtype)
+        if one.dim() != len(module.kernel_size) + 2 or one.shape[1] != module.in_channels:
+            return False
+        y = _FUNCTIONS[base](_pad(module, one), weight, bias, module.stride, 0, module.dilation, module.groups)
+        return agree(output[:1] if output.dim() == y.dim() else output.unsqueeze(0), y)
+
+
+def _pad(module: Any, x: Tensor) -> Tensor:
+    """``x`` of shape ``(N, C, *spatial)`` with the layer's padding around it."""
+    pads: list[int] = []
+    for axis in reversed(range(len(module.kernel_size))):  # F.pad starts at the last axis
+        if module.padding == "same":
+            total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [0, 0] if module.padding == "valid" else [module.padding[axis]] * 2
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, pads, mode=mode) if any(pads) else x
+
+
+for _module_class in _FUNCTIONS:
+    register_layer(_module_class, ConvRule())

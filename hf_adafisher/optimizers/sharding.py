@@ -1,0 +1,48 @@
+"""Parameters that FSDP2 has sharded (``DTensor``): their local rows, and the part of a term that belongs to them.
+
+Factors are vectors and stay whole on every process; momentum is sharded as its parameter is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_adafisher.fisher.forms import Term
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+
+
+def local_part(tensor: Tensor) -> Any:
+    """This process's part of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Any:
+    """A DTensor gathered from all processes, which must all call this; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local_terms(terms: Sequence[Term], param: Any) -> list[Term]:
+    """The part of each term that broadcasts to this process's part of ``param``."""
+    if not is_sharded(param):
+        return list(terms)
+    return [tuple(_local_factor(factor, param) for factor in term) for term in terms]
+
+
+def _local_factor(factor: Tensor, param: Any) -> Tensor:
+    placements = [
+        Shard(placement.dim) if placement.is_shard() and factor.shape[placement.dim] > 1 else Replicate()
+        for placement in param.placements
+    ]
+    replicated = DTensor.from_local(factor, param.device_mesh, [Replicate()] * len(placements), run_check=False)
+    return replicated.redistribute(placements=placements).to_local()

@@ -1,0 +1,39 @@
+"""What AdaFisher needs to hear from a training loop that skips steps or starts over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_adafisher.optimizers.adafisher import AdaFisher
+
+
+class AdaFisherCallback(TrainerCallback):
+    """Forgets statistics that no step is going to use.
+
+    Those of a batch whose gradients overflowed (fp16: the loss scaler skips the optimizer, and Trainer resets the
+    gradients behind its back), and those of an attempt that ran out of memory (``auto_find_batch_size`` starts over
+    with the same optimizer). The refresh stays due. AdaFisherTrainer has this callback by itself; add it to a stock
+    Trainer that trains in fp16: ``Trainer(..., callbacks=[AdaFisherCallback()])``.
+    """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = adafisher_in(kwargs.get("optimizer"))
+        if optimizer is not None:
+            optimizer.discard_statistics()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = adafisher_in(kwargs.get("optimizer"))
+        if optimizer is not None and getattr(kwargs["optimizer"], "step_was_skipped", False):
+            optimizer.discard_statistics()
+
+
+def adafisher_in(optimizer: Any) -> AdaFisher | None:
+    """The AdaFisher(W) in accelerate's wrapper or by itself; None for any other optimizer."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    return raw if isinstance(raw, AdaFisher) else None
