@@ -90,11 +90,9 @@ class ConvForm(ParameterForm):
         if normalize:
             s, h = min_max_normalize(s), min_max_normalize(h)
         h = h.reshape(self.groups, 1, *shape[1:])
-        if self.groups > 1:
-            h = h.expand(-1, shape[0] // self.groups, *shape[1:]).reshape(shape)
-        else:
-            h = h.squeeze(1)
-        return s.reshape(-1, *[1] * (len(shape) - 1)), h
+        if self.groups > 1:  # one copy for each output channel of the group
+            h = h.expand(-1, shape[0] // self.groups, *shape[1:]).reshape(1, *shape)
+        return s.reshape(-1, *[1] * (len(shape) - 1)), h.squeeze(0 if self.groups > 1 else 1)
 
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         out, *rest = grad.shape

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_adafisher.fisher.factors import FactorPair, statistics_dtype
 from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, ParameterForm
 from hf_adafisher.fisher.layers import LayerRule, find_rule
-from hf_adafisher.fisher.reduce import check_same_layout, sum_over_ranks
+from hf_adafisher.fisher.reduce import check_same_layout, num_ranks, sum_over_ranks
 
 
 @dataclass(eq=False)
@@ -42,10 +42,12 @@ class Sample:
 
     Attributes:
         factors: ``{INPUT: h, OUTPUT_GRAD: s}`` for every module that committed at least one position.
+        batch_shared: Those of them whose output served the whole batch at once.
         non_finite: Names of the modules with a NaN or an infinity. Where there are any, ``factors`` is not to be used.
     """
 
     factors: dict[TrackedModule, dict[str, Tensor]] = field(default_factory=dict)
+    batch_shared: set[TrackedModule] = field(default_factory=set)
     non_finite: list[str] = field(default_factory=list)
 
 
@@ -109,7 +111,7 @@ class FactorRecorder:
 
     Attributes:
         tracked: The modules with a rule that own a parameter of interest.
-        gradient_scale: What the loss of the coming backward passes was multiplied by; factors are divided by its
+        gradient_scale: What the loss of the coming backward passes is multiplied by; factors are divided by its
             square. Default 1.
     """
 
@@ -175,6 +177,7 @@ class FactorRecorder:
             if not tracked.explained:
                 return
             input_sums, count = tracked.rule.input_sums(tracked.module, inputs, output)
+            shared = tracked.rule.shared_by_batch(inputs)
         generation, reference, shape = self._generation, weakref.ref(self), output.shape
 
         def commit(grad: Tensor) -> None:
@@ -184,7 +187,7 @@ class FactorRecorder:
                     grad_sums = tracked.rule.output_grad_sums(tracked.module, grad.reshape(shape))
                     if recorder.gradient_scale != 1.0:
                         grad_sums = grad_sums / recorder.gradient_scale**2
-                recorder._commit(tracked, FactorPair(input_sums, grad_sums, count))
+                recorder._commit(tracked, FactorPair(input_sums, grad_sums, count, shared))
 
         _gradient_site(output).register_hook(commit)
 
@@ -201,6 +204,7 @@ class FactorRecorder:
 
         All sums and counts travel in one flat buffer with a fixed place for every tracked module (zeros where nothing
         was committed), so processes that used different modules stay in step, and all of them see the same result.
+        Processes average their gradients, so the loss that is descended is 1 / (number of processes) of each one's own.
         """
         pending, self._pending = self._pending, {}
         self._generation += 1
@@ -214,15 +218,18 @@ class FactorRecorder:
         buffer = torch.cat([_flatten(t, pending.get(t), anchor.device) for t in self.tracked])
         buffer = sum_over_ranks(buffer.to(torch.float64 if torch.float64 in dtypes else torch.float32))
         pieces = buffer.split([_flat_size(t) for t in self.tracked])
-        checks = torch.stack([torch.stack((piece[-1], piece.isfinite().all())) for piece in pieces]).tolist()
+        checks = torch.stack([torch.cat((piece[-2:], piece.isfinite().all()[None])) for piece in pieces]).tolist()
         sample = Sample()
-        for tracked, piece, (count, finite) in zip(self.tracked, pieces, checks, strict=True):
+        for tracked, piece, (count, shared, finite) in zip(self.tracked, pieces, checks, strict=True):
             if not finite:
                 sample.non_finite.append(tracked.name)
             elif count > 0:
                 input_shape, grad_shape = tracked.rule.factor_shapes(tracked.module)
-                sums = piece[:-1] / count
+                sums = piece[:-2] / count
+                if shared:
+                    sample.batch_shared.add(tracked)
                 split = torch.Size(input_shape).numel()
+                sums[split:] /= num_ranks() ** 2
                 sample.factors[tracked] = {
                     INPUT: sums[:split].reshape(input_shape),
                     OUTPUT_GRAD: sums[split:].reshape(grad_shape),
@@ -231,15 +238,15 @@ class FactorRecorder:
 
 
 def _flat_size(tracked: TrackedModule) -> int:
-    return sum(torch.Size(shape).numel() for shape in tracked.rule.factor_shapes(tracked.module)) + 1
+    return sum(torch.Size(shape).numel() for shape in tracked.rule.factor_shapes(tracked.module)) + 2
 
 
 def _flatten(tracked: TrackedModule, pair: FactorPair | None, device: torch.device) -> Tensor:
-    """Both sums and the count of one module as one vector on ``device``; zeros where nothing was committed."""
+    """Sums, count and ``batch_shared`` of one module as one vector on ``device``; zeros where nothing was committed."""
     if pair is None:
         return torch.zeros(_flat_size(tracked), device=device)
     sums = [part.reshape(-1).to(device) for part in (pair.input_factor, pair.output_grad_factor)]
-    return torch.cat([*sums, sums[0].new_tensor([pair.count])])
+    return torch.cat([*sums, sums[0].new_tensor([pair.count, pair.batch_shared])])
 
 
 def _remove_all(handles: list[RemovableHandle]) -> None:

@@ -16,14 +16,14 @@ def sum_over_ranks(buffer: Tensor) -> Tensor:
     Without an initialised process group, or with a single process, the buffer is returned as it is. Every process
     must call this with a buffer of the same length.
     """
-    if in_parallel():
+    if num_ranks() > 1:
         dist.all_reduce(buffer)
     return buffer
 
 
-def in_parallel() -> bool:
-    """Whether several processes train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def num_ranks() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def check_same_layout(names: Sequence[str], size: int, device: torch.device) -> None:
@@ -37,10 +37,10 @@ def check_same_layout(names: Sequence[str], size: int, device: torch.device) -> 
     Raises:
         RuntimeError: They are not, on every process alike.
     """
-    if not in_parallel():
+    if num_ranks() == 1:
         return
     mine = torch.tensor([size, len(names), zlib.crc32("\n".join(names).encode())], device=device)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    everyone = [torch.empty_like(mine) for _ in range(num_ranks())]
     dist.all_gather(everyone, mine)
     for rank, other in enumerate(everyone):
         if not torch.equal(other, everyone[0]):

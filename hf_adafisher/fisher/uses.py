@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.factors import MovingAverage, statistics_dtype
-from hf_adafisher.fisher.forms import GradientForm, ParameterForm, Term
+from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, GradientForm, ParameterForm, Term
 from hf_adafisher.fisher.recorder import TrackedModule
 
 
@@ -57,6 +57,16 @@ class Use:
     ) -> None:
         """Take in the factors of one refresh."""
         self.average(state, shape).update_([factors[name] for name in self.form.factor_shapes(shape)], decay)
+
+
+def with_gradient_sums(form: ParameterForm, factors: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """Factors of a table whose rows served the whole batch: the output gradients are the rows of its own gradient.
+
+    ``s_j = sum_v grad[v, j]^2 / (number of rows in use)``, which is what one backward over the whole batch records.
+    """
+    rows_in_use = factors[INPUT].count_nonzero().clamp(min=1)
+    per_row = form.from_gradient(grad)[OUTPUT_GRAD]
+    return {**factors, OUTPUT_GRAD: per_row * (factors[INPUT].numel() / rows_in_use)}
 
 
 ON_GRADIENT = "on_gradient"

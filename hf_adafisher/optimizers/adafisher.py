@@ -193,11 +193,12 @@ class AdaFisher(Optimizer):
 
     @property
     def gradient_scale(self) -> float:
-        """What the loss of the coming backward passes is multiplied by, beyond the mean over its positions. Default 1.
+        """What the loss of the coming backward passes is multiplied by, beside what the model's loss does. Default 1.
 
         Normalised factors do not depend on it; their average over refreshes does, where it changes from one to the
-        next. AdaFisherTrainer sets it on every step that is due. In your own loop with loss scaling, set it to
-        ``scaler.get_scale()`` before the backward.
+        next. AdaFisherTrainer sets it on every step that is due, so that factors are those of each position's own loss.
+        In your own loop with loss scaling, set it to ``scaler.get_scale()`` before the backward. The averaging of
+        gradients over processes is taken into account by itself.
 
         Raises:
             ValueError: On setting a value that is not finite and > 0.

@@ -44,7 +44,8 @@ def momentum_dtype(group: Mapping[str, Any], default: torch.dtype | None = None)
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(
-            f"momentum_dtype must be None (the parameter's dtype) or a floating-point dtype such as 'float32', got {name!r}"
+            f"momentum_dtype must be None (that of the parameter) or a floating-point dtype such as 'float32', "
+            f"got {name!r}"
         )
     return dtype
 

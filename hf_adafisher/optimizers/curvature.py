@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.fisher.recorder import FactorRecorder
-from hf_adafisher.fisher.uses import ON_GRADIENT, Use, find_uses, gradient_term, needs_gradient_factors, terms_of
+from hf_adafisher.fisher.uses import (
+    ON_GRADIENT,
+    Use,
+    find_uses,
+    gradient_term,
+    needs_gradient_factors,
+    terms_of,
+    with_gradient_sums,
+)
 from hf_adafisher.optimizers.sharding import is_sharded, local_terms, whole
 
 logger = logging.getLogger(__name__)
@@ -166,7 +174,12 @@ class Curvature:
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
             used = [use for use in uses if use.tracked in sample.factors]
-            recorded += [FactorUpdate(group, p, use, sample.factors[use.tracked], False) for use in used if use.tracked]
+            for use in used:
+                assert use.tracked is not None
+                factors = sample.factors[use.tracked]
+                if use.tracked in sample.batch_shared and len(uses) == 1:
+                    factors = with_gradient_sums(use.form, factors, whole(grad))
+                recorded.append(FactorUpdate(group, p, use, factors, False))
             if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
                 full = whole(grad)
                 informative = informative or bool(full.any())
@@ -175,7 +188,8 @@ class Curvature:
             return []  # zeros everywhere: distributed checkpoints make such a step to initialise states
         if self.recorder.tracked and not sample.factors and not sample.non_finite and self.model.training:
             self._check_not_compiled()
-        if sample.non_finite or not all(bool(f.isfinite().all()) for u in fallbacks for f in u.factors.values()):
+        from_gradients = [*fallbacks, *(u for u in recorded if u.use.tracked in sample.batch_shared)]
+        if sample.non_finite or not all(bool(f.isfinite().all()) for u in from_gradients for f in u.factors.values()):
             self._warn_dropped(sample.non_finite)
             return None
         self._note_bypassed([update.param for update in fallbacks if update.use.tracked is not None])

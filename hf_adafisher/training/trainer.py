@@ -86,7 +86,7 @@ class AdaFisherTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As in Trainer; a step that refreshes AdaFisher's factors runs eagerly and with the scale of the loss known."""
+        """As in Trainer; steps that refresh AdaFisher's factors run eagerly, with the scale of the loss known."""
         optimizer, stance = adafisher_in(self.optimizer), contextlib.nullcontext()
         if optimizer is not None and optimizer.refresh_due:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
@@ -96,13 +96,15 @@ class AdaFisherTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _gradient_scale(self, num_items: torch.Tensor | int | None) -> float:
-        """What Trainer is about to multiply each position's loss by, or its batch's mean where it counts no items."""
-        items = 0.0 if num_items is None else float(num_items)
+        """What each position's loss is multiplied by in the loss averaged over processes, where Trainer counts items.
+
+        Where it counts none, the loss is the mean over a batch, and the loss scaler alone multiplies it.
+        """
+        scale, items = 1.0, 0.0 if num_items is None else float(num_items)
         if items > 0 and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            scale = ranks / items
-        else:
-            scale = 1.0 / max(getattr(self, "current_gradient_accumulation_steps", 1), 1)
+            scale = 1.0 / items
+            if not self.args.average_tokens_across_devices:  # then each process counts its own
+                scale /= self.accelerator.num_processes
         scaler = getattr(self.accelerator, "scaler", None)
         return scale if scaler is None else scale * scaler.get_scale()
 

@@ -35,6 +35,14 @@ class EmbeddingRule(LayerRule):
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return sum_of_squares(grad, weight_of(module).shape[1])
 
+    def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
+        """A single row of consecutive ids: transformers look positions up once and add them to every example."""
+        ids = inputs[0]
+        if ids.numel() < 2 or ids.numel() != ids.shape[-1]:
+            return False
+        row = ids.reshape(-1)
+        return bool((row[1:] - row[:-1] == 1).all())
+
     def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward is nn.Embedding.forward:
             return True

@@ -51,6 +51,14 @@ class LayerRule(ABC):
         """
         return True
 
+    def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
+        """Whether this call's output serves all examples of the batch at once. The default denies it.
+
+        Its gradient is then a sum over the examples of one backward, whose square depends on how a batch is split into
+        micro-batches or processes; the parameter's own gradient, accumulated over all of them, stands in for it.
+        """
+        return False
+
 
 def weight_of(module: nn.Module) -> Tensor:
     """``module.weight``, which a rule knows to be a tensor where the type checker does not."""

@@ -1,0 +1,56 @@
+"""FSDP2 over two gloo processes: updates on sharded parameters, distributed checkpoints."""
+
+from __future__ import annotations
+
+import pytest
+from torch.testing import assert_close
+
+from tests.distributed import worker
+from tests.distributed.conftest import Results
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit"])
+def test_fsdp_updates_of_sharded_parameters_equal_one_process(two: Results, name: str) -> None:
+    """Tied head and Conv1D; convolution, class token and a head of three rows, which two processes share unevenly."""
+    alone = worker.data_parallel(name)
+    for result in two:
+        both = result[f"fully_sharded_{name}"]
+        assert both["sharded"] and both["reductions"] == 3
+        assert_close(both["weights"], alone["weights"])
+        assert_close(both["diagonals"], alone["diagonals"])
+        assert_close(both["state"], alone["state"])
+    rules = two[0][f"fully_sharded_{name}"]["rules"]
+    assert set(rules.values()) == (
+        {"Conv1D", "LayerNorm", "Embedding+Linear", "Embedding"}
+        if name == "gpt2"
+        else {"Conv", "Linear", "LayerNorm", "gradient factors"}
+    )
+
+
+def test_fsdp_parameters_replaced_after_the_optimizer_was_built_are_found(two: Results) -> None:
+    """As accelerate does it."""
+    for result in two:
+        first, second = result["sharded_after_the_optimizer"], result["fully_sharded_vit"]
+        assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+        assert_close(first["state"], second["state"], rtol=0, atol=0)
+
+
+def test_fsdp_resume_from_a_distributed_checkpoint_is_bitwise(two: Results) -> None:
+    for result in two:
+        runs = result["distributed_checkpoint"]
+        for part in ("weights", "state"):
+            assert_close(runs["resumed"][part], runs["uninterrupted"][part], rtol=0, atol=0)
+        assert runs["resumed"]["options"] == {"damping": 0.1, "steps": 7, "next_refresh": 9, "refreshes": 3}
+
+
+def test_fsdp_resume_onto_another_number_of_processes(two: Results, three: Results) -> None:
+    uninterrupted = two[0]["distributed_checkpoint"]["uninterrupted"]
+    for result in three:
+        for part in ("weights", "state"):  # the loss is computed in float32, and a third is not a power of two
+            assert_close(result["reloaded"][part], uninterrupted[part], rtol=1e-5, atol=1e-7)
+        assert result["reloaded"]["options"]["steps"] == 7
+
+
+def test_fsdp_a_checkpoint_before_the_first_step_leaves_the_refresh_due(two: Results) -> None:
+    fresh = two[0]["distributed_checkpoint"]["fresh"]
+    assert fresh["due"] and "gradient factors" not in fresh["rules"]

@@ -1,0 +1,355 @@
+"""Scenarios that run in several processes: `torchrun -m tests.distributed.worker all|reload FOLDER [CHECKPOINTS]`.
+
+Each returns tensors and numbers, which every process writes to FOLDER/rankN.pt for the tests to compare. The single
+process that they are compared with runs the same functions in the test.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW
+from hf_adafisher.fisher import reduce
+from tests.model_zoo import family
+
+OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}
+STEPS = 7
+GLOBAL_BATCH = 12
+"""Rows that one, two and three processes share evenly."""
+
+
+def rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def full(value: Any) -> Any:
+    return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value.detach().clone()
+
+
+def state_of(model: nn.Module, optimizer: AdaFisherW) -> dict[str, dict[str, Tensor]]:
+    """The whole state of every parameter by name."""
+    named = dict(model.named_parameters())
+    return {
+        name: {key: full(value) for key, value in optimizer.state[p].items()}
+        for name, p in named.items()
+        if p in optimizer.state
+    }
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: full(p) for name, p in model.named_parameters()}
+
+
+def my_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's share of a global batch, in float64."""
+    rank, world = rank_and_world()
+    share = {key: value.chunk(world)[rank] if world > 1 else value for key, value in batch.items()}
+    return {key: value.double() if value.is_floating_point() else value for key, value in share.items()}
+
+
+def build(name: str) -> nn.Module:
+    return family(name).build().double()
+
+
+def loop(name: str, model: nn.Module, optimizer: AdaFisherW, first: int = 0, last: int = STEPS) -> None:
+    """Steps over global batches of equal rows; the loss is a mean, so that gradients average over processes."""
+    for step in range(first, last):
+        optimizer.zero_grad()
+        model(**my_rows(family(name).batch(n=GLOBAL_BATCH, seq=8, seed=step))).loss.backward()
+        optimizer.step()
+
+
+class CountAllReduces:
+    """Counts the all-reduces that this package makes; DistributedDataParallel's own are in C++."""
+
+    def __enter__(self) -> CountAllReduces:
+        self.count, self.original = 0, dist.all_reduce
+        reduce.dist.all_reduce = self._counted
+        return self
+
+    def _counted(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.original(*args, **kwargs)
+
+    def __exit__(self, *exc_info: object) -> None:
+        reduce.dist.all_reduce = self.original
+
+
+# --- DistributedDataParallel ------------------------------------------------------------------
+
+
+def data_parallel(name: str = "gpt2") -> dict[str, Any]:
+    """A plain loop under DistributedDataParallel."""
+    model = build(name)
+    wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
+    optimizer = AdaFisherW(model, **OPTIONS)
+    with CountAllReduces() as reductions:
+        loop(name, wrapped, optimizer)
+    diagonals = {key: optimizer.fisher_diagonal(p) for key, p in model.named_parameters()}
+    return {
+        "weights": weights_of(model),
+        "state": state_of(model, optimizer),
+        "diagonals": diagonals,
+        "reductions": reductions.count,
+        "refreshes": optimizer.param_groups[0]["refreshes"],
+    }
+
+
+class Branching(nn.Module):
+    """A layer that only one of two processes uses in a step, and one that none uses in the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.branch, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, use_branch: bool) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.branch(hidden)) if use_branch else hidden)
+
+
+def unused_on_one_rank() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = Branching().double()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    optimizer = AdaFisherW(model, lr=0.05, update_interval=1)
+    rank, _ = rank_and_world()
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        wrapped(x, step > 0 and rank == step % 2).square().mean().backward()
+        optimizer.step()
+    return {"weights": weights_of(model), "state": state_of(model, optimizer)}
+
+
+def not_a_number_on_one_rank() -> dict[str, Any]:
+    """The second batch of rank 1 is broken; every rank's loop skips that step, and the refresh is due again."""
+    rank, _ = rank_and_world()
+    results: dict[str, Any] = {}
+    for kind in ("broken", "healthy"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+        wrapped = DistributedDataParallel(model)
+        optimizer = AdaFisherW(model, lr=0.05, update_interval=1)
+        generator = torch.Generator().manual_seed(rank)
+        for step in range(4):
+            if step == 1:
+                if kind == "healthy":
+                    continue
+                x = torch.full((3, 4), torch.nan if rank == 1 else 1.0, dtype=torch.float64)
+            else:
+                x = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+            optimizer.zero_grad()
+            wrapped(x).square().mean().backward()
+            if all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None):
+                optimizer.step()
+        results[kind] = {"weights": weights_of(model), "state": state_of(model, optimizer)}
+    # And a loop that does not look: the statistics are dropped on both processes alike.
+    optimizer.zero_grad()
+    wrapped(torch.full((3, 4), torch.nan if rank == 1 else 1.0, dtype=torch.float64)).square().mean().backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    results["dropped"] = optimizer.param_groups[0]["dropped_refreshes"]
+    results["finite"] = all(bool(v.isfinite().all()) for s in optimizer.state.values() for v in s.values())
+    return results
+
+
+def different_models() -> dict[str, Any]:
+    """Process 1 trains fewer layers: an error on both, not a hang."""
+    rank, _ = rank_and_world()
+    model = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 2))
+    if rank == 1:
+        model[0].requires_grad_(False)
+    optimizer = AdaFisherW(model)
+    model(torch.randn(3, 4)).sum().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": ""}
+
+
+def trainer(folder: Path, seed: int = 0, **options: Any) -> AdaFisherTrainer:
+    """The same global batch, in two micro-batches, whatever the number of processes."""
+    _, world = rank_and_world()
+    arguments = AdaFisherTrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=GLOBAL_BATCH // world // 2,
+        gradient_accumulation_steps=2,
+        max_steps=8,
+        update_interval=3,
+        learning_rate=0.02,
+        damping=0.1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="steps",
+        save_steps=4,
+        logging_steps=100,
+        **({"ddp_backend": "gloo"} if world > 1 else {}),
+        **options,
+    )
+    record = family("gpt2")
+    return AdaFisherTrainer(record.build(seed), arguments, train_dataset=record.dataset(8 * GLOBAL_BATCH, seq=8))
+
+
+def under_trainer(folder: Path) -> dict[str, Any]:
+    """The Trainer, then a second one that resumes from the middle of an update interval."""
+    whole = trainer(folder / "whole")
+    whole.train()
+    resumed = trainer(folder / "resumed", seed=1)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
+    results = {}
+    for kind, run in (("whole", whole), ("resumed", resumed)):
+        optimizer = run.optimizer.optimizer  # type: ignore[union-attr]
+        results[kind] = {"weights": weights_of(run.model), "state": state_of(run.model, optimizer)}
+    return results
+
+
+# --- FSDP2 ------------------------------------------------------------------------------------
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """`fully_shard` for every block and the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    _, world = rank_and_world()
+    mesh = init_device_mesh("cpu", (world,))
+    blocks = [m for m in model.modules() if type(m).__name__ in ("GPT2Block", "ViTLayer")]
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fully_sharded(name: str) -> dict[str, Any]:
+    """As in a plain loop: shard, then build the optimizer."""
+    model = shard(build(name))
+    optimizer = AdaFisherW(model, **OPTIONS)
+    with CountAllReduces() as reductions:
+        loop(name, model, optimizer)
+    kinds = {key: isinstance(p, DTensor) for key, p in model.named_parameters()}
+    momentum = {key: isinstance(optimizer.state[p]["exp_avg"], DTensor) for key, p in model.named_parameters()}
+    return {
+        "weights": weights_of(model),
+        "state": state_of(model, optimizer),
+        "diagonals": {key: optimizer.fisher_diagonal(p) for key, p in model.named_parameters()},
+        "reductions": reductions.count,
+        "sharded": all(kinds.values()) and all(momentum.values()),
+        "summary": optimizer.curvature_summary(),
+        "rules": {row.name: row.rule for row in optimizer.coverage()},
+    }
+
+
+def sharded_after_the_optimizer(name: str) -> dict[str, Any]:
+    """As accelerate does it: the optimizer is built first, then its groups get the sharded parameters."""
+    model = build(name)
+    optimizer = AdaFisherW(model, **OPTIONS)
+    names = {id(p): key for key, p in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    shard(model)
+    sharded = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [sharded[key] for key in members]
+    loop(name, model, optimizer)
+    return {"weights": weights_of(model), "state": state_of(model, optimizer)}
+
+
+def distributed_checkpoint(folder: Path) -> dict[str, Any]:
+    """Save in the middle of an interval, load into a new model and optimizer, go on."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = shard(build("gpt2"))
+    optimizer = AdaFisherW(model, **OPTIONS)
+    loop("gpt2", model, optimizer, last=4)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "dcp"))
+    loop("gpt2", model, optimizer, first=4)
+    return {
+        "uninterrupted": {"weights": weights_of(model), "state": state_of(model, optimizer)},
+        "resumed": reload_distributed_checkpoint(folder),
+        "fresh": saved_before_the_first_step(),
+    }
+
+
+def reload_distributed_checkpoint(folder: Path) -> dict[str, Any]:
+    """Load what `distributed_checkpoint` saved, with any number of processes, and make the remaining steps."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    torch.manual_seed(1)
+    model = build("gpt2")
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_()
+    shard(model)
+    optimizer = AdaFisherW(model, **{**OPTIONS, "damping": 0.7})
+    weights, state = get_state_dict(model, optimizer)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "dcp"))
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    loop("gpt2", model, optimizer, first=4)
+    group = optimizer.param_groups[0]
+    return {
+        "weights": weights_of(model),
+        "state": state_of(model, optimizer),
+        "options": {key: group[key] for key in ("damping", "steps", "next_refresh", "refreshes")},
+    }
+
+
+def saved_before_the_first_step() -> dict[str, Any]:
+    """A distributed checkpoint of a new optimizer makes a step of zeros: it must not count as a refresh."""
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = shard(build("gpt2"))
+    optimizer = AdaFisherW(model, **OPTIONS)
+    get_state_dict(model, optimizer)
+    due = optimizer.refresh_due
+    loop("gpt2", model, optimizer, last=1)
+    return {"due": due, "rules": sorted({row.rule for row in optimizer.coverage()})}
+
+
+def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    return {
+        "data_parallel": data_parallel,
+        "unused_on_one_rank": unused_on_one_rank,
+        "not_a_number_on_one_rank": not_a_number_on_one_rank,
+        "different_models": different_models,
+        "fully_sharded_gpt2": lambda: fully_sharded("gpt2"),
+        "fully_sharded_vit": lambda: fully_sharded("vit"),
+        "sharded_after_the_optimizer": lambda: sharded_after_the_optimizer("vit"),
+        "distributed_checkpoint": lambda: distributed_checkpoint(folder),
+        "under_trainer": lambda: under_trainer(folder / "trainer"),
+    }
+
+
+def main() -> None:
+    what, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results: dict[str, Any] = {}
+    if what == "all":
+        for name, scenario in scenarios(folder).items():
+            results[name] = scenario()
+            dist.barrier()
+    else:
+        results["reloaded"] = reload_distributed_checkpoint(Path(sys.argv[3]))
+    torch.save(copy.deepcopy(results), folder / f"rank{os.environ['RANK']}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
