@@ -25,6 +25,7 @@ from hf_adafisher.data.text import TextCorpus, count_words, load_corpus
 from hf_adafisher.data.tokens import TokenWindows, encode_lines, train_tokenizer
 from hf_adafisher.experiments.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.optimizers.factory import available_optimizers, optimizer_record
+from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
 
     Raises:
         ValueError: an unknown corpus, text that is empty or too short, a block larger than the model's
-            context, a checkpoint of another optimizer or of a run that has finished.
+            context, a checkpoint that is incomplete, of another optimizer or of a run that has finished.
         FileNotFoundError: a text file or a checkpoint that does not exist.
         ConnectionError: a corpus of the Hub that cannot be had.
     """
@@ -97,16 +98,17 @@ def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
 
     Args:
         output_dir: the run's directory. A warning says so if it holds an earlier run that is not resumed.
-        resume: a checkpoint directory; "last" or "true" for the latest one in `output_dir`; None or "false"
-            to start anew.
+        resume: a checkpoint directory; "last" or "true" for the latest complete one in `output_dir`; None or
+            "false" to start anew.
 
     Raises:
         FileNotFoundError: no such checkpoint.
+        CheckpointError: a file of it is missing or damaged, or "last" finds damaged ones only.
     """
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     word = str(resume).lower()
     if resume is None or word == "false":
-        if last is not None or (output_dir / RESULTS_FILE).exists():
+        earlier = output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
+        if earlier or (output_dir / RESULTS_FILE).exists():
             logger.warning(
                 "%s holds an earlier run; this one starts anew and overwrites its files "
                 "(to continue it: --resume_from_checkpoint last)",
@@ -114,17 +116,19 @@ def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
             )
         return None
     if word in ("last", "true"):
+        last = last_complete_checkpoint(output_dir)
         if last is None:
             raise FileNotFoundError(
                 f"no checkpoint to resume from in {str(output_dir)!r}: give the --output_dir of the run, "
                 "or the path of a checkpoint"
             )
-        return last
-    if not (Path(str(resume)) / "trainer_state.json").is_file():
+        return str(last)
+    if not Path(str(resume)).is_dir():
         raise FileNotFoundError(
-            f"{str(resume)!r} is not a checkpoint (it has no trainer_state.json): give the path of a "
-            "checkpoint-N directory, or last for the latest in --output_dir"
+            f"{str(resume)!r} is not a checkpoint directory: give the path of a checkpoint-N directory, or last for "
+            "the latest in --output_dir"
         )
+    check_checkpoint_files(Path(str(resume)))
     return str(resume)
 
 

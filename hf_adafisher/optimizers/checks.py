@@ -85,23 +85,24 @@ def _other_parallelism(model: nn.Module) -> bool:
     return bool(sharded) and not any(isinstance(module, fsdp2) for module in model.modules())
 
 
-def accelerate_state() -> Any | None:
-    """accelerate's state, where accelerate is in use; this package does not import it for that."""
+def accelerate_state() -> Mapping[str, Any]:
+    """What accelerate knows of the run, empty where it is not in use; this package does not import it for that.
+
+    It is read where it is kept: ``AcceleratorState()`` would set the kind of distribution back to that before FSDP.
+    """
     module = sys.modules.get("accelerate.state")
-    return module.AcceleratorState() if module is not None and module.is_initialized() else None
+    return {} if module is None else module.AcceleratorState._shared_state
 
 
 def _refused_by_accelerate() -> str | None:
     """What accelerate is about to do to the model that AdaFisher does not support."""
     state = accelerate_state()
-    if state is None:
-        return None
-    kind = str(getattr(state.distributed_type, "value", state.distributed_type))
+    kind = str(getattr(state.get("distributed_type"), "value", None))
     if kind in ("DEEPSPEED", "MEGATRON_LM"):
         return f"{kind.replace('_', '-').title()} (it gives the optimizer flat shards instead of parameters)"
-    if kind == "FSDP" and getattr(getattr(state, "fsdp_plugin", None), "fsdp_version", 1) == 1:
+    if kind == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1:
         return "FSDP1 (it gives the optimizer flat shards instead of parameters; set fsdp_version to 2)"
-    mesh = getattr(state, "parallelism_config", None)
+    mesh = state.get("parallelism_config")
     if mesh is not None and any(getattr(mesh, f"{axis}_enabled", False) for axis in ("tp", "cp", "sp")):
         return "tensor, context or sequence parallelism (a process then sees a part of a layer or of the sequence)"
     return None
@@ -109,8 +110,7 @@ def _refused_by_accelerate() -> str | None:
 
 def refuse_compilation(kind: str) -> None:
     """Raises ValueError where accelerate is about to compile the model for a Trainer that does not know of hooks."""
-    state = accelerate_state()
-    backend = getattr(getattr(state, "dynamo_plugin", None), "backend", None)
+    backend = getattr(accelerate_state().get("dynamo_plugin"), "backend", None)
     if backend is not None and str(getattr(backend, "value", backend)).upper() != "NO":
         raise ValueError(
             f"{kind} records its statistics with hooks, which compiled graphs do not run, and a stock Trainer compiles "

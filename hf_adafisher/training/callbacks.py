@@ -1,4 +1,4 @@
-"""What AdaFisher needs to hear from a training loop that skips steps or starts over."""
+"""What AdaFisher needs to hear from a training loop that scales its loss, skips steps or starts over."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hf_adafisher.optimizers.adafisher import AdaFisher
 
 
 class AdaFisherCallback(TrainerCallback):
-    """Forgets statistics that no step is going to use.
+    """Tells AdaFisher the loss scaler's scale, and to forget statistics that no step is going to use.
 
-    Those of a batch whose gradients overflowed (fp16: the loss scaler skips the optimizer, and Trainer resets the
-    gradients behind its back), and those of an attempt that ran out of memory (``auto_find_batch_size`` starts over
-    with the same optimizer). The refresh stays due. AdaFisherTrainer has this callback by itself; add it to a stock
-    Trainer that trains in fp16: ``Trainer(..., callbacks=[AdaFisherCallback()])``.
+    The latter are those of a batch whose gradients overflowed (fp16: the loss scaler skips the optimizer, and Trainer
+    resets the gradients behind its back), and those of an attempt that ran out of memory (``auto_find_batch_size``
+    starts over with the same optimizer). The refresh stays due. AdaFisherTrainer has this callback by itself; add it
+    to a stock Trainer that trains in fp16: ``Trainer(..., callbacks=[AdaFisherCallback()])``.
     """
 
     def on_train_begin(
@@ -24,6 +24,14 @@ class AdaFisherCallback(TrainerCallback):
         optimizer = adafisher_in(kwargs.get("optimizer"))
         if optimizer is not None:
             optimizer.discard_statistics()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = adafisher_in(kwargs.get("optimizer"))
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        if optimizer is not None and optimizer.refresh_due and scaler is not None:
+            optimizer.gradient_scale = scaler.get_scale()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -20,6 +20,7 @@ from hf_adafisher.training.arguments import (
     default_learning_rate,
 )
 from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in
+from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +83,30 @@ class AdaFisherTrainer(Trainer):
             **args.optimizer_options(),
         )
         return self.optimizer
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, but a checkpoint is checked before it is used.
+
+        ``resume_from_checkpoint=True`` takes the newest checkpoint that is complete, with a warning for every newer one
+        that is not: a run that was killed while it saved goes on from the one before.
+
+        Raises:
+            CheckpointError: A file of the given checkpoint, or of every checkpoint there is, is missing or truncated.
+            ValueError: The checkpoint is another optimizer's or another model's.
+        """
+        if resume_from_checkpoint is True:
+            found = last_complete_checkpoint(Path(self.args.output_dir or "."))
+            resume_from_checkpoint = True if found is None else str(found)  # True without any is Trainer's own error
+        elif resume_from_checkpoint:
+            check_checkpoint_files(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer; an error about the optimizer's state names the checkpoint."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise ValueError(f"cannot resume from {checkpoint}: {error}") from error
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

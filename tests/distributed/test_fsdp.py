@@ -27,12 +27,11 @@ def test_fsdp_updates_of_sharded_parameters_equal_one_process(two: Results, name
     )
 
 
-def test_fsdp_parameters_replaced_after_the_optimizer_was_built_are_found(two: Results) -> None:
-    """As accelerate does it."""
+def test_fsdp_through_accelerate_which_replaces_the_parameters_of_a_built_optimizer(two: Results) -> None:
     for result in two:
-        first, second = result["sharded_after_the_optimizer"], result["fully_sharded_vit"]
-        assert_close(first["weights"], second["weights"], rtol=0, atol=0)
-        assert_close(first["state"], second["state"], rtol=0, atol=0)
+        first, second = result["through_accelerate"], result["fully_sharded_vit"]
+        assert_close(first["weights"], second["weights"])
+        assert_close(first["state"], second["state"])
 
 
 def test_fsdp_resume_from_a_distributed_checkpoint_is_bitwise(two: Results) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from io import BytesIO
 from typing import Any
 
 import pytest
@@ -145,7 +146,7 @@ def test_state_holds_one_tensor_of_the_parameters_size_and_vectors() -> None:
         assert sizes.pop("exp_avg") == p.numel()
         assert sum(sizes.values()) <= 2 * sum(p.shape) + 4
     assert all(isinstance(v, torch.Tensor) for state in optimizer.state.values() for v in state.values())
-    plain = (bool, int, float)
+    plain = (bool, int, float, type(None))
     assert all(isinstance(v, plain) for g in optimizer.param_groups for k, v in g.items() if k != "params")
 
 
@@ -321,3 +322,68 @@ def test_frozen_parameters_copies_and_numpy_numbers() -> None:
     optimizer = AdaFisherW(model, lr=numpy.float32(0.1), update_interval=numpy.int64(3))
     with pytest.raises(TypeError, match=r"cannot be copied or pickled.*state_dict"):
         copy.deepcopy(optimizer)
+
+
+# ------------------------------------------------------------------ the dtype of the momentum
+
+
+@pytest.mark.parametrize("name", [torch.float32, "float32", "torch.float32"])
+def test_momentum_of_bfloat16_weights_in_float32_on_request(name: Any) -> None:
+    """It is then the average of the gradients in float32, comes back so from a checkpoint, and goes on bitwise."""
+    case = BY_NAME["tied"]
+    model = case.build().to(torch.bfloat16)
+    optimizer = AdaFisherW(model, lr=1e-2, momentum_dtype=name)
+    expected = {p: torch.zeros(p.shape) for p in model.parameters()}
+    for step in range(3):
+        optimizer.zero_grad()
+        case.loss(model, torch.Generator().manual_seed(step)).backward()
+        for p, mean in expected.items():
+            mean.lerp_(p.grad.float(), 0.1)
+        optimizer.step()
+    assert_close([optimizer.state[p]["exp_avg"] for p in expected], list(expected.values()))
+    copied = case.build().to(torch.bfloat16)
+    copied.load_state_dict(model.state_dict())
+    restored = AdaFisherW(copied, lr=1e-2)
+    saved = BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    saved.seek(0)
+    restored.load_state_dict(torch.load(saved, weights_only=True))
+    assert restored.param_groups[0]["momentum_dtype"] == "float32"
+    train(model, case, optimizer, 3, start=3)
+    train(copied, case, restored, 3, start=3)
+    assert_close(copied.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert_close(restored.state_dict()["state"], optimizer.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_momentum_has_the_dtype_of_the_weights_by_default() -> None:
+    case = BY_NAME["mlp"]
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        model = case.build().to(dtype)
+        optimizer = AdaFisherW(model)
+        train(model, case, optimizer, 1)
+        assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
+
+
+def test_momentum_in_float32_updates_bfloat16_weights_as_float32_ones() -> None:
+    """The step itself is rounded once, at the end: to the bfloat16 nearest to the float32 result."""
+    case = BY_NAME["mlp"]
+    low = case.build().to(torch.bfloat16)
+    high = case.build()
+    high.load_state_dict({key: value.float() for key, value in low.state_dict().items()})
+    optimizers = [AdaFisherW(model, lr=0.05, momentum_dtype="float32") for model in (low, high)]
+    case.loss(low, torch.Generator().manual_seed(0)).backward()
+    for p, q in zip(low.parameters(), high.parameters(), strict=True):
+        q.grad = p.grad.float()
+    for optimizer in optimizers:
+        for p in optimizer.param_groups[0]["params"]:
+            optimizer._curvature._terms[id(p)] = [(torch.full(p.shape, 0.5),)]
+        optimizer._refresh = lambda: None
+        optimizer.step()
+    for p, q in zip(low.parameters(), high.parameters(), strict=True):
+        assert_close(p, q.to(torch.bfloat16), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["int32", "half precision", 16])
+def test_a_momentum_dtype_that_is_none_is_refused(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"momentum_dtype must be None .*'float32'.* got"):
+        AdaFisherW(mlp(2, 2), momentum_dtype=name)

@@ -1,4 +1,4 @@
-"""Twenty model families under the Trainer: every trainable parameter moves, and is accounted for."""
+"""Every model family of the zoo under the Trainer: every trainable parameter moves, and is accounted for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher import AdaFisher, AdaFisherTrainer, AdaFisherTrainingArguments
 from tests.model_zoo import FAMILIES, Family
@@ -39,7 +40,12 @@ def train(record: Family, folder: Path, optim: str) -> tuple[dict[str, Tensor], 
     )
     model = record.build()
     before = {name: param.detach().clone() for name, param in trainable(model).items()}
-    trainer = AdaFisherTrainer(model=model, args=arguments, train_dataset=record.dataset(4 * STEPS))
+    trainer = AdaFisherTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=record.dataset(4 * STEPS),
+        data_collator=record.collate,
+    )
     trainer.train()
     return before, trainer
 
@@ -85,27 +91,62 @@ def test_every_parameter_moves(record: Family, tmp_path: Path) -> None:
     assert sum(row.share for row in rows) == pytest.approx(1.0)
 
 
-@each_family
-def test_every_matrix_takes_the_rule_of_its_layer(record: Family, tmp_path: Path) -> None:
-    """Gradient factors are for what no rule reaches, by name; everything else has the rule of its layer."""
-    _, trainer = train(record, tmp_path, "adafisher")
-    rows = adafisher_of(trainer).coverage()
-    without_rule = {row.name for row in rows if row.rule == "gradient factors"}
-    assert without_rule == {
-        name for name in trainable(model_of(trainer)) if any(part in name for part in WITHOUT_RULE.get(record.name, ()))
+def rule_by_class(module: nn.Module) -> str:
+    """The rule that a module's class calls for."""
+    kinds: dict[str, tuple[type[nn.Module], ...]] = {
+        "Linear": (nn.Linear,),
+        "Conv": (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+        "Embedding": (nn.Embedding,),
+        "LayerNorm": (nn.LayerNorm,),
+        "BatchNorm": (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+        "GroupNorm": (nn.GroupNorm,),
+        "Conv1D": (Conv1D,),
     }
-    assert {rule for row in rows for rule in row.rule.split("+")} <= RULES
+    named = [rule for rule, classes in kinds.items() if isinstance(module, classes)]
+    return named[0] if named else "RMSNorm"
+
+
+@each_family
+def test_every_layer_takes_the_rule_of_its_class(record: Family, tmp_path: Path) -> None:
+    """Gradient factors are for what no rule reaches, by name; everything else has the rule of its layer's class."""
+    _, trainer = train(record, tmp_path, "adafisher")
+    model = model_of(trainer)
+    rows = adafisher_of(trainer).coverage()
+    parts = WITHOUT_RULE.get(record.name, ())
+    without_rule = {row.name for row in rows if row.rule == GRADIENT_FACTORS}
+    assert without_rule == {name for name in trainable(model) if any(part in name for part in parts)}
+    assert [part for part in parts if not any(part in name for name in without_rule)] == []
+    for row in rows:
+        if row.rule != GRADIENT_FACTORS:
+            by_class = {rule_by_class(model.get_submodule(name)) for name in row.modules}
+            assert set(row.rule.split("+")) <= by_class & RULES, row.name
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == STEPS
 
 
-RULES = {"Linear", "Conv1D", "Embedding", "LayerNorm", "RMSNorm", "gradient factors"}
+GRADIENT_FACTORS = "gradient factors"
+RULES = {"Linear", "Conv1D", "Conv", "Embedding", "LayerNorm", "RMSNorm", "BatchNorm", "GroupNorm"}
 WITHOUT_RULE = {
     "opt": ("embed_positions",),  # an Embedding called with the attention mask
     "bart": ("embed_positions",),
+    "whisper": ("decoder.embed_positions",),  # an Embedding called with the tokens, that reads rows by position
     "deberta_v2": ("rel_embeddings",),  # read without being called
     "mixtral": ("mlp.gate.weight", "mlp.experts."),  # fused experts, and a router that applies its own weight
-    "mamba": ("A_log", "mixer.D", "conv1d", "dt_proj"),  # functional use; no rule for convolutions yet
-    "vit": ("cls_token", "position_embeddings", "patch_embeddings.projection"),
+    "mamba": ("A_log", "mixer.D", "conv1d", "dt_proj"),  # bare, and layers whose weights are read, never called
+    # Bare parameters: tokens and position tables that are added to the patches, and scales of whole layers.
+    "vit": ("cls_token", "position_embeddings"),
+    "deit": ("cls_token", "distillation_token", "position_embeddings"),
+    "dinov2": ("cls_token", "position_embeddings", "lambda1"),
+    "beit": ("cls_token", "position_embeddings", "lambda_", "relative_position_bias_table"),
+    "swin": ("relative_position_bias_table",),
+    "swinv2": ("logit_scale",),
+    "focalnet": ("gamma_",),
+    # A bare scale, and LayerNorms that take the channels first: not a LayerNorm over the last axis of their input.
+    "convnext": ("layer_scale_parameter", "embeddings.layernorm", "downsampling_layer.0"),
+    # The same norms, and a normalisation over positions of transformers' own (GRN).
+    "convnextv2": ("grn", "embeddings.layernorm", "downsampling_layer.0"),
+    "clip": ("logit_scale", "class_embedding"),
+    "siglip": ("logit_scale", "logit_bias", "head.probe", "head.attention"),  # torch's attention calls no layer
+    "wav2vec2": ("parametrizations.weight",),  # a weight-normed convolution: its weight is computed from these two
 }
 """Parameters on gradient factors, by a part of their name."""

@@ -35,11 +35,11 @@ def our_trainer(folder: Path, seed: int = 0, model: Any = None, **options: Any) 
     return AdaFisherTrainer(model or RECORD.build(seed), arguments, train_dataset=RECORD.dataset(16))
 
 
-def stock_trainer(folder: Path, seed: int = 0, **options: Any) -> Trainer:
+def stock_trainer(folder: Path, seed: int = 0, model: Any = None, **options: Any) -> Trainer:
     kwargs = {"name": "adafisherw", "lr": 0.05, "damping": 1e-2, "update_interval": 4, "weight_decay": 0.01}
     arguments = TrainingArguments(str(folder), **{**OPTIONS, "save_strategy": "no", **options})
     return Trainer(
-        RECORD.build(seed),
+        model or RECORD.build(seed),
         arguments,
         train_dataset=RECORD.dataset(16),
         optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),
@@ -97,14 +97,17 @@ def test_a_model_argument_an_own_decay_rule_and_an_own_optimizer_are_respected(t
 
 
 @pytest.mark.parametrize("make", [our_trainer, stock_trainer], ids=["ours", "stock"])
-def test_resume_equals_the_uninterrupted_run_bitwise(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    """From a checkpoint in the middle of an update interval; evaluation and accumulation in between."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_equals_the_uninterrupted_run_bitwise(make: Callable[..., Trainer], dtype: str, tmp_path: Path) -> None:
+    """From a checkpoint in the middle of an update interval, with accumulation; also with weights in bfloat16."""
     options = {"max_steps": 10, "save_strategy": "steps", "save_steps": 6, "gradient_accumulation_steps": 2}
     if make is our_trainer:
         options |= {"update_interval": 4, "optim": "adafisher", "weight_decay": 0.01}
-    whole = make(tmp_path / "a", **options)
+    whole, resumed = (
+        make(tmp_path / name, model=RECORD.build(seed).to(getattr(torch, dtype)), **options)
+        for seed, name in enumerate("ab")
+    )
     whole.train()
-    resumed = make(tmp_path / "b", seed=1, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
     assert_close(raw(resumed).state_dict(), raw(whole).state_dict(), rtol=0, atol=0)

@@ -1,0 +1,174 @@
+"""fp16: a loss scaler multiplies the loss, and skips the steps whose gradients overflowed.
+
+accelerate refuses fp16 on a CPU, so its scaler is put in place by hand; everything behind it is the real thing.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+
+from hf_adafisher import (
+    AdaFisherCallback,
+    AdaFisherTrainer,
+    AdaFisherTrainingArguments,
+    AdaFisherW,
+    OptimizerFactory,
+)
+from tests.cases import mlp
+from tests.model_zoo import family
+
+RECORD = family("gpt2")
+GOOD = RECORD.dataset(8, seq=8)
+BAD = RECORD.dataset(3, seq=8, seed=1)
+WITH_OVERFLOWS = [BAD[0], *GOOD[:3], BAD[1], BAD[2], *GOOD[3:]]
+OPTIONS: dict[str, Any] = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "logging_strategy": "no",
+    "per_device_train_batch_size": 1,
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "max_grad_norm": 0.0,  # accelerate unscales before it clips only where it set the scaler up itself
+}
+OURS: dict[str, Any] = {"learning_rate": 0.02, "update_interval": 3, "damping": 0.1}
+
+
+def overflow(model: nn.Module, where: str) -> None:
+    """Make the gradients of the rows in `BAD` infinite: those of one weight, or all behind one layer's output."""
+    bad = {tuple(row["input_ids"].tolist()) for row in BAD}
+    seen: dict[str, bool] = {}
+
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen["bad"] = tuple(kwargs["input_ids"][0].tolist()) in bad
+
+    def spoil(grad: Tensor) -> Tensor:
+        return grad * math.inf if seen["bad"] else grad
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    block = model.transformer.h[0]  # type: ignore[union-attr, index]
+    if where == "weight":
+        block.mlp.c_fc.weight.register_hook(spoil)  # type: ignore[union-attr]
+    else:
+
+        def spoil_output(module: nn.Module, args: Any, output: Tensor) -> None:
+            output.register_hook(spoil)
+
+        block.mlp.register_forward_hook(spoil_output)  # type: ignore[union-attr, arg-type]
+
+
+def put_scaler(trainer: Trainer) -> None:
+    """What accelerate does with mixed_precision="fp16" where the device allows it."""
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+
+
+def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str, stock: bool = False) -> Trainer:
+    model = RECORD.build()
+    overflow(model, where)
+    if stock:
+        options = {"name": "adafisherw", "lr": 0.02, "update_interval": 3, "damping": 0.1}
+        trainer = Trainer(
+            model,
+            TrainingArguments(str(folder), max_steps=steps, **OPTIONS),
+            train_dataset=data,
+            optimizer_cls_and_kwargs=(OptimizerFactory, options),
+            callbacks=[AdaFisherCallback()],
+        )
+    else:
+        arguments = AdaFisherTrainingArguments(str(folder), max_steps=steps, **OURS, **OPTIONS)
+        trainer = AdaFisherTrainer(model, arguments, train_dataset=data)
+    if scaled:
+        put_scaler(trainer)
+    trainer.train()
+    return trainer
+
+
+def optimizer_of(trainer: Trainer) -> AdaFisherW:
+    return trainer.optimizer.optimizer  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("where", ["weight", "output"])
+@pytest.mark.parametrize("stock", [False, True], ids=["ours", "stock"])
+def test_d19_skipped_steps_neither_advance_nor_poison_anything(where: str, stock: bool, tmp_path: Path) -> None:
+    """Three overflows, two of them on steps that are due: the run equals one that never saw their batches.
+
+    The scale is a power of two at all times, so that equal means bitwise.
+    """
+    scaled = train(tmp_path / "a", WITH_OVERFLOWS, len(WITH_OVERFLOWS), scaled=True, where=where, stock=stock)
+    plain = train(tmp_path / "b", GOOD, len(GOOD), scaled=False, where=where, stock=stock)
+    assert scaled.state.global_step == len(WITH_OVERFLOWS)
+    assert optimizer_of(scaled).param_groups[0]["steps"] == len(GOOD)
+    assert_close(scaled.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+    mine, theirs = (optimizer_of(run).state_dict() for run in (scaled, plain))
+    assert_close(mine, theirs, rtol=0, atol=0)
+    assert mine["param_groups"][0]["refreshes"] == theirs["param_groups"][0]["refreshes"] == 3
+    assert mine["param_groups"][0]["dropped_refreshes"] == 0
+
+
+def test_an_overflow_on_a_due_step_leaves_the_refresh_due(tmp_path: Path) -> None:
+    trainer = train(tmp_path, [BAD[0]], 1, scaled=True, where="output")
+    optimizer = optimizer_of(trainer)
+    assert optimizer.param_groups[0]["steps"] == 0 and optimizer.refresh_due and not optimizer.state
+    assert not optimizer._curvature.recorder._pending
+
+
+def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> None:
+    """Raw factors of a batch repeated four times equal those of the batch: they are of each token's own loss."""
+    states = []
+    for repeat in (1, 4):
+        arguments = AdaFisherTrainingArguments(
+            str(tmp_path), max_steps=1, **{**OPTIONS, "per_device_train_batch_size": 2 * repeat}
+        )
+        trainer = AdaFisherTrainer(RECORD.build(), arguments, train_dataset=GOOD[:2] * repeat)
+        trainer.train()
+        states.append([state["output_grad_factor"] for state in optimizer_of(trainer).state.values()])
+    for left, right in zip(*states, strict=True):
+        assert_close(left, right, rtol=1e-4, atol=1e-5 * float(left.abs().max()))
+
+
+@pytest.mark.parametrize("reset", ["optimizer", "model"])
+def test_a_scaler_in_an_accelerate_loop(reset: str) -> None:
+    """`optimizer.zero_grad()` drops a skipped step's statistics by itself; with `model.zero_grad()` the loop does."""
+    results = []
+    for skips in ([1, 2], []):
+        torch.manual_seed(0)
+        model = mlp(4, 6, 3)
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        raw = AdaFisherW(model, lr=0.1, update_interval=2)
+        model, optimizer = accelerator.prepare(model, raw)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(7):
+            x = torch.randn(5, 4, generator=generator)
+            if step in (1, 2):
+                if step not in skips:
+                    continue
+                x = x * math.inf
+            raw.gradient_scale = accelerator.scaler.get_scale()
+            accelerator.backward(model(x).square().mean())
+            optimizer.step()
+            if reset == "optimizer":
+                optimizer.zero_grad()
+            else:
+                model.zero_grad()
+                if optimizer.step_was_skipped:
+                    raw.discard_statistics()
+        results.append((model.state_dict(), raw.state_dict()))
+    assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_gradient_scale_is_checked(value: float) -> None:
+    optimizer = AdaFisherW(mlp(2, 2))
+    with pytest.raises(ValueError, match="gradient_scale must be finite and > 0"):
+        optimizer.gradient_scale = value
