@@ -31,6 +31,11 @@ def test_the_stock_trainer_example_builds_the_optimizer(tmp_path: Path) -> None:
     assert isinstance(optimizer, AdaFisherW) and optimizer.defaults["lr"] == 0.04
 
 
+@pytest.mark.parametrize(("name", "path"), re.findall(r"\[`(test_\w+)`\]\(([\w/.-]+)\)", TEXT))
+def test_every_test_that_a_table_links_to_exists(name: str, path: str) -> None:
+    assert f"def {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"(?:scripts|docs|hf_adafisher|tests)/[\w/.-]*\w", TEXT))))
 def test_every_path_exists(path: str) -> None:
     assert (ROOT / path).exists()

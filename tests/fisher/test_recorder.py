@@ -281,3 +281,67 @@ def test_a_broken_or_empty_first_batch_does_not_switch_a_rule_off() -> None:
     model(torch.arange(6).reshape(2, 3)).square().sum().backward()
     optimizer.step()
     assert [row.rule for row in optimizer.coverage()] == ["Embedding", "RMSNorm", "Linear", "Linear"]
+
+
+class Positions(nn.Module):
+    """Tokens plus positions, which are looked up once and added to every example, as in GPT-2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(7, 4), nn.Embedding(9, 4)
+        self.head = nn.Linear(4, 7)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
+        return self.head(torch.tanh(self.tokens(ids) + self.positions(positions)))
+
+
+@pytest.mark.parametrize("splits", [[6], [2, 4], [1, 1, 1, 1, 1, 1]], ids=str)
+def test_a_table_of_positions_does_not_depend_on_how_the_batch_is_split(splits: list[int]) -> None:
+    """Its gradient is summed over the examples of a backward: the square of the sum over all of them counts."""
+    torch.manual_seed(0)
+    model = Positions().double()
+    ids = torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(1))
+    optimizer = AdaFisherW(model, lr=0.0)
+    for part in ids.split(splits):
+        (torch.nn.functional.cross_entropy(model(part).flatten(0, 1), part.flatten()) * len(part) / 6).backward()
+    optimizer.step()
+    grad = model.positions.weight.grad
+    assert grad is not None and not grad[5:].any()
+    frequency = torch.tensor([1 / 5] * 5 + [0.0] * 4, dtype=torch.float64)
+    expected = torch.outer(frequency, grad.square().sum(0) / 5)
+    assert_close(optimizer.fisher_diagonal(model.positions.weight, normalized=False), expected)
+    assert {row.rule for row in optimizer.coverage()} == {"Embedding", "Linear"}
+
+
+def test_tokens_that_happen_to_be_consecutive_are_counted_as_tokens() -> None:
+    """A row of distinct tokens has the same squares either way."""
+    model = Positions().double()
+    optimizer = AdaFisherW(model, lr=0.0)
+    seen: list[Tensor] = []
+    model.tokens.register_forward_hook(lambda module, args, output: output.register_hook(seen.append) and None)
+    model(torch.tensor([[2, 3, 4]])).square().sum().backward()
+    optimizer.step()
+    expected = torch.outer(torch.tensor([0, 0, 1, 1, 1, 0, 0]) / 3.0, seen[0][0].square().mean(0))
+    assert_close(optimizer.fisher_diagonal(model.tokens.weight, normalized=False), expected, check_dtype=False)
+
+
+def test_an_output_that_is_a_permuted_view_is_not_mistaken_for_its_base() -> None:
+    """A channels-first norm permutes: with as many rows as channels only the order of the values tells them apart."""
+
+    class ChannelsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.rand(4, dtype=torch.float64)), 1e-6
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.rms_norm(x.permute(0, 2, 1), (4,), self.weight, self.eps).permute(0, 2, 1)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), ChannelsFirst()).double()
+    optimizer = AdaFisherW(model, lr=0.0)
+    x = torch.randn(3, 4, 4, dtype=torch.float64)
+    (model(x) * torch.randn(4, dtype=torch.float64)).pow(2).sum().backward()
+    optimizer.step()
+    rules = {row.name: row.rule for row in optimizer.coverage()}
+    assert rules == {"0.weight": "Linear", "0.bias": "Linear", "1.weight": "gradient factors"}
