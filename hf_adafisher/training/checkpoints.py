@@ -55,6 +55,7 @@ def check_checkpoint_files(checkpoint: Path) -> None:
     a new optimizer and a new learning rate schedule, without a word. Files that resuming does not read
     (``config.json``, ``training_args.bin``, the tokenizer's) may be absent, but not damaged. What cannot be seen from
     outside is not demanded: ``scaler.pt`` (fp16 runs only), the ``rng_state_N.pth`` of ranks above the highest present.
+    Nor does it show if another run overwrote some of the files and was stopped before the rest.
 
     The layouts known are those of a single process, DDP, PEFT, FSDP and DeepSpeed; not those of XLA's FSDP and
     SageMaker.

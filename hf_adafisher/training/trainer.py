@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import is_compiled_module
 from torch.optim import Optimizer
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
 from hf_adafisher.training.arguments import (
@@ -95,11 +97,21 @@ class AdaFisherTrainer(Trainer):
             ValueError: The checkpoint is another optimizer's or another model's.
         """
         if resume_from_checkpoint is True:
-            found = last_complete_checkpoint(Path(self.args.output_dir or "."))
+            choice = [last_complete_checkpoint(Path(self.args.output_dir or "."))]
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.broadcast_object_list(choice)  # all processes resume from the same one
+            found = choice[0]
             resume_from_checkpoint = True if found is None else str(found)  # True without any is Trainer's own error
         elif resume_from_checkpoint:
             check_checkpoint_files(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """As in Trainer; a checkpoint that an earlier run left in this place does not count as complete meanwhile."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in Trainer; an error about the optimizer's state names the checkpoint."""

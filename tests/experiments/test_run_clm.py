@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,40 @@ def test_resumed_is_uninterrupted(main: Any, command: list[str], finished: Path,
 def test_last_finds_the_latest_checkpoint(finished: Path) -> None:
     assert find_checkpoint(finished, "last") == find_checkpoint(finished, True) == str(finished / "checkpoint-4")
     assert find_checkpoint(finished, None) is None
+
+
+def test_last_skips_a_checkpoint_that_was_cut_off_while_it_was_written(
+    main: Any, command: list[str], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Resumed from the one before, the run ends as the one that was not disturbed."""
+    output = Path(shutil.copytree(finished, tmp_path / "run"))
+    state = output / "checkpoint-4" / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:50])
+    resume = ["--output_dir", str(output), "--resume_from_checkpoint", "last"]
+    assert main([*command, "--save_steps", "2", *resume]) == 0
+    assert f"Skipping {output / 'checkpoint-4'}" in caplog.text and str(state) in caplog.text
+    assert read_results(output)["resumed_from"] == str(output / "checkpoint-2")
+    assert read_results(output)["test"] == read_results(finished)["test"]
+    weights = [load_file(run / "model.safetensors") for run in (finished, output)]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+@pytest.mark.parametrize("resume", ["last", "checkpoint-4", "checkpoint-2"])
+def test_broken_checkpoints_end_in_one_line_and_stay_as_they_are(
+    main: Any, command: list[str], finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, resume: str
+) -> None:
+    output = Path(shutil.copytree(finished, tmp_path / "run"))
+    cut = output / "checkpoint-4" / "optimizer.pt"
+    cut.write_bytes(cut.read_bytes()[:1000])
+    (output / "checkpoint-2" / "rng_state.pth").unlink()
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    given = resume if resume == "last" else str(output / resume)
+    flags = ["--output_dir", str(output), "--max_steps", "8", "--resume_from_checkpoint", given]
+    assert main([*command, *flags]) == 2
+    error = caplog.records[-1].getMessage()
+    named = output / "checkpoint-2" / "rng_state.pth" if resume == "checkpoint-2" else cut
+    assert str(named) in error and "\n" not in error
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_a_used_output_directory_gives_a_warning(
