@@ -287,9 +287,291 @@ def in_place() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
 
 
+def mlp_normed(*layers: nn.Module, width: int = 5) -> nn.Module:
+    """Layers between two linear ones."""
+    return nn.Sequential(nn.Linear(4, width), *layers, nn.Tanh(), nn.Linear(width, 2))
+
+
 def normed(**options: Any) -> nn.Module:
     """A LayerNorm between two layers."""
     return nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5, **options), nn.Linear(5, 2))
+
+
+# --- convolutions, and norms whose channels come second ---------------------------------------
+
+
+class Head(nn.Module):
+    """The mean over all positions, into a linear layer: `spatial_axes` axes behind the channels."""
+
+    def __init__(self, channels: int, spatial_axes: int = 2) -> None:
+        super().__init__()
+        self.spatial_axes = spatial_axes
+        self.linear = nn.Linear(channels, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.flatten(-self.spatial_axes).mean(-1) if self.spatial_axes else x)
+
+
+def convnet(*layers: nn.Module, channels: int = 4, spatial_axes: int = 2) -> nn.Sequential:
+    """The layers, a smooth curve (so that the positions do not merely add up), and a head."""
+    return nn.Sequential(*layers, nn.Tanh(), Head(channels, spatial_axes))
+
+
+def plain_convnet() -> nn.Sequential:
+    """Convolution, BatchNorm, rectifier, twice."""
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, bias=False),
+        nn.BatchNorm2d(3),
+        nn.ReLU(),
+        nn.Conv2d(3, 4, 3, padding=1, stride=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        Head(4),
+    )
+
+
+class ResidualInPlace(nn.Module):
+    """A BatchNorm's output that is added to in place and overwritten by a rectifier, as in ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(2, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.inner, self.norm = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.rectify = nn.ReLU(inplace=True)
+        self.head = Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.rectify(self.stem_norm(self.stem(x)))
+        hidden = self.norm(self.inner(residual))
+        hidden += residual
+        return self.head(self.rectify(hidden))
+
+
+class FunctionalConv(nn.Module):
+    """Convolutions, one of them grouped, whose weights are used without calling them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped = nn.Conv2d(2, 4, (2, 3)), nn.Conv2d(4, 6, 2, groups=2)
+        self.head = Head(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(F.conv2d(x, self.first.weight, self.first.bias))
+        return self.head(torch.tanh(F.conv2d(hidden, self.grouped.weight, self.grouped.bias, groups=2)))
+
+
+class SharedConv(nn.Module):
+    """One convolution over two maps of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Conv2d(2, 2, 3, padding=1)
+        self.head = Head(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        once = torch.tanh(self.shared(x))
+        return self.head(once + self.shared(once[..., ::2, 1:3]).mean((-1, -2), keepdim=True))
+
+
+class TiedConv(nn.Module):
+    """One weight in two convolutions of different dilation (a pyramid over one kernel)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Conv2d(2, 4, 3, padding=1)
+        self.far = nn.Conv2d(2, 4, 3, padding=2, dilation=2)
+        self.far.weight = self.near.weight
+        self.head = Head(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.near(x)) * torch.tanh(self.far(x)))
+
+
+class ChannelsLast(nn.Module):
+    """Maps whose channels come last in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = plain_convnet().to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x.to(memory_format=torch.channels_last))
+
+
+class KeepsStatistics(nn.Module):
+    """A BatchNorm that stays in eval mode while the rest trains (fine-tuning with fixed statistics)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), Head(3)
+
+    def train(self, mode: bool = True) -> KeepsStatistics:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.conv(x))))
+
+
+class StandardizedConv(nn.Conv2d):
+    """A convolution that standardises its weight on every call (BiT)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, spread = self.weight.mean((1, 2, 3), keepdim=True), self.weight.std((1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / (spread + 1e-5)
+        return F.conv2d(input, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class RenamedConv(nn.Conv2d):
+    """A subclass that is still a convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 1.0
+
+
+class ActivatedBatchNorm(nn.BatchNorm2d):
+    """Has its rectifier inside (as timm's)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class ActivatedGroupNorm(nn.GroupNorm):
+    """Has its rectifier inside (as timm's)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class ChannelsFirstLayerNorm(nn.LayerNorm):
+    """Normalises the second axis, where its class normalises the last (ConvNeXt)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+CONVOLUTIONS: tuple[Case, ...] = (
+    Case("conv", lambda: convnet(nn.Conv2d(2, 4, (3, 2))), regression(2, 2, 4, 4)),
+    Case("conv_batch_norm", plain_convnet, regression(3, 2, 4, 4)),
+    Case("conv_grouped", lambda: convnet(nn.Conv2d(4, 6, (2, 3), groups=2), channels=6), regression(2, 4, 4, 4)),
+    Case(
+        "conv_depthwise",
+        lambda: convnet(nn.Conv2d(3, 6, 3, groups=3, padding=1, bias=False), nn.Conv2d(6, 4, 1)),
+        regression(2, 3, 4, 4),
+    ),
+    Case(
+        "conv_strided_dilated",
+        lambda: convnet(nn.Conv2d(2, 4, (3, 2), stride=(2, 3), dilation=(1, 2), padding=(2, 1))),
+        regression(2, 2, 6, 5),
+    ),
+    Case(
+        "conv_same_even",
+        lambda: convnet(nn.Conv2d(2, 4, (2, 4), padding="same", dilation=(3, 1))),
+        regression(2, 2, 4, 5),
+    ),
+    Case("conv_valid", lambda: convnet(nn.Conv2d(2, 4, 2, padding="valid")), regression(2, 2, 4, 4)),
+    Case(
+        "conv_reflect",
+        lambda: convnet(nn.Conv2d(2, 4, 3, padding=(2, 1), padding_mode="reflect")),
+        regression(2, 2, 4, 3),
+    ),
+    Case(
+        "conv_replicate",
+        lambda: convnet(nn.Conv2d(2, 4, 3, padding=(3, 1), padding_mode="replicate", stride=2)),
+        regression(2, 2, 3, 4),
+    ),
+    Case(
+        "conv_circular_same_even",
+        lambda: convnet(nn.Conv2d(2, 4, (2, 4), padding="same", padding_mode="circular")),
+        regression(2, 2, 3, 4),
+    ),
+    Case("conv_1d", lambda: convnet(nn.Conv1d(3, 4, 3, stride=2, padding=1), spatial_axes=1), regression(2, 3, 6)),
+    Case(
+        "conv_1d_reflect",
+        lambda: convnet(nn.Conv1d(4, 4, 3, padding=2, groups=2, padding_mode="reflect"), spatial_axes=1),
+        regression(2, 4, 5),
+    ),
+    Case(
+        "conv_3d",
+        lambda: convnet(
+            nn.Conv3d(2, 4, (2, 1, 2), padding=(1, 0, 1), groups=2, bias=False), nn.BatchNorm3d(4), spatial_axes=3
+        ),
+        regression(2, 2, 2, 3, 2),
+    ),
+    Case(
+        "conv_unbatched",
+        lambda: convnet(nn.Conv2d(2, 3, 2, padding=1), nn.Conv2d(3, 4, 2, padding_mode="circular", padding=1)),
+        regression(2, 3, 4),
+    ),
+    Case(
+        "conv_unbatched_in_place",  # the output is a view of a batch of one
+        lambda: convnet(nn.Conv2d(2, 3, 2), nn.ReLU(inplace=True), nn.Conv2d(3, 4, 2), nn.ReLU(inplace=True)),
+        regression(2, 4, 4),
+    ),
+    Case(
+        "conv_1d_in_place",
+        lambda: convnet(nn.Conv1d(3, 4, 2), nn.ReLU(inplace=True), nn.Conv1d(4, 4, 2), spatial_axes=1),
+        regression(2, 3, 5),
+    ),
+    Case(
+        "conv_1d_unbatched_in_place",
+        lambda: convnet(nn.Conv1d(3, 4, 2), nn.ReLU(inplace=True), nn.Conv1d(4, 4, 2), spatial_axes=1),
+        regression(3, 5),
+    ),
+    Case(
+        "conv_one_position",
+        lambda: convnet(nn.Conv2d(4, 6, (3, 2), groups=2), channels=6),
+        regression(1, 4, 3, 2),
+    ),
+    Case("conv_one_channel", lambda: convnet(nn.Conv2d(1, 1, 3), channels=1), regression(3, 1, 4, 4)),
+    Case("conv_residual_in_place", ResidualInPlace, regression(2, 2, 4, 4)),
+    Case("conv_functional", FunctionalConv, regression(2, 2, 4, 4)),
+    Case("conv_shared", SharedConv, regression(2, 2, 4, 4)),
+    Case("conv_tied", TiedConv, regression(2, 2, 4, 4)),
+    Case("conv_channels_last", ChannelsLast, regression(3, 2, 4, 4)),
+    Case("conv_standardized", lambda: convnet(StandardizedConv(4, 4, 2, groups=2)), regression(2, 4, 4, 3)),
+    Case("conv_subclass", lambda: convnet(RenamedConv(2, 4, 2)), regression(2, 2, 4, 3)),
+    Case(
+        "conv_weight_norm",
+        lambda: convnet(parametrizations.weight_norm(nn.Conv1d(4, 4, 4, padding=2, groups=2), dim=2), spatial_axes=1),
+        regression(2, 4, 5),
+    ),
+    Case(
+        "conv_transposed_and_instance_norm",  # no rule for either
+        lambda: convnet(nn.ConvTranspose2d(2, 4, 2, bias=False), nn.InstanceNorm2d(4, affine=True)),
+        regression(2, 2, 3, 3),
+    ),
+    Case("batch_norm_vectors", lambda: mlp_normed(nn.BatchNorm1d(5)), regression(7, 4)),
+    Case(
+        "batch_norm_without_statistics",
+        lambda: mlp_normed(nn.BatchNorm1d(5, track_running_stats=False, eps=0.1)),
+        regression(7, 4),
+    ),
+    Case(
+        "batch_norm_sequences",
+        lambda: convnet(nn.Conv1d(3, 4, 2, bias=False), nn.BatchNorm1d(4, momentum=None), spatial_axes=1),
+        regression(2, 3, 5),
+    ),
+    Case("batch_norm_in_place", lambda: mlp_normed(nn.BatchNorm1d(5), nn.ReLU(inplace=True)), regression(7, 4)),
+    Case("batch_norm_in_eval_mode", KeepsStatistics, regression(2, 2, 4, 4)),
+    Case(
+        "group_norm",
+        lambda: convnet(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, eps=0.1), nn.ReLU(inplace=True)),
+        regression(2, 2, 4, 4),
+    ),
+    Case("group_norm_vectors", lambda: mlp_normed(nn.GroupNorm(2, 6), width=6), regression(5, 4)),
+    Case(
+        "norms_in_name_only",
+        lambda: convnet(nn.Conv2d(2, 4, 2), ActivatedBatchNorm(4), ChannelsFirstLayerNorm(4), ActivatedGroupNorm(1, 4)),
+        regression(2, 2, 5, 5),
+    ),
+    Case(
+        "conv_norms_without_parameters",
+        lambda: convnet(nn.Conv2d(2, 4, 2), nn.GroupNorm(2, 4, affine=False), nn.BatchNorm2d(4, affine=False)),
+        regression(2, 2, 4, 4),
+    ),
+)
 
 
 CASES: tuple[Case, ...] = (
@@ -339,6 +621,11 @@ CASES: tuple[Case, ...] = (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5), nn.Linear(5, 2)),
         regression(3, 4, 4),
     ),
+    Case(
+        "rms_norm_over_two_axes",
+        lambda: nn.Sequential(nn.Linear(4, 5), nn.RMSNorm((3, 5)), nn.Linear(5, 2)),
+        regression(6, 3, 4),
+    ),
     Case("one_output", lambda: mlp(4, 5, 1), regression(7, 4)),
     Case("two_classes", lambda: mlp(4, 5, 2), two_classes),
     Case("attention", Attention, regression(2, 4, 6)),
@@ -348,4 +635,5 @@ CASES: tuple[Case, ...] = (
     Case("weight_norm", weight_normed, regression(7, 4)),
     Case("skipped_layer", Skips, regression(7, 4), ("skipped.weight", "skipped.bias")),
     Case("buffers", Buffers, regression(7, 4)),
+    *CONVOLUTIONS,
 )

@@ -10,15 +10,20 @@ output: also when the output is a view, is modified in place afterwards, or the 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-Kind = Literal["linear", "conv1d", "embedding", "layernorm", "rmsnorm"]
-NORMS: tuple[Kind, ...] = ("layernorm", "rmsnorm")
+Kind = Literal["linear", "conv1d", "embedding", "layernorm", "rmsnorm", "conv", "batchnorm", "groupnorm"]
+NORMS: tuple[Kind, ...] = ("layernorm", "rmsnorm", "batchnorm", "groupnorm")
+CHANNELS_SECOND: tuple[Kind, ...] = ("conv", "batchnorm", "groupnorm")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, *BATCH_NORMS)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -45,6 +50,107 @@ def mean_of_squares(vectors: Iterable[list[float]]) -> Tensor:
     return torch.tensor([total / count for total in totals], dtype=torch.float64)
 
 
+def flat_index(position: Sequence[int], shape: Sequence[int]) -> int:
+    """Where the entry at `position` stands in a tensor of that shape, written out row by row."""
+    index = 0
+    for coordinate, size in zip(position, shape, strict=True):
+        index = index * size + coordinate
+    return index
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a convolution walks over its input: one entry per spatial axis, and how it goes beyond the border."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    mode: str = "zeros"
+
+    @classmethod
+    def of(cls, conv: nn.Module) -> Window:
+        """That of a torch convolution. "same" puts the odd one of its padding behind."""
+        assert isinstance(conv, CONVOLUTIONS)
+        pads: list[tuple[int, int]] = []
+        for axis, (size, step) in enumerate(zip(conv.kernel_size, conv.dilation, strict=True)):
+            if conv.padding == "same":
+                total = step * (size - 1)
+                pads.append((total // 2, total - total // 2))
+            else:
+                pad = 0 if conv.padding == "valid" else int(conv.padding[axis])
+                pads.append((pad, pad))
+        return cls(conv.kernel_size, conv.stride, conv.dilation, tuple(pads), conv.padding_mode)
+
+    @property
+    def axes(self) -> int:
+        """The number of spatial axes."""
+        return len(self.kernel)
+
+    def outputs(self, spatial: Sequence[int]) -> tuple[int, ...]:
+        """The number of output positions along each axis."""
+        counts = []
+        for size, kernel, stride, step, pads in zip(
+            spatial, self.kernel, self.stride, self.dilation, self.padding, strict=True
+        ):
+            counts.append((size + sum(pads) - step * (kernel - 1) - 1) // stride + 1)
+        return tuple(counts)
+
+    def source(self, axis: int, output: int, offset: int, size: int) -> int | None:
+        """The coordinate that the kernel's entry `offset` reads for an output position; None for a padded zero."""
+        at = output * self.stride[axis] + offset * self.dilation[axis] - self.padding[axis][0]
+        if 0 <= at < size:
+            return at
+        if self.mode == "replicate":
+            return 0 if at < 0 else size - 1
+        if self.mode == "reflect":
+            return -at if at < 0 else 2 * (size - 1) - at
+        if self.mode == "circular":
+            return at % size
+        return None
+
+
+def as_batch(x: Tensor, spatial_axes: int) -> Tensor:
+    """A feature map as a batch of one, a batch as it is."""
+    return x.reshape(-1, *x.shape[x.dim() - spatial_axes - 1 :])
+
+
+def patch_rows(x: Tensor, window: Window) -> Iterator[list[float]]:
+    """A convolution's input when it is seen as a Linear: (channels, *kernel), flat, for every output position."""
+    examples = as_batch(x.detach().double(), window.axes)
+    channels, *spatial = examples.shape[1:]
+    area = math.prod(spatial)
+    sources: list[list[int | None]] = []
+    for position in itertools.product(*(range(count) for count in window.outputs(spatial))):
+        sources.append([])
+        for offsets in itertools.product(*(range(size) for size in window.kernel)):
+            ats = [window.source(axis, position[axis], offsets[axis], size) for axis, size in enumerate(spatial)]
+            inside = [at for at in ats if at is not None]
+            sources[-1].append(flat_index(inside, spatial) if len(inside) == len(ats) else None)
+    for example in examples:
+        values = example.flatten().tolist()
+        for patch in sources:
+            yield [0.0 if at is None else values[channel * area + at] for channel in range(channels) for at in patch]
+
+
+def conv_output_loop(conv: nn.Module, x: Tensor) -> Tensor:
+    """What a convolution of this geometry and these weights returns: one dot product per position and channel."""
+    assert isinstance(conv, CONVOLUTIONS)
+    window = Window.of(conv)
+    patches = list(patch_rows(x, window))
+    columns = []
+    for out in range(conv.out_channels):
+        kernel = conv.weight[out].detach().double().flatten().tolist()
+        start = len(kernel) * (out // (conv.out_channels // conv.groups))
+        shift = 0.0 if conv.bias is None else float(conv.bias[out].detach())
+        for patch in patches:
+            part = patch[start : start + len(kernel)]
+            columns.append(shift + sum(value * weight for value, weight in zip(part, kernel, strict=True)))
+    spatial = x.shape[x.dim() - window.axes :]
+    result = torch.tensor(columns, dtype=torch.float64).reshape(conv.out_channels, -1, *window.outputs(spatial))
+    return result.movedim(0, 1).reshape(*x.shape[: x.dim() - window.axes - 1], *result.shape[:1], *result.shape[2:])
+
+
 def one_hot_rows(tokens: Tensor, vocabulary: int) -> Iterator[list[float]]:
     """What an embedding's input is when the embedding is seen as a matrix: a 1 at the token, 0 elsewhere."""
     for token in tokens.flatten().tolist():
@@ -54,34 +160,79 @@ def one_hot_rows(tokens: Tensor, vocabulary: int) -> Iterator[list[float]]:
 def normalized_rows(kind: Kind, x: Tensor, eps: float, channel_axes: int) -> Iterator[list[float]]:
     """The rows a norm layer multiplies by its scale."""
     for row in rows(x, channel_axes):
-        size = len(row)
-        mean = sum(row) / size if kind == "layernorm" else 0.0
-        spread = sum((value - mean) ** 2 for value in row) / size
-        yield [(value - mean) / (spread + eps) ** 0.5 for value in row]
+        yield standardized(row, eps, centred=kind == "layernorm")
+
+
+def standardized(values: Sequence[float], eps: float, *, centred: bool = True) -> list[float]:
+    """Minus the mean, over the root of the biased variance plus eps."""
+    mean = sum(values) / len(values) if centred else 0.0
+    spread = sum((value - mean) ** 2 for value in values) / len(values)
+    return [(value - mean) / (spread + eps) ** 0.5 for value in values]
+
+
+def batch_normalized_rows(x: Tensor, eps: float) -> Iterator[list[float]]:
+    """Every channel over all positions of all examples of this call."""
+    channels = [standardized(channel, eps) for channel in zip(*rows(x.movedim(1, -1)), strict=True)]
+    for row in zip(*channels, strict=True):
+        yield list(row)
+
+
+def group_normalized_rows(x: Tensor, eps: float, groups: int) -> Iterator[list[float]]:
+    """Every group of channels of every example over all of its positions."""
+    for example in x.detach().double():
+        values = example.flatten().tolist()  # channel by channel
+        size = len(values) // groups
+        normalized = [value for group in range(groups) for value in standardized(values[group * size :][:size], eps)]
+        yield from rows(torch.tensor(normalized, dtype=torch.float64).reshape(example.shape).movedim(0, -1))
 
 
 def input_rows(
-    kind: Kind, x: Tensor, *, vocabulary: int = 0, eps: float = 0.0, channel_axes: int = 1
+    kind: Kind,
+    x: Tensor,
+    *,
+    vocabulary: int = 0,
+    eps: float = 0.0,
+    channel_axes: int = 1,
+    groups: int = 1,
+    window: Window | None = None,
 ) -> Iterator[list[float]]:
     """The rows x_n of the method for one call of a module."""
     if kind == "embedding":
         return one_hot_rows(x, vocabulary)
+    if kind == "conv":
+        assert window is not None
+        return patch_rows(x, window)
+    if kind == "batchnorm":
+        return batch_normalized_rows(x, eps)
+    if kind == "groupnorm":
+        return group_normalized_rows(x, eps, groups)
     if kind in NORMS:
         return normalized_rows(kind, x, eps, channel_axes)
     return rows(x)
 
 
-def input_factor_loop(kind: Kind, x: Tensor, *, vocabulary: int = 0, eps: float = 0.0, channel_axes: int = 1) -> Tensor:
-    """h_j = (1/N) sum_n x_nj^2.
+def grad_rows(kind: Kind, g: Tensor, *, channel_axes: int = 1, window: Window | None = None) -> Iterator[list[float]]:
+    """The rows g_n: the channels of the output's gradient at every position."""
+    if kind == "conv":
+        assert window is not None
+        g = as_batch(g, window.axes)
+    if kind in CHANNELS_SECOND:
+        return rows(g.movedim(1, -1))
+    return rows(g, channel_axes if kind in NORMS else 1)
 
-    `vocabulary`: for embeddings; `eps` and `channel_axes` (the number of axes normalised together) for norms.
+
+def input_factor_loop(kind: Kind, x: Tensor, **options: Any) -> Tensor:
+    """h_j = (1/N) sum_n x_nj^2, flat.
+
+    Options: `vocabulary` for embeddings; `eps` for norms, with `channel_axes` (the number of axes normalised
+    together) or, for GroupNorm, `groups`; `window` for convolutions.
     """
-    return mean_of_squares(input_rows(kind, x, vocabulary=vocabulary, eps=eps, channel_axes=channel_axes))
+    return mean_of_squares(input_rows(kind, x, **options))
 
 
-def output_grad_factor_loop(kind: Kind, g: Tensor, *, channel_axes: int = 1) -> Tensor:
-    """s_i = (1/N) sum_n g_ni^2, whatever the module is."""
-    return mean_of_squares(rows(g, channel_axes if kind in NORMS else 1))
+def output_grad_factor_loop(kind: Kind, g: Tensor, **options: Any) -> Tensor:
+    """s_i = (1/N) sum_n g_ni^2, whatever the module is. Options as above: `channel_axes`, `window`."""
+    return mean_of_squares(grad_rows(kind, g, **options))
 
 
 # Relative spread up to which a vector counts as constant. The two logits of a binary classifier have
@@ -120,6 +271,39 @@ def combine_axes(vectors: list[Tensor], shape: torch.Size) -> Tensor:
     return product
 
 
+def conv_product(s: Tensor, h: Tensor, shape: torch.Size) -> Tensor:
+    """F[o, j, *k] = s[o] h[c, *k], with c the input channel that entry j of the output channel o's group reads.
+
+    `h` runs over all input channels: a grouped convolution is a dense one, some of whose weights are not there.
+    """
+    out_channels, fan_in, *kernel = shape
+    h = h.reshape(-1, *kernel)
+    groups = h.shape[0] // fan_in
+    product = torch.zeros(shape, dtype=torch.float64)
+    for out in range(out_channels):
+        group = out // (out_channels // groups)
+        for entry in range(fan_in):
+            product[out, entry] = s[out] * h[group * fan_in + entry]
+    return product
+
+
+def kronecker_gradient_factors(grad: Tensor, groups: int) -> list[Tensor]:
+    """The means of grad^2 over what a layer's S and H do not run over: for a weight (out, in / groups, *kernel).
+
+    `s` has a mean for every output channel; `h`, of shape (in, *kernel), the means over the output channels that
+    read an input channel.
+    """
+    squared = grad.detach().double() ** 2
+    out_channels, fan_in = squared.shape[:2]
+    members = out_channels // groups
+    s = [squared[out].mean() for out in range(out_channels)]
+    h = []
+    for group, entry in itertools.product(range(groups), range(fan_in)):
+        readers = [squared[group * members + member, entry] for member in range(members)]
+        h.append(sum(readers) / members)
+    return [torch.stack(s), torch.stack([torch.as_tensor(mean) for mean in h])]
+
+
 # --------------------------------------------------------------------------------------------------
 # Which rule a module has
 # --------------------------------------------------------------------------------------------------
@@ -130,12 +314,18 @@ def kind_of(module: nn.Module) -> Kind | None:
     name = type(module).__name__
     if isinstance(module, nn.Linear):
         return "linear"
-    if name.endswith("LearnedPositionalEmbedding"):  # OPT, BART: an Embedding that is not called with its tokens
+    if name.endswith("PositionalEmbedding"):  # OPT, BART, Whisper: an Embedding that is not called with its tokens
         return None
     if isinstance(module, nn.Embedding):
         return "embedding"
     if isinstance(module, nn.LayerNorm):
         return "layernorm"
+    if isinstance(module, nn.GroupNorm):
+        return "groupnorm"
+    if isinstance(module, BATCH_NORMS):
+        return "batchnorm"
+    if isinstance(module, CONVOLUTIONS):
+        return "conv"
     if name == "Conv1D":
         return "conv1d"
     if isinstance(module, nn.RMSNorm) or name.endswith("RMSNorm") or name == "T5LayerNorm":
@@ -150,6 +340,61 @@ def norm_eps(module: nn.Module, x: Tensor) -> float:
             eps = getattr(module, name)
             return torch.finfo(x.dtype).eps if eps is None else float(eps)
     raise AttributeError(f"{type(module).__name__} has no epsilon")
+
+
+def grad_options(kind: Kind, module: nn.Module) -> dict[str, Any]:
+    """What `grad_rows` needs to know of a module."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"channel_axes": len(module.normalized_shape)}
+    return {"window": Window.of(module)} if kind == "conv" else {}
+
+
+def input_options(kind: Kind, module: nn.Module, x: Tensor) -> dict[str, Any]:
+    """What `input_rows` needs to know of a module and its input."""
+    options = grad_options(kind, module)
+    if isinstance(module, nn.Embedding):
+        options["vocabulary"] = module.num_embeddings
+    if isinstance(module, nn.GroupNorm):
+        options["groups"] = module.num_groups
+    if kind in NORMS:
+        options["eps"] = norm_eps(module, x)
+    return options
+
+
+def norm_output_loop(kind: Kind, norm: nn.Module, x: Tensor) -> Tensor | None:
+    """What a norm layer of this class and these parameters returns in training mode; None if it cannot take `x`."""
+    weight, bias = norm.weight, getattr(norm, "bias", None)
+    assert isinstance(weight, Tensor)
+    shape = weight.shape
+    second = kind in CHANNELS_SECOND
+    if (x.shape[1:2] if second else x.shape[x.dim() - len(shape) :]) != shape:
+        return None
+    scale = weight.detach().double().flatten().tolist()
+    shift = [0.0] * len(scale) if bias is None else bias.detach().double().flatten().tolist()
+    out = []
+    for row in input_rows(kind, x, **input_options(kind, norm, x)):
+        out.append([value * a + b for value, a, b in zip(row, scale, shift, strict=True)])
+    result = torch.tensor(out, dtype=torch.float64)
+    return result.reshape(x.movedim(1, -1).shape).movedim(-1, 1) if second else result.reshape(x.shape)
+
+
+def computes_its_class(kind: Kind, module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    """Whether a subclass of a convolution or of torch's norms is one in its numbers too.
+
+    ConvNeXt's LayerNorm, which normalises the second axis, is not.
+    """
+    expected: Tensor | None
+    if kind == "conv":
+        if type(module) in CONVOLUTIONS:
+            return True
+        expected = conv_output_loop(module, x)
+    elif isinstance(module, TORCH_NORMS) and type(module) not in TORCH_NORMS and module.weight is not None:
+        expected = norm_output_loop(kind, module, x)
+    else:
+        return True
+    if expected is None or expected.shape != output.shape:
+        return False
+    return bool((output - expected).norm() <= 1e-3 * expected.norm())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,29 +433,29 @@ class Call:
 
 @dataclass
 class Watched:
-    """A module with a rule: the calls since the last step, and the averages of its two factors."""
+    """A module with a rule: the calls since the last step, and the averages of its two factors.
+
+    `believed` is whether its first call computed what its class says.
+    """
 
     module: nn.Module
     kind: Kind
     input_factor: Average
     output_grad_factor: Average
     calls: list[Call] = field(default_factory=list)
+    believed: bool | None = None
 
     def refresh(self) -> None:
         """Means over every position of every call that took part in a backward pass, into the averages."""
         used = [call for call in self.calls if call.probe.grad is not None]
         if not used:
             return
-        axes = len(self.module.normalized_shape) if isinstance(self.module, nn.LayerNorm) else 1
-        inputs = (row for call in used for row in self._input_rows(call, axes))
-        grads = (row for call in used if call.probe.grad is not None for row in rows(call.probe.grad, axes))
-        self.input_factor.add(mean_of_squares(inputs))
-        self.output_grad_factor.add(mean_of_squares(grads))
-
-    def _input_rows(self, call: Call, axes: int) -> Iterator[list[float]]:
-        vocabulary = self.module.num_embeddings if isinstance(self.module, nn.Embedding) else 0
-        eps = norm_eps(self.module, call.x) if self.kind in NORMS else 0.0
-        return input_rows(self.kind, call.x, vocabulary=vocabulary, eps=eps, channel_axes=axes)
+        kind, module = self.kind, self.module
+        inputs = [input_rows(kind, call.x, **input_options(kind, module, call.x)) for call in used]
+        probes = [call.probe.grad for call in used if call.probe.grad is not None]
+        grads = [grad_rows(kind, grad, **grad_options(kind, module)) for grad in probes]
+        self.input_factor.add(mean_of_squares(itertools.chain(*inputs)))
+        self.output_grad_factor.add(mean_of_squares(itertools.chain(*grads)))
 
     def product(self, role: str, *, normalized: bool) -> Tensor:
         """This module's term of the Fisher diagonal of its `role` ("weight" or "bias"), flat or a matrix."""
@@ -220,6 +465,9 @@ class Watched:
             return shape(s)
         if self.kind in NORMS:
             return shape(s * h)
+        if self.kind == "conv":  # weight [out, in / groups, *kernel]
+            assert isinstance(self.module.weight, Tensor)
+            return conv_product(shape(s), shape(h), self.module.weight.shape)
         if self.kind == "linear":  # weight [out, in]
             return outer(shape(s), shape(h))
         return outer(shape(h), shape(s))  # Conv1D [in, out]; Embedding [vocabulary, width]
@@ -231,9 +479,32 @@ class Slot:
 
     exp_avg: Tensor | None = None
     step: int = 0
-    axes: list[Average] = field(default_factory=list)
+    from_gradient: list[Average] = field(default_factory=list)
     provisional: bool = False
     uses: list[tuple[Watched, str]] = field(default_factory=list)
+
+    def gradient_factors(self, grad: Tensor) -> list[Tensor]:
+        """Factors from the parameter's own gradient, in the form of its first use.
+
+        Of a parameter that nobody's rule covers one per axis; of a layer's weight S and H; of a bias, a scale or
+        a shift the squared gradient itself.
+        """
+        if not self.uses:
+            return gradient_factors(grad)
+        watched, role = self.uses[0]
+        if role == "bias" or watched.kind in NORMS:
+            return [grad.detach().double() ** 2]
+        groups = watched.module.groups if watched.kind == "conv" else 1
+        assert isinstance(groups, int)
+        return kronecker_gradient_factors(grad, groups)
+
+    def gradient_product(self, factors: list[Tensor], shape: torch.Size) -> Tensor:
+        """What the factors of `gradient_factors` give for each value of the parameter."""
+        if not self.uses:
+            return combine_axes(factors, shape)
+        if len(factors) == 1:
+            return factors[0]
+        return conv_product(*factors, shape)
 
 
 class ReferenceAdaFisher:
@@ -288,6 +559,10 @@ class ReferenceAdaFisher:
             if not (module.training and torch.is_grad_enabled() and output.requires_grad):
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
+            if watched.believed is None:
+                watched.believed = computes_its_class(kind, module, x, output.detach())
+            if not watched.believed:
+                return None
             probe = torch.zeros_like(output, requires_grad=True)
             watched.calls.append(Call(x.detach().clone(), probe))
             return output + probe
@@ -326,12 +601,13 @@ class ReferenceAdaFisher:
         if self._modules_of(param):
             return
         assert param.grad is not None
-        if not slot.axes or slot.provisional:
-            slot.axes = [Average(self.ema_decay) for _ in param.shape]
+        factors = slot.gradient_factors(param.grad)
+        if not slot.from_gradient or slot.provisional:
+            slot.from_gradient = [Average(self.ema_decay) for _ in factors]
             slot.provisional = not due
         elif not due:
             return
-        for average, factor in zip(slot.axes, gradient_factors(param.grad), strict=True):
+        for average, factor in zip(slot.from_gradient, factors, strict=True):
             average.add(factor)
 
     def _modules_of(self, param: Tensor) -> list[tuple[Watched, str]]:
@@ -363,8 +639,8 @@ class ReferenceAdaFisher:
         if modules:
             terms = [watched.product(role, normalized=normalized) for watched, role in modules]
         else:
-            vectors = [average.read() for average in slot.axes]
-            terms = [combine_axes([minmax(v) for v in vectors] if normalized else vectors, param.shape)]
+            factors = [average.read() for average in slot.from_gradient]
+            terms = [slot.gradient_product([minmax(v) for v in factors] if normalized else factors, param.shape)]
         total = sum(term.reshape(param.shape) for term in terms)
         assert isinstance(total, Tensor)
         return total + self._damping(param) if normalized else total

@@ -1,6 +1,6 @@
 """One test for each defect of the authors' released code that this package must not have (D-numbers).
 
-The other D-numbers concern convolutions, checkpointing, distribution and loss scaling.
+The other D-numbers concern checkpointing, distribution and loss scaling.
 """
 
 from __future__ import annotations
@@ -14,13 +14,16 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_adafisher.optimizers.adafisher as adafisher_module
 import hf_adafisher.optimizers.factory as factory_module
 from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
+from tests.reference import minmax
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -141,9 +144,10 @@ def test_d8_adapters_skipped_layers_subclasses_and_functional_use(name: str, fro
 
 def test_d8_layers_without_a_rule_train_on_gradient_factors() -> None:
     def make() -> nn.Module:
-        return nn.Sequential(nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(12, 2))
+        norm = nn.InstanceNorm1d(4, affine=True)
+        return nn.Sequential(nn.ConvTranspose1d(3, 4, 3, bias=False), norm, nn.Tanh(), nn.Flatten(), nn.Linear(28, 2))
 
-    assert_moves_exactly(Case("conv", make, regression(6, 3, 5)), set())
+    assert_moves_exactly(Case("transposed", make, regression(6, 3, 5)), set())
 
 
 def test_d9_groups_keep_their_options_and_decay_spares_biases_and_norms() -> None:
@@ -420,3 +424,163 @@ def test_d26_two_optimizers_on_one_model_do_not_disturb_each_other() -> None:
     train(twin, case, reference)
     assert_close(first.state_dict()["state"], reference.state_dict()["state"], rtol=0, atol=0)
     other.close()
+
+
+def test_d3_a_hugging_face_resnet_whose_residuals_are_added_in_place_is_trained() -> None:
+    config = ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 6], depths=[1, 2], layer_type="basic", num_labels=3, num_channels=3
+    )
+    torch.manual_seed(0)
+    model = ResNetForImageClassification(config).train()
+    x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
+    before = snapshot(model)
+    optimizer = AdaFisherW(model, lr=1e-2, damping=0.1, update_interval=2)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(pixel_values=x, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert unmoved(model, before) == []
+    assert losses[-1] < 0.5 * losses[0]
+    rules = {row.rule for row in optimizer.coverage()}
+    assert rules == {"Conv", "BatchNorm", "Linear"}
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.Identity(), (3, 2, 6, 6)),
+        (nn.Identity(), (2, 6, 6)),  # an unbatched convolution returns a view
+        (nn.BatchNorm2d(4), (3, 2, 6, 6)),
+        (nn.GroupNorm(2, 4), (3, 2, 6, 6)),
+    ],
+    ids=str,
+)
+def test_d3_an_in_place_rectifier_after_a_convolution_or_its_norm_changes_nothing(
+    norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    models = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        first = [nn.Conv2d(2, 4, 3), copy.deepcopy(norm), nn.ReLU(inplace=inplace)]
+        second = [nn.Conv2d(4, 4, 2), copy.deepcopy(norm), nn.ReLU(inplace=inplace)]
+        models.append(nn.Sequential(*first, *second, nn.Flatten(-3), nn.Linear(36, 2)))
+    case = Case("in_place", lambda: models[0], regression(*shape))
+    optimizers = [AdaFisherW(model, lr=1e-2, damping=0.1, update_interval=1) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, case, optimizer, steps=3)
+        assert "gradient factors" not in {row.rule for row in optimizer.coverage()}
+    assert_close(list(models[0].parameters()), list(models[1].parameters()), rtol=0, atol=0)
+    assert_close(*(o.state_dict()["state"] for o in optimizers), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.LayerNorm(4, elementwise_affine=False), nn.BatchNorm1d(4, affine=False), nn.GroupNorm(2, 4, affine=False)],
+    ids=str,
+)
+def test_d23_a_norm_without_parameters_is_ignored(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), copy.deepcopy(norm), nn.Linear(4, 2))
+    optimizer = AdaFisherW(model, lr=1e-2)
+    before = snapshot(model)
+    train(model, Case("norm", lambda: model, regression(5, 3)), optimizer, steps=2)
+    # The batch's mean takes the bias in front of a BatchNorm away again: its gradient is rounding noise.
+    assert set(unmoved(model, before)) <= ({"0.bias"} if isinstance(norm, nn.BatchNorm1d) else set())
+    assert {row.name: row.rule for row in optimizer.coverage()} == dict.fromkeys(before, "Linear")
+
+
+@pytest.mark.parametrize(
+    ("options", "border"),
+    [
+        ({"padding": "same"}, (1, 1, 1, 2)),
+        ({"padding": "same", "dilation": (1, 3)}, (3, 3, 1, 2)),
+        ({"dilation": (2, 1), "stride": 2}, (0, 0, 0, 0)),
+        ({"padding": (2, 1), "padding_mode": "reflect"}, (1, 1, 2, 2)),
+        ({"padding": (2, 1), "padding_mode": "replicate", "dilation": 2}, (1, 1, 2, 2)),
+        ({"padding": "same", "padding_mode": "circular"}, (1, 1, 1, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_d23_the_patches_know_string_padding_dilation_and_padding_mode(
+    options: dict[str, Any], border: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(2, 3, (4, 3), **options).double()
+    x = torch.randn(2, 2, 9, 8, dtype=torch.float64)
+    optimizer = AdaFisherW(conv, lr=0.0, damping=0.25)
+    output = conv(x)
+    output.retain_grad()
+    output.pow(3).sum().backward()
+    optimizer.step()
+    mode = options.get("padding_mode", "zeros")
+    padded = F.pad(x, border, mode="constant" if mode == "zeros" else mode)
+    patches = F.unfold(padded, (4, 3), dilation=options.get("dilation", 1), stride=options.get("stride", 1))
+    assert patches.shape[2] == output[0, 0].numel() and output.grad is not None
+    h, s = patches.square().mean((0, 2)).reshape(2, 4, 3), output.grad.square().mean((0, 2, 3))
+    raw = optimizer.fisher_diagonal(conv.weight, normalized=False)
+    assert_close(raw, torch.einsum("o,cij->ocij", s, h))
+    normalized = torch.einsum("o,cij->ocij", minmax(s), minmax(h)) + 0.25
+    assert_close(optimizer.fisher_diagonal(conv.weight), normalized)
+
+
+def test_d24_a_convolutions_factor_is_the_mean_over_positions_and_no_less() -> None:
+    conv = nn.Conv2d(2, 3, 3).double()
+    x = torch.full((2, 2, 9, 9), 2.0, dtype=torch.float64)
+    optimizer = AdaFisherW(conv, lr=0.0)
+    (3 * conv(x)).sum().backward()
+    optimizer.step()
+    # 49 positions whose inputs are all 2 and whose gradients are all 3; not (2 * 3)^2 divided by 18 channels
+    raw = optimizer.fisher_diagonal(conv.weight, normalized=False)
+    assert_close(raw, torch.full_like(raw, (2.0 * 3.0) ** 2))
+    raw = optimizer.fisher_diagonal(conv.bias, normalized=False)
+    assert_close(raw, torch.full_like(raw, 3.0**2))
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "Conv1d", "BatchNorm1d", "GroupNorm"])
+def test_d24_factors_do_not_grow_with_the_sequence(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    short, noise = torch.randn(2, 2, 6, 5, generator=generator, dtype=torch.float64)
+    module: Any = {
+        "LayerNorm": lambda: nn.LayerNorm(6),
+        "Conv1d": lambda: nn.Conv1d(6, 6, 1),
+        "BatchNorm1d": lambda: nn.BatchNorm1d(6),
+        "GroupNorm": lambda: nn.GroupNorm(2, 6),
+    }[kind]
+    diagonals = []
+    for repeats in (1, 10):
+        layer = module().double()
+        if kind == "Conv1d":
+            nn.init.eye_(layer.weight[..., 0])
+        x, weights = short.repeat(1, 1, repeats), noise.repeat(1, 1, repeats)
+        if kind == "LayerNorm":
+            x, weights = x.transpose(1, 2), weights.transpose(1, 2)
+        optimizer = AdaFisherW(layer, lr=0.0)
+        (layer(x) * weights).sum().backward()
+        optimizer.step()
+        diagonals.append([optimizer.fisher_diagonal(p, normalized=False) for p in layer.parameters()])
+        values = optimizer.fisher_diagonal(layer.bias)
+        assert len(values.unique()) == 6  # a curve over the channels, not {0, 1}
+    assert_close(diagonals[0], diagonals[1])
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(4, 1), (5, 4)), (nn.Conv2d(4, 1, 2), (2, 4, 3, 3)), (nn.Conv1d(4, 1, 2), (4, 3))],
+    ids=str,
+)
+def test_d24_the_one_output_of_a_layer_weighs_one_not_nothing(layer: Any, shape: tuple[int, ...]) -> None:
+    layer, damping = copy.deepcopy(layer).double(), 0.25
+    torch.manual_seed(0)
+    x = torch.randn(*shape, dtype=torch.float64)
+    optimizer = AdaFisherW(layer, lr=0.0, damping=damping)
+    output = layer(x)
+    output.pow(3).sum().backward()
+    optimizer.step()
+    diagonal = optimizer.fisher_diagonal(layer.weight)
+    assert_close(diagonal.aminmax(), torch.return_types.aminmax((diagonal.new_tensor(0.25), diagonal.new_tensor(1.25))))
+    raw = optimizer.fisher_diagonal(layer.weight, normalized=False)
+    assert_close(diagonal, minmax(raw) + damping)  # with S = 1 it is the input factor's own curve
+    assert_close(optimizer.fisher_diagonal(layer.bias), diagonal.new_tensor([1 + damping]))

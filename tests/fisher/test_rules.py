@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher import AdaFisherW
 from hf_adafisher.fisher import find_rule
-from tests.reference import Kind, input_factor_loop, output_grad_factor_loop
+from tests.cases import ActivatedBatchNorm, ActivatedGroupNorm, ChannelsFirstLayerNorm, RenamedConv, StandardizedConv
+from tests.reference import Kind, Window, conv_product, input_factor_loop, minmax, output_grad_factor_loop
 
 LEADS = [(), (1,), (6,), (2, 3), (2, 3, 2), (2, 1, 2, 3)]
 """Everything before the channels: a vector, one row, a batch, a sequence, and more axes."""
@@ -343,3 +344,386 @@ def test_scale_of_the_loss_does_not_matter(scale: float) -> None:
             diagonals.append([optimizer.fisher_diagonal(param) for param in layer.parameters()])
     for left, right in zip(*diagonals, strict=True):
         assert_close(left, right)
+
+
+# --- layers whose channels come second: convolutions, BatchNorm, GroupNorm --------------------
+
+
+@dataclass(frozen=True)
+class MapLayer:
+    """A layer over feature maps (N, C, *spatial), the shapes to try, and how to describe it to the loops."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    kind: Kind
+    shapes: tuple[tuple[int, ...], ...]
+    options: dict[str, Any]
+
+    def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
+        """A new layer with random weights in all of its parameters."""
+        return Layer(self.name, self.make, self.kind, (), (), {}).build(dtype)
+
+    def input_options(self, layer: nn.Module) -> dict[str, Any]:
+        """What the loops need for the input."""
+        return self.options | self.grad_options(layer)
+
+    def grad_options(self, layer: nn.Module) -> dict[str, Any]:
+        """What they need for the output's gradient."""
+        return {"window": Window.of(layer)} if self.kind == "conv" else {}
+
+    def weight_diagonal(self, s: Tensor, h: Tensor, layer: nn.Module) -> Tensor:
+        """The raw diagonal of the weight."""
+        shape = next(layer.parameters()).shape
+        return conv_product(s, h, shape) if self.kind == "conv" else s * h
+
+
+SEQUENCES = ((2, 4, 7), (1, 4, 6), (4, 6))
+IMAGES = ((2, 4, 5, 6), (1, 4, 4, 4), (4, 5, 5))
+VOLUMES = ((2, 4, 3, 3, 2), (4, 2, 4, 3))
+ONE_POSITION = (1, 4)
+
+MAP_LAYERS = (
+    MapLayer("conv_1d", lambda: nn.Conv1d(4, 6, 3, padding=1), "conv", SEQUENCES, {}),
+    MapLayer("conv_1d_strided", lambda: nn.Conv1d(4, 6, 2, stride=3, groups=2), "conv", SEQUENCES, {}),
+    MapLayer("conv_2d", lambda: nn.Conv2d(4, 6, 3), "conv", IMAGES, {}),
+    MapLayer("conv_2d_without_bias", lambda: nn.Conv2d(4, 3, (2, 3), bias=False), "conv", IMAGES, {}),
+    MapLayer("conv_2d_one_output", lambda: nn.Conv2d(4, 1, 2, stride=2, padding=(0, 1)), "conv", IMAGES, {}),
+    MapLayer(
+        "conv_2d_grouped", lambda: nn.Conv2d(4, 6, 3, groups=2, padding=2, dilation=2, stride=3), "conv", IMAGES, {}
+    ),
+    MapLayer("conv_2d_depthwise", lambda: nn.Conv2d(4, 8, 2, groups=4, padding="same"), "conv", IMAGES, {}),
+    MapLayer("conv_3d", lambda: nn.Conv3d(4, 2, (2, 1, 2), padding=(0, 1, 0), groups=2), "conv", VOLUMES, {}),
+    MapLayer("batch_norm_1d", lambda: nn.BatchNorm1d(4, eps=0.1), "batchnorm", ((5, 4), (2, 4, 3)), {"eps": 0.1}),
+    MapLayer("batch_norm_2d", lambda: nn.BatchNorm2d(4), "batchnorm", ((2, 4, 3, 2), (1, 4, 2, 2)), {"eps": 1e-5}),
+    MapLayer("batch_norm_3d", lambda: nn.BatchNorm3d(4), "batchnorm", ((2, 4, 1, 3, 2),), {"eps": 1e-5}),
+    MapLayer(
+        "batch_norm_without_statistics",
+        lambda: nn.BatchNorm2d(4, track_running_stats=False),
+        "batchnorm",
+        ((2, 4, 3, 2),),
+        {"eps": 1e-5},
+    ),
+    MapLayer(
+        "group_norm",
+        lambda: nn.GroupNorm(2, 4, eps=0.1),
+        "groupnorm",
+        ((5, 4), (2, 4, 3), (2, 4, 3, 2), (1, 4, 1, 2, 3), ONE_POSITION),
+        {"eps": 0.1, "groups": 2},
+    ),
+    MapLayer("group_norm_one_group", lambda: nn.GroupNorm(1, 4), "groupnorm", ((2, 4, 3),), {"eps": 1e-5, "groups": 1}),
+    MapLayer(
+        "group_norm_as_many_as_channels",
+        lambda: nn.GroupNorm(4, 4),
+        "groupnorm",
+        ((2, 4, 3),),
+        {"eps": 1e-5, "groups": 4},
+    ),
+)
+each_map_layer = pytest.mark.parametrize("record", MAP_LAYERS, ids=lambda record: record.name)
+each_map = pytest.mark.parametrize(
+    ("record", "shape"),
+    [(record, shape) for record in MAP_LAYERS for shape in record.shapes],
+    ids=lambda value: value.name if isinstance(value, MapLayer) else str(value),
+)
+
+
+@each_map
+def test_factors_over_maps_are_their_definition(record: MapLayer, shape: tuple[int, ...]) -> None:
+    """Means of squares over batch and positions; a convolution's patches go over its padding too."""
+    layer, x = record.build(), normal(*shape) * 2 + 1
+    g = normal(*layer(x).shape, seed=3)
+    expected = input_factor_loop(record.kind, x, **record.input_options(layer))
+    assert_close(input_factor(layer, x), expected)
+    assert_close(output_grad_factor(layer, x, g), output_grad_factor_loop(record.kind, g, **record.grad_options(layer)))
+
+
+@each_map
+def test_inputs_and_gradients_are_left_alone(record: MapLayer, shape: tuple[int, ...]) -> None:
+    """They belong to the model: in float32, where no conversion makes a copy."""
+    layer, x = record.build(torch.float32), normal(*shape).float()
+    g = normal(*layer(x).shape, seed=3).float()
+    kept = x.clone(), g.clone()
+    statistics = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    rule = find_rule(layer)
+    assert rule is not None
+    with torch.no_grad():
+        output = layer(x)
+        after_forward = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        rule.input_sums(layer, [x], output)
+        rule.output_grad_sums(layer, g)
+    assert torch.equal(x, kept[0]) and torch.equal(g, kept[1])
+    assert_close(dict(layer.named_buffers()), after_forward, rtol=0, atol=0)
+    assert statistics.keys() == after_forward.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_map_layer
+def test_factors_over_maps_are_summed_in_float32(record: MapLayer, dtype: torch.dtype) -> None:
+    """As for every other layer: 300 squared is no float16, and 1 + 1/512 is no bfloat16."""
+    layer, x = record.build(dtype), (normal(*record.shapes[0]) * 200 + 300).to(dtype)
+    output = layer(x)
+    g = (normal(*output.shape, seed=3) * 300).to(dtype)
+    for factor, expected in (
+        (input_factor(layer, x), input_factor_loop(record.kind, x, **record.input_options(layer))),
+        (
+            output_grad_factor(layer, x, g),
+            output_grad_factor_loop(record.kind, g, **record.grad_options(layer)),
+        ),
+    ):
+        assert factor.dtype == torch.float32
+        assert_close(factor, expected.float())
+
+
+@each_map_layer
+def test_recorded_pair_over_maps_is_the_mean_over_calls(record: MapLayer) -> None:
+    """Through hooks: calls on different shapes count by position; each has its own batch statistics."""
+    layer = record.build()
+    batches = [normal(*shape, seed=seed) + seed for seed, shape in enumerate(record.shapes)]
+    weights = [normal(*layer(x).shape, seed=5 + seed) for seed, x in enumerate(batches)]
+
+    def loss(layer: nn.Module) -> Tensor:
+        return sum((layer(x) * w).sum() for x, w in zip(batches, weights, strict=True))
+
+    diagonals = raw_diagonals(layer, loss)
+    h = [input_factor_loop(record.kind, x, **record.input_options(layer)) for x in batches]
+    s = [output_grad_factor_loop(record.kind, g, **record.grad_options(layer)) for g in weights]
+    counts = [g.numel() / factor.numel() for g, factor in zip(weights, s, strict=True)]
+    mean_h = sum(n * factor for n, factor in zip(counts, h, strict=True)) / sum(counts)
+    mean_s = sum(n * factor for n, factor in zip(counts, s, strict=True)) / sum(counts)
+    assert isinstance(mean_h, Tensor) and isinstance(mean_s, Tensor)
+    assert_close(diagonals["weight"], record.weight_diagonal(mean_s, mean_h, layer))
+    if "bias" in diagonals:
+        assert_close(diagonals["bias"], mean_s)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (1, 4, 1), (1, 4, 1, 1)], ids=str)
+def test_one_position_of_a_group_norm_is_exact(shape: tuple[int, ...]) -> None:
+    """The squared gradient that autograd gives."""
+    layer = next(record for record in MAP_LAYERS if record.name == "group_norm").build()
+    diagonals = raw_diagonals(layer, lambda net: (net(normal(*shape)) - 3).pow(3).sum())
+    for name, param in layer.named_parameters():
+        assert param.grad is not None
+        assert_close(diagonals[name], param.grad**2)
+
+
+@pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm1d, (2, 4)), (nn.BatchNorm2d, (1, 4, 2, 1))], ids=str)
+def test_two_positions_of_a_batch_norm_are_exact(layer: type[nn.Module], shape: tuple[int, ...]) -> None:
+    """Standardised pairs are (-a, a): with one of them in the loss, twice the diagonal is the squared gradient."""
+    norm = layer(4, eps=0.1).double()
+    with torch.no_grad():
+        for seed, param in enumerate(norm.parameters()):
+            param.copy_(normal(4, seed=seed))
+    diagonals = raw_diagonals(norm, lambda net: (net(normal(*shape)).movedim(1, -1).reshape(2, 4)[0] - 3).pow(3).sum())
+    for name, param in norm.named_parameters():
+        assert param.grad is not None
+        assert_close(2 * diagonals[name], param.grad**2)
+
+
+def test_batch_norm_over_sequences_is_batch_norm_over_their_positions() -> None:
+    """(N, C, L) and (N L, C) are the same rows."""
+    x, layer = normal(3, 4, 5), nn.BatchNorm1d(4).double()
+    left = raw_diagonals(copy.deepcopy(layer), lambda net: (net(x) + x).pow(3).sum())
+    flat = x.transpose(1, 2).reshape(-1, 4)
+    right = raw_diagonals(layer, lambda net: (net(flat) + flat).pow(3).sum())
+    assert_close(left, right)
+
+
+def test_group_norm_of_one_group_is_a_layer_norm() -> None:
+    """Over vectors; there the scale and the shift are the same too."""
+    x = normal(6, 4)
+    left = raw_diagonals(nn.GroupNorm(1, 4).double(), lambda net: (net(x) + x).pow(3).sum())
+    right = raw_diagonals(nn.LayerNorm(4).double(), lambda net: (net(x) + x).pow(3).sum())
+    assert_close(left, right)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.GroupNorm(2, 4)], ids=str)
+def test_the_scale_is_normalised_after_the_product_and_the_shift_is_not_scaled_by_it(layer: nn.Module) -> None:
+    """F_scale = minmax(S H) + damping, F_shift = minmax(S) + damping."""
+    layer, x = copy.deepcopy(layer).double(), normal(3, 4, 2, 2) * normal(4, 1, 1, seed=1) + 0.5
+    g = normal(3, 4, 2, 2, seed=2) * normal(4, 1, 1, seed=3)
+    with AdaFisherW(layer, lr=0.0, damping=0.25) as optimizer:
+        (layer(x) * g).sum().backward()
+        optimizer.step()
+        kind: Kind = "batchnorm" if isinstance(layer, nn.BatchNorm2d) else "groupnorm"
+        groups = {} if kind == "batchnorm" else {"groups": 2}
+        h, s = input_factor_loop(kind, x, eps=1e-5, **groups), output_grad_factor_loop(kind, g)
+        assert_close(optimizer.fisher_diagonal(layer.weight), minmax(s * h) + 0.25)
+        assert_close(optimizer.fisher_diagonal(layer.bias), minmax(s) + 0.25)
+
+
+def rules_after_a_step(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Each parameter's rule, as `coverage()` tells it after one training step."""
+    with AdaFisherW(model, lr=0.0) as optimizer:
+        model(x).pow(3).sum().backward()
+        optimizer.step()
+        return {row.name: row.rule for row in optimizer.coverage()}
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "rule"),
+    [
+        (nn.Conv1d(2, 3, 2), (2, 2, 4), "Conv"),
+        (nn.Conv2d(2, 4, 2, groups=2), (2, 2, 4, 4), "Conv"),
+        (nn.Conv2d(2, 3, 2, padding_mode="reflect", padding=1), (2, 4, 4), "Conv"),
+        (nn.Conv3d(2, 3, 2), (2, 2, 2, 3, 2), "Conv"),
+        (RenamedConv(2, 3, 2), (2, 2, 4, 4), "Conv"),
+        (RenamedConv(2, 4, 2, groups=2), (2, 4, 4), "Conv"),
+        (nn.BatchNorm1d(2), (4, 2), "BatchNorm"),
+        (nn.BatchNorm2d(2), (4, 2, 2, 2), "BatchNorm"),
+        (nn.BatchNorm3d(2), (4, 2, 2, 1, 2), "BatchNorm"),
+        (nn.GroupNorm(1, 2), (4, 2, 3), "GroupNorm"),
+        (nn.ConvTranspose1d(2, 3, 2), (2, 2, 4), "gradient factors"),
+        (nn.ConvTranspose2d(2, 3, 2), (2, 2, 4, 4), "gradient factors"),
+        (nn.ConvTranspose3d(2, 3, 2), (2, 2, 4, 4, 2), "gradient factors"),
+        (nn.InstanceNorm1d(2, affine=True), (2, 2, 4), "gradient factors"),
+        (nn.InstanceNorm2d(2, affine=True), (2, 2, 4, 4), "gradient factors"),
+        (nn.InstanceNorm3d(2, affine=True), (2, 2, 4, 4, 2), "gradient factors"),
+    ],
+    ids=str,
+)
+def test_coverage_names_the_rule(layer: nn.Module, shape: tuple[int, ...], rule: str) -> None:
+    """One name for every convolution, one for every BatchNorm."""
+    assert set(rules_after_a_step(copy.deepcopy(layer), normal(*shape).float()).values()) == {rule}
+
+
+def test_synchronised_batch_norm_has_no_rule() -> None:
+    """Its statistics are those of all processes (and it does not run on a CPU)."""
+    assert find_rule(nn.SyncBatchNorm(3)) is None
+
+
+class CausalConv(nn.Conv1d):
+    """Pads its own input, in front."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (self.dilation[0] * (self.kernel_size[0] - 1), 0)))
+
+
+class ChompedConv(nn.Conv1d):
+    """Cuts its own output."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input)[..., : input.shape[-1]]
+
+
+class InnerForwardConv(nn.Conv2d):
+    """Standardises its weight below `forward`, which stays torch's."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class ActivatedConv(nn.Conv2d):
+    """Has its rectifier inside."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (StandardizedConv(2, 3, 2), (2, 2, 4, 4)),
+        (StandardizedConv(4, 4, 2, groups=2), (2, 4, 4, 4)),
+        (InnerForwardConv(2, 3, 2), (2, 2, 4, 4)),
+        (ActivatedConv(2, 3, 2), (2, 2, 4, 4)),
+        (CausalConv(2, 3, 3), (2, 2, 5)),
+        (ChompedConv(2, 3, 3, padding=2), (2, 2, 5)),
+        (ActivatedBatchNorm(3), (2, 3, 4, 4)),
+        (ActivatedGroupNorm(1, 3), (2, 3, 4, 4)),
+        (ChannelsFirstLayerNorm(3), (2, 3, 4, 5)),
+        (ChannelsFirstLayerNorm(3), (2, 3, 3, 3)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+def test_a_layer_that_is_one_in_name_only_gets_gradient_factors(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    """In the form of its rule: S and H of a convolution, the squared gradient of a norm."""
+    layer = copy.deepcopy(layer).double()
+    with AdaFisherW(layer, lr=0.0, damping=0.25) as optimizer:
+        (layer(normal(*shape)) + 1).pow(3).sum().backward()
+        optimizer.step()
+        assert {row.rule for row in optimizer.coverage()} == {"gradient factors"}
+        weight = layer.weight
+        assert isinstance(weight, nn.Parameter) and weight.grad is not None
+        square = weight.grad.square()
+        if weight.dim() == 1:
+            expected = minmax(square)
+        else:
+            groups = layer.groups
+            assert isinstance(groups, int)
+            h = square.unflatten(0, (groups, -1)).mean(1).flatten(0, 1)
+            expected = conv_product(minmax(square.flatten(1).mean(1)), minmax(h), weight.shape)
+        assert_close(optimizer.fisher_diagonal(weight), expected + 0.25)
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(3), ActivatedBatchNorm(3)], ids=lambda layer: type(layer).__name__)
+def test_running_statistics_are_those_of_a_model_that_nobody_watches(layer: nn.Module) -> None:
+    """Neither the normalised input nor the check of the numbers goes through the module again."""
+    watched, alone = copy.deepcopy(layer), copy.deepcopy(layer)
+    with AdaFisherW(watched, lr=0.0, update_interval=1) as optimizer:
+        for seed in range(3):
+            x = normal(4, 3, 2, 2, seed=seed).float() + 1
+            alone(x)
+            watched(x).pow(3).sum().backward()
+            optimizer.step()
+    assert_close(dict(watched.named_buffers()), dict(alone.named_buffers()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), (2, 3, 6, 6)),
+        (RenamedConv(3, 8, 3, padding=1), (2, 3, 6, 6)),
+        (nn.BatchNorm2d(3), (2, 3, 6, 6)),
+        (nn.GroupNorm(1, 3), (2, 3, 6, 6)),
+    ],
+    ids=str,
+)
+def test_low_precision_does_not_make_a_layer_unbelievable(
+    layer: nn.Module, shape: tuple[int, ...], autocast: bool
+) -> None:
+    """Its rounding is not a difference in kind."""
+    layer, x = copy.deepcopy(layer), normal(*shape).float() * 3 + 1
+    if not autocast:
+        layer, x = layer.to(torch.bfloat16), x.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        rules = rules_after_a_step(layer, x)
+    assert "gradient factors" not in rules.values()
+
+
+def test_a_batch_norm_in_eval_mode_records_nothing() -> None:
+    """Its output hangs on fixed numbers: grad^2 of each channel stands in."""
+    layer = nn.BatchNorm2d(3).double().eval()
+    model = nn.Sequential(layer, nn.Conv2d(3, 2, 1).double())
+    with AdaFisherW(model, lr=0.0, damping=0.25) as optimizer:
+        model(normal(4, 3, 2, 2) * 2 + 1).pow(3).sum().backward()
+        optimizer.step()
+        assert [row.rule for row in optimizer.coverage()] == ["gradient factors"] * 2 + ["Conv"] * 2
+        for param in layer.parameters():
+            assert param.grad is not None
+            assert_close(optimizer.fisher_diagonal(param), minmax(param.grad**2) + 0.25)
+            assert_close(optimizer.fisher_diagonal(param, normalized=False), param.grad**2)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(3, affine=False), nn.GroupNorm(1, 3, affine=False), nn.InstanceNorm2d(3)], ids=str
+)
+def test_norms_without_parameters_are_ignored(norm: nn.Module) -> None:
+    """There is nothing to track; the layers around them are."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), copy.deepcopy(norm), nn.Conv2d(3, 2, 2))
+    rules = rules_after_a_step(model, normal(3, 2, 4, 4).float())
+    assert rules == dict.fromkeys(("0.weight", "0.bias", "2.weight", "2.bias"), "Conv")
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 2), nn.BatchNorm2d(3), nn.GroupNorm(1, 3)], ids=str)
+def test_half_a_layer_may_be_frozen(layer: nn.Module, frozen: str) -> None:
+    """The other half's diagonal does not change."""
+    x, layer = normal(3, 3, 4, 4), copy.deepcopy(layer).double()
+    whole = raw_diagonals(copy.deepcopy(layer), lambda net: (net(x) + 1).pow(3).sum())
+    getattr(layer, frozen).requires_grad_(False)
+    rest = "bias" if frozen == "weight" else "weight"
+    with AdaFisherW(layer, lr=0.0) as optimizer:
+        (layer(x) + 1).pow(3).sum().backward()
+        optimizer.step()
+        assert_close(optimizer.fisher_diagonal(getattr(layer, rest), normalized=False), whole[rest])

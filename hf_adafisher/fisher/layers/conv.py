@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares_along
+from hf_adafisher.fisher.factors import sum_of_squares_along, sum_of_squares_over_batch
 from hf_adafisher.fisher.forms import OUTPUT_GRAD, ConvForm, KroneckerForm, ParameterForm
 from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, weight_of
 
@@ -35,9 +34,8 @@ class ConvRule(LayerRule):
 
     def input_sums(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         x, spatial = inputs[0].detach(), len(module.kernel_size)
-        dtype = statistics_dtype(x.dtype)
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-        windows = _pad(module, torch.linalg.vector_norm(batched, dim=0, keepdim=True, dtype=dtype).square_())[0]
+        windows = _pad(module, sum_of_squares_over_batch(batched).unsqueeze(0))[0]
         for axis, size in enumerate(module.kernel_size):
             stride, dilation = module.stride[axis], module.dilation[axis]
             windows = windows.unfold(1 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
