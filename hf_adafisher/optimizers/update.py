@@ -37,7 +37,7 @@ def update_parameter(
     """
     grad = grad.to(exp_avg.dtype)
     if weight_decay and not decoupled:
-        grad = grad.add(param, alpha=weight_decay)
+        grad = grad.add(param.to(exp_avg.dtype), alpha=weight_decay)
     exp_avg.lerp_(grad, 1.0 - beta)
     diagonal = diagonal_of(terms, param, damping)
     if weight_decay and decoupled:
