@@ -1,6 +1,12 @@
-"""One test for each defect of the authors' released code that this package must not have (D-numbers).
+"""One test for each defect of the authors' released code that this package must not have, by its D-number.
 
-The other D-numbers concern checkpointing, distribution and loss scaling.
+- D1 D2: parameters that are never stepped; D3: in-place consumers; D4: embeddings and tied heads; D5: bare parameters;
+  D6 D7: frozen parameters; D8: adapters, skipped layers, subclasses, functional use; D9 D10: groups, and no model;
+  D11 D12 D13: states and their options; D14: documented calls; D17: modules used twice; D18: bfloat16;
+  D19 D20: broken, empty, evaluated and abandoned batches; D21: layers first used late; D22: keyword calls;
+  D23 D24: norms without parameters, and the factors of convolutions; D25: the average; D26: hooks.
+- D15 D16 and, under the Trainer, D18 D19 D20 are in tests/training/test_modes.py, D19 with a loss scaler in
+  tests/training/test_loss_scaling.py, D27 in tests/distributed/test_ddp.py.
 """
 
 from __future__ import annotations
