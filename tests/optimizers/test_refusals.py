@@ -112,9 +112,7 @@ def test_fsdp2_under_accelerate_is_accepted(monkeypatch: pytest.MonkeyPatch) -> 
     AdaFisherW(mlp(3, 2)).close()
 
 
-def test_arguments_refuse_deepspeed_and_fsdp1_and_accept_fsdp2(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arguments_refuse_deepspeed_and_fsdp1_and_accept_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = AdaFisherTrainingArguments(str(tmp_path), **CPU)
     arguments.deepspeed = {"zero_optimization": {"stage": 2}}
     with pytest.raises(ValueError, match=r"does not support deepspeed.*Use fsdp \(FSDP2\) or torchrun"):
