@@ -315,15 +315,20 @@ def test_a_table_of_positions_does_not_depend_on_how_the_batch_is_split(splits: 
 
 
 def test_tokens_that_happen_to_be_consecutive_are_counted_as_tokens() -> None:
-    """A row of distinct tokens has the same squares either way."""
+    """A row of distinct tokens has the same squares either way; a short one is never taken for positions."""
     model = Positions().double()
     optimizer = AdaFisherW(model, lr=0.0)
     seen: list[Tensor] = []
     model.tokens.register_forward_hook(lambda module, args, output: output.register_hook(seen.append) and None)
-    model(torch.tensor([[2, 3, 4]])).square().sum().backward()
+    model(torch.tensor([[2, 3, 4, 5]])).square().sum().backward()
     optimizer.step()
-    expected = torch.outer(torch.tensor([0, 0, 1, 1, 1, 0, 0]) / 3.0, seen[0][0].square().mean(0))
+    expected = torch.outer(torch.tensor([0, 0, 1, 1, 1, 1, 0]) / 4.0, seen[0][0].square().mean(0))
     assert_close(optimizer.fisher_diagonal(model.tokens.weight, normalized=False), expected, check_dtype=False)
+    rule = find_rule(model.tokens)
+    assert rule is not None and not rule.shared_by_batch([torch.tensor([[3, 4, 5]])])
+    assert not rule.shared_by_batch([torch.tensor([[3, 4, 5, 7]])])
+    assert not rule.shared_by_batch([torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6]])])
+    assert rule.shared_by_batch([torch.tensor([3, 4, 5, 6])])
 
 
 def test_an_output_that_is_a_permuted_view_is_not_mistaken_for_its_base() -> None:

@@ -13,6 +13,7 @@ from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, Paramet
 from hf_adafisher.fisher.layers.registry import LayerRule, register_layer, weight_of
 
 _PROBE_ROWS = 8
+_SHORTEST_TABLE = 4
 
 
 class EmbeddingRule(LayerRule):
@@ -36,9 +37,12 @@ class EmbeddingRule(LayerRule):
         return sum_of_squares(grad, weight_of(module).shape[1])
 
     def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
-        """A single row of consecutive ids: transformers look positions up once and add them to every example."""
+        """A single row of consecutive ids: transformers look positions up once and add them to every example.
+
+        Shorter rows than four may be tokens, or classes, that happen to follow each other.
+        """
         ids = inputs[0]
-        if ids.numel() < 2 or ids.numel() != ids.shape[-1]:
+        if ids.numel() < _SHORTEST_TABLE or ids.numel() != ids.shape[-1]:
             return False
         row = ids.reshape(-1)
         return bool((row[1:] - row[:-1] == 1).all())
