@@ -212,10 +212,10 @@ class FactorRecorder:
             return Sample()
         anchor = next(self.tracked[0].module.parameters(recurse=False))
         dtypes = {statistics_dtype(p.dtype) for t in self.tracked for p in t.module.parameters(recurse=False)}
+        buffer = torch.cat([_flatten(t, pending.get(t), anchor.device) for t in self.tracked])
         if not self._layout_checked:
             self._layout_checked = True
-            check_same_layout([t.name for t in self.tracked], sum(_flat_size(t) for t in self.tracked), anchor.device)
-        buffer = torch.cat([_flatten(t, pending.get(t), anchor.device) for t in self.tracked])
+            check_same_layout([t.name for t in self.tracked], buffer.numel(), anchor.device)
         buffer = sum_over_ranks(buffer.to(torch.float64 if torch.float64 in dtypes else torch.float32))
         pieces = buffer.split([_flat_size(t) for t in self.tracked])
         checks = torch.stack([torch.cat((piece[-2:], piece.isfinite().all()[None])) for piece in pieces]).tolist()

@@ -116,7 +116,7 @@ class AdaFisher(Optimizer):
                 f"none of the parameters given to {kind} is trainable: set requires_grad=True on some of them"
             )
         self._curvature.track(self._params())
-        self._curvature.arm(self._is_due())
+        self._curvature.arm(self.refresh_due)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Refresh the factors if this step is due, then update every parameter that has a gradient.
@@ -136,13 +136,13 @@ class AdaFisher(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            if self._is_due():
+            if self.refresh_due:
                 self._refresh()
             for group, p, grad in self._with_gradient():
                 self._update(group, p, grad)
             for group in self.param_groups:
                 group["steps"] += 1
-        self._curvature.arm(self._is_due())
+        self._curvature.arm(self.refresh_due)
         return loss
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
@@ -189,7 +189,8 @@ class AdaFisher(Optimizer):
         Hooks cannot run inside compiled graphs. With ``torch.compile``, run the forward and backward of such a step
         under ``torch.compiler.set_stance("force_eager")``; AdaFisherTrainer does so by itself.
         """
-        return self._is_due()
+        first = self.param_groups[0]
+        return first["steps"] >= first["next_refresh"]
 
     @property
     def gradient_scale(self) -> float:
@@ -211,10 +212,6 @@ class AdaFisher(Optimizer):
         if not (math.isfinite(value) and value > 0.0):
             raise ValueError(f"gradient_scale must be finite and > 0, got {value}")
         self._curvature.open_recorder().gradient_scale = float(value)
-
-    def _is_due(self) -> bool:
-        first = self.param_groups[0]
-        return first["steps"] >= first["next_refresh"]
 
     def _refresh(self) -> None:
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
@@ -275,7 +272,7 @@ class AdaFisher(Optimizer):
         group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
         if self._curvature.recorder is not None:  # None while the constructor adds its groups
             self._curvature.track(self._params())
-            self._curvature.arm(self._is_due())
+            self._curvature.arm(self.refresh_due)
 
     def _params(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -345,7 +342,7 @@ class AdaFisher(Optimizer):
                 self.state[p][key] = value.detach().clone().to(device, dtype)
         self._curvature.forget()
         self._curvature.discard()
-        self._curvature.arm(self._is_due())
+        self._curvature.arm(self.refresh_due)
 
     def close(self) -> None:
         """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""

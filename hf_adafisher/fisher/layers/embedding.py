@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares
 from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
-from hf_adafisher.fisher.layers.registry import LayerRule, register_layer, weight_of
+from hf_adafisher.fisher.layers.registry import PROBE_ROWS, LayerRule, register_layer, weight_of
 
-_PROBE_ROWS = 8
 _SHORTEST_TABLE = 4
 
 
@@ -54,10 +53,8 @@ class EmbeddingRule(LayerRule):
         ids, width = inputs[0], weight_of(module).shape[1]
         if ids.is_floating_point() or output.numel() != ids.numel() * width or ids.numel() == 0:
             return False
-        rows = (
-            weight_of(module).detach()[ids.reshape(-1)[:_PROBE_ROWS].clamp(0, weight_of(module).shape[0] - 1)].float()
-        )
-        cosine = F.cosine_similarity(rows, output.detach().reshape(-1, width)[:_PROBE_ROWS].float(), dim=-1)
+        rows = weight_of(module).detach()[ids.reshape(-1)[:PROBE_ROWS].clamp(0, weight_of(module).shape[0] - 1)].float()
+        cosine = F.cosine_similarity(rows, output.detach().reshape(-1, width)[:PROBE_ROWS].float(), dim=-1)
         return bool(((cosine > 0.99) | (rows.abs().amax(dim=-1) == 0)).all())
 
 

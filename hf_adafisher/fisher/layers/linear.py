@@ -9,9 +9,14 @@ from torch.nn import functional as F
 
 from hf_adafisher.fisher.factors import sum_of_squares
 from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
-from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure, weight_of
-
-_PROBE_ROWS = 8
+from hf_adafisher.fisher.layers.registry import (
+    PROBE_ROWS,
+    LayerRule,
+    agree,
+    register_layer,
+    register_structure,
+    weight_of,
+)
 
 
 class LinearRule(LayerRule):
@@ -41,7 +46,7 @@ class LinearRule(LayerRule):
         (d_in,), (d_out,) = self.factor_shapes(module)
         if inputs[0].shape[-1] != d_in or output.shape[-1] != d_out:
             return False
-        x, y = inputs[0].reshape(-1, d_in)[:_PROBE_ROWS], output.reshape(-1, d_out)[:_PROBE_ROWS]
+        x, y = inputs[0].reshape(-1, d_in)[:PROBE_ROWS], output.reshape(-1, d_out)[:PROBE_ROWS]
         weight = weight_of(module) if self.axes[0] == OUTPUT_GRAD else weight_of(module).t()
         bias = module.bias.to(x.dtype) if isinstance(module.bias, Tensor) else None
         return agree(y, F.linear(x, weight.to(x.dtype), bias))

@@ -16,9 +16,14 @@ from torch.nn import functional as F
 
 from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares, sum_of_squares_along
 from hf_adafisher.fisher.forms import ParameterForm, ScaleForm, ShiftForm
-from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, register_structure, weight_of
-
-_PROBE_ROWS = 8
+from hf_adafisher.fisher.layers.registry import (
+    PROBE_ROWS,
+    LayerRule,
+    agree,
+    register_layer,
+    register_structure,
+    weight_of,
+)
 
 
 def _epsilon(module: nn.Module, default: float) -> float:
@@ -27,7 +32,17 @@ def _epsilon(module: nn.Module, default: float) -> float:
     return default if eps is None else float(eps)
 
 
-class LayerNormRule(LayerRule):
+class ScaleAndShiftRule(LayerRule):
+    """What all of them share: a scale and a shift, whose factors have their shape."""
+
+    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
+        return {"weight": ScaleForm(), "bias": ShiftForm()}
+
+    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
+
+
+class LayerNormRule(ScaleAndShiftRule):
     """``y = xhat * scale + shift`` with ``xhat`` normalised over the trailing axes that the weight covers."""
 
     name = "LayerNorm"
@@ -36,12 +51,6 @@ class LayerNormRule(LayerRule):
         """``xhat``, in the dtype of statistics."""
         shape = weight_of(module).shape
         return F.layer_norm(x.to(statistics_dtype(x.dtype)), shape, eps=_epsilon(module, 1e-5))
-
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
-        return {"weight": ScaleForm(), "bias": ShiftForm()}
-
-    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
 
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         shape = weight_of(module).shape
@@ -58,7 +67,7 @@ class LayerNormRule(LayerRule):
         shape = weight_of(module).shape
         if inputs[0].shape != output.shape or inputs[0].shape[inputs[0].dim() - len(shape) :] != shape:
             return False
-        x, y = (t.detach().reshape(-1, *shape)[:_PROBE_ROWS] for t in (inputs[0], output))
+        x, y = (t.detach().reshape(-1, *shape)[:PROBE_ROWS] for t in (inputs[0], output))
         xhat, bias = self.normalized_input(module, x), getattr(module, "bias", None)
         shift = 0.0 if bias is None else bias
         # Gemma stores its scale as a distance from one: y = (1 + w) xhat. Gradient and factors are the same.
@@ -76,18 +85,12 @@ class RMSNormRule(LayerNormRule):
         return F.rms_norm(x.to(statistics_dtype(x.dtype)), shape, eps=_epsilon(module, torch.finfo(x.dtype).eps))
 
 
-class ChannelNormRule(LayerRule):
+class ChannelNormRule(ScaleAndShiftRule):
     """``y = xhat * scale + shift`` for each channel, axis 1 of an input ``(N, C, *spatial)``."""
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         """What the layer is to compute in training mode."""
         raise NotImplementedError
-
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
-        return {"weight": ScaleForm(), "bias": ShiftForm()}
-
-    def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
 
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         x = inputs[0].detach()

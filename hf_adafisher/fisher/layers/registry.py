@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import ParameterForm
 
+PROBE_ROWS = 8
+"""Number of positions on which ``explains`` compares a call with what the rule assumes."""
+
 
 class LayerRule(ABC):
     """The geometry of one kind of layer: two pure functions from tensors to sums, and a form per parameter.
