@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs it.
 
     Returns:
-        The exit status: 0; 1 if the run diverged; 2 for bad input, which gives one line and no traceback.
+        The exit status: 0; 1 if the run diverged; 2 for bad input or a missing extra: one line, no traceback.
     """
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     for library in ("httpx", "datasets", "matplotlib"):
         logging.getLogger(library).setLevel(logging.WARNING)
     try:
         run = prepare(*parse_arguments(argv))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         logging.error("%s", error)
         return 2
     results = train_and_report(run)

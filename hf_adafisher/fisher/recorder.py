@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,11 +42,13 @@ class Sample:
 
     Attributes:
         factors: ``{INPUT: h, OUTPUT_GRAD: s}`` for every module that committed at least one position.
+        counts: The number of positions behind these means.
         batch_shared: Those of them whose output served the whole batch at once.
         non_finite: Names of the modules with a NaN or an infinity. Where there are any, ``factors`` is not to be used.
     """
 
     factors: dict[TrackedModule, dict[str, Tensor]] = field(default_factory=dict)
+    counts: dict[TrackedModule, float] = field(default_factory=dict)
     batch_shared: set[TrackedModule] = field(default_factory=set)
     non_finite: list[str] = field(default_factory=list)
 
@@ -108,6 +110,7 @@ class FactorRecorder:
     Args:
         model: Any module; its submodules are walked once.
         parameters: The parameters of interest; modules that own none of them are not tracked.
+        find: Gives the rule of a module, or None. Default: the registered rules, for diagonal factors.
 
     Attributes:
         tracked: The modules with a rule that own a parameter of interest.
@@ -115,12 +118,17 @@ class FactorRecorder:
             square. Default 1.
     """
 
-    def __init__(self, model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        find: Callable[[nn.Module], LayerRule | None] = find_rule,
+    ) -> None:
         wanted = {id(p) for p in parameters}
         self.tracked: list[TrackedModule] = []
         for name, module in model.named_modules():
             owned = [key for key, p in module._parameters.items() if p is not None and id(p) in wanted]
-            rule = find_rule(module) if owned else None
+            rule = find(module) if owned else None
             if rule is not None:
                 forms = {key: form for key, form in rule.forms(module).items() if key in owned}
                 if forms:
@@ -230,6 +238,7 @@ class FactorRecorder:
                     sample.batch_shared.add(tracked)
                 split = torch.Size(input_shape).numel()
                 sums[split:] /= num_ranks() ** 2
+                sample.counts[tracked] = count
                 sample.factors[tracked] = {
                     INPUT: sums[:split].reshape(input_shape),
                     OUTPUT_GRAD: sums[split:].reshape(grad_shape),

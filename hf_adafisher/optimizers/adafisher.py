@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.fisher.uses import new_state
-from hf_adafisher.optimizers.checks import check_checkpoint, check_model, check_options, warn_changed_options
+from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_options
 from hf_adafisher.optimizers.checks import momentum_dtype as momentum_dtype_of
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
+from hf_adafisher.optimizers.recording import ParamsT, RecordingOptimizer
 from hf_adafisher.optimizers.sharding import local_part
 from hf_adafisher.optimizers.update import update_parameter
 
-ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-
-class AdaFisher(Optimizer):
+class AdaFisher(RecordingOptimizer):
     """Momentum divided by a damped diagonal Kronecker Fisher, with L2 regularisation in the gradient.
 
     For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over
@@ -67,7 +64,10 @@ class AdaFisher(Optimizer):
         ...     _ = optimizer.step()
     """
 
-    _decoupled = False
+    checkpoint_keys = ADAFISHER_KEYS
+    compared_on_load = ("beta", "damping", "ema_decay", "update_interval", "weight_decay", "momentum_dtype")
+    decoupled: ClassVar[bool | None] = False
+    _curvature: Curvature
 
     def __init__(
         self,
@@ -82,23 +82,6 @@ class AdaFisher(Optimizer):
         weight_decay: float = 0.0,  # kappa
         momentum_dtype: torch.dtype | str | None = None,
     ) -> None:
-        kind = type(self).__name__
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{kind} needs the model, not only its parameters, because it reads layer inputs and output gradients: "
-                f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
-                f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
-            )
-        check_model(model, kind)
-        self.model = model
-        if params is None:
-            params = [p for p in model.parameters() if p.requires_grad]
-            if not params:
-                raise ValueError(
-                    f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what {kind} should "
-                    "train"
-                )
-        self._curvature = Curvature(model)
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -107,43 +90,31 @@ class AdaFisher(Optimizer):
             "update_interval": update_interval,
             "weight_decay": weight_decay,
             "momentum_dtype": momentum_dtype,
-            "decoupled_weight_decay": self._decoupled,
-            **dict.fromkeys(("steps", "next_refresh", "refreshes", "dropped_refreshes"), 0),
+            "decoupled_weight_decay": self.decoupled,
         }
-        super().__init__(params, defaults)
-        if not any(p.requires_grad for p in self._params()):
-            raise ValueError(
-                f"none of the parameters given to {kind} is trainable: set requires_grad=True on some of them"
-            )
-        self._curvature.track(self._params())
-        self._curvature.arm(self.refresh_due)
+        super().__init__(model, params, defaults)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Refresh the factors if this step is due, then update every parameter that has a gradient.
+    def _new_tracker(self) -> Curvature:
+        return Curvature(self.model)
 
-        Args:
-            closure: Optionally, a function that evaluates the model again and returns the loss.
+    def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        check_options(group, first, type(self).__name__)
+        if group["momentum_dtype"] is not None:  # as a word, which every kind of checkpoint can hold
+            group["momentum_dtype"] = str(momentum_dtype_of(group)).removeprefix("torch.")
 
-        Returns:
-            What ``closure`` returned, else None.
+    def _take_statistics(self) -> bool | None:
+        updates = self._curvature.collect(self._with_gradient(), self._state_of)
+        if updates is None:
+            return None
+        for update in updates:
+            update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
+        if updates:
+            self._curvature.forget()
+        return bool(updates)
 
-        Raises:
-            RuntimeError: After :meth:`close`, or for a sparse gradient.
-        """
-        self._curvature.open_recorder()  # raises after close(), before the closure does any work
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.no_grad():
-            if self.refresh_due:
-                self._refresh()
-            for group, p, grad in self._with_gradient():
-                self._update(group, p, grad)
-            for group in self.param_groups:
-                group["steps"] += 1
-        self._curvature.arm(self.refresh_due)
-        return loss
+    def _update_parameters(self) -> None:
+        for group, p, grad in self._with_gradient():
+            self._update(group, p, grad)
 
     def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
         state = self._state_of(group, p)
@@ -158,19 +129,8 @@ class AdaFisher(Optimizer):
             beta=group["beta"],
             damping=group["damping"],
             weight_decay=group["weight_decay"],
-            decoupled=self._decoupled,
+            decoupled=bool(self.decoupled),
         )
-
-    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
-        """Group, parameter and gradient of every parameter that has one."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    if p.grad.is_sparse:
-                        raise RuntimeError(
-                            f"{self._curvature.name_of(p)} has a sparse gradient: build its Embedding with sparse=False"
-                        )
-                    yield group, p, p.grad
 
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
@@ -182,100 +142,15 @@ class AdaFisher(Optimizer):
             state.update(new_state(self._curvature.uses_of(p), p))
         return state
 
-    @property
-    def refresh_due(self) -> bool:
-        """Whether the next ``step()`` refreshes the factors, so that the backward passes before it are recorded.
+    def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
+        """Keys and shapes of a parameter's state; they depend on the model alone."""
+        factors = new_state(self._curvature.uses_of(p), p)
+        return {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
 
-        Hooks cannot run inside compiled graphs. With ``torch.compile``, run the forward and backward of such a step
-        under ``torch.compiler.set_stance("force_eager")``; AdaFisherTrainer does so by itself.
-        """
-        first = self.param_groups[0]
-        return first["steps"] >= first["next_refresh"]
-
-    @property
-    def gradient_scale(self) -> float:
-        """What the loss of the coming backward passes is multiplied by, beside what the model's loss does. Default 1.
-
-        Normalised factors do not depend on it; their average over refreshes does, where it changes from one to the
-        next. AdaFisherTrainer sets it on every step that is due, so that factors are those of each position's own loss.
-        In your own loop with loss scaling, set it to ``scaler.get_scale()`` before the backward. The averaging of
-        gradients over processes is taken into account by itself.
-
-        Raises:
-            ValueError: On setting a value that is not finite and > 0.
-            RuntimeError: After :meth:`close`.
-        """
-        return self._curvature.open_recorder().gradient_scale
-
-    @gradient_scale.setter
-    def gradient_scale(self, value: float) -> None:
-        if not (math.isfinite(value) and value > 0.0):
-            raise ValueError(f"gradient_scale must be finite and > 0, got {value}")
-        self._curvature.open_recorder().gradient_scale = float(value)
-
-    def _refresh(self) -> None:
-        """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
-        updates = self._curvature.collect(self._with_gradient(), self._state_of)
-        if updates is None:
-            for group in self.param_groups:
-                group["dropped_refreshes"] += 1
-            return
-        for update in updates:
-            update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
-        if updates:
-            self._curvature.forget()
-            for group in self.param_groups:
-                group["refreshes"] += 1
-                # The next multiple of the interval: a late refresh does not shift those after it.
-                group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients, and with them the statistics of the backward passes that made them."""
-        super().zero_grad(set_to_none)
-        if self._curvature.recorder is not None:
-            self._curvature.recorder.forget_pending()
-
-    def discard_statistics(self) -> None:
-        """Forget statistics recorded since the last step.
-
-        For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
-        ``optimizer.zero_grad()`` does it by itself.
-        """
-        self._curvature.discard()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
-
-        Call it after ``step()``: statistics recorded since the last step are forgotten.
-
-        Raises:
-            ValueError: An option is outside its range, a parameter is not the model's, or ``update_interval`` differs
-                from that of the other groups (the hooks serve all of them at once).
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            check_options(group, self.param_groups[0], type(self).__name__)
-            if group["momentum_dtype"] is not None:  # as a word, which every kind of checkpoint can hold
-                group["momentum_dtype"] = str(momentum_dtype_of(group)).removeprefix("torch.")
-            self._curvature.map_parameters()  # the model may have grown since
-            for p in group["params"]:
-                if id(p) not in self._curvature.names:
-                    raise ValueError(
-                        f"a parameter of shape {tuple(p.shape)} does not belong to the model "
-                        f"({type(self.model).__name__}): build the optimizer on the module that holds every parameter "
-                        "it should train"
-                    )
-        except ValueError:
-            self.param_groups.pop()
-            raise
-        group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
-        if self._curvature.recorder is not None:  # None while the constructor adds its groups
-            self._curvature.track(self._params())
-            self._curvature.arm(self.refresh_due)
-
-    def _params(self) -> list[Any]:
-        return [p for group in self.param_groups for p in group["params"]]
+    def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
+        """Momentum has the dtype that its group names; statistics keep their own."""
+        group.setdefault("momentum_dtype", None)
+        return momentum_dtype_of(group, p.dtype) if key == "exp_avg" else saved
 
     @torch.no_grad()
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
@@ -316,51 +191,6 @@ class AdaFisher(Optimizer):
         """
         return curvature_summary(self)
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; the given dictionary is neither changed nor shared.
-
-        As for every torch optimizer, the options of the saved groups replace those of the constructor; one warning
-        names those of AdaFisher's options that differ. Statistics come back in the dtype in which they were saved;
-        torch's rule would cast them to the parameter's.
-
-        Raises:
-            ValueError: The checkpoint is another optimizer's, or another model's.
-        """
-        check_checkpoint(self, state_dict)
-        warn_changed_options(self, state_dict)
-        super().load_state_dict(state_dict)
-        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        members = [(group, p) for group in self.param_groups for p in group["params"]]
-        for saved_id, (group, p) in zip(saved_ids, members, strict=True):
-            group.setdefault("momentum_dtype", None)
-            for key, value in state_dict["state"].get(saved_id, {}).items():
-                # Momentum has the dtype that its group names; statistics keep their own.
-                # 0-dimensional entries (step, weight of the average) stay on the CPU: they are read as numbers.
-                dtype = momentum_dtype_of(group, p.dtype) if key == "exp_avg" else value.dtype
-                device = torch.device("cpu") if value.dim() == 0 else p.device
-                self.state[p][key] = value.detach().clone().to(device, dtype)
-        self._curvature.forget()
-        self._curvature.discard()
-        self._curvature.arm(self.refresh_due)
-
-    def close(self) -> None:
-        """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
-        if self._curvature.recorder is not None:
-            self._curvature.recorder.close()
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled, since its hooks belong to one model: save "
-            "state_dict(), and load it into a new optimizer built on the copy of the model"
-        )
-
-    def __enter__(self) -> AdaFisher:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
 
 class AdaFisherW(AdaFisher):
     """AdaFisher with decoupled weight decay, as AdamW is to Adam.
@@ -369,4 +199,4 @@ class AdaFisherW(AdaFisher):
     and errors are those of :class:`AdaFisher`. This is the form for transformers.
     """
 
-    _decoupled = True
+    decoupled = True

@@ -12,18 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_adafisher.fisher.uses import new_state
 from hf_adafisher.optimizers.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from hf_adafisher.optimizers.adafisher import AdaFisher
+    from hf_adafisher.optimizers.recording import RecordingOptimizer
 
 logger = logging.getLogger(__name__)
 
 ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
 """Options that the saved groups of AdaFisher(W) have and those of other optimizers lack."""
-
-_CHECKED_ON_LOAD = ("beta", "damping", "ema_decay", "update_interval", "weight_decay", "momentum_dtype")
 
 
 def _number(name: str, value: Any) -> float:
@@ -50,12 +47,18 @@ def momentum_dtype(group: Mapping[str, Any], default: torch.dtype | None = None)
     return dtype
 
 
-_DATA_PARALLEL = "use DistributedDataParallel (torchrun, one process a GPU) or FSDP2 (fully_shard)"
+_WHOLE_MODELS = "use DistributedDataParallel (torchrun, one process a GPU)"
+_DATA_PARALLEL = f"{_WHOLE_MODELS} or FSDP2 (fully_shard)"
 _OTHER_MESH_AXES = frozenset({"tp", "cp", "sp", "pp", "ep"})
 
 
-def check_model(model: nn.Module, kind: str) -> None:
+def check_model(model: nn.Module, kind: str, shards: bool = True) -> None:
     """Check that the model's layers see whole batches of their process and that its parameters are whole or FSDP2's.
+
+    Args:
+        model: The model.
+        kind: The optimizer's name, for the message.
+        shards: Whether the optimizer works with FSDP2.
 
     Raises:
         ValueError: It is wrapped or split in a way that hides them; the message says what to use instead.
@@ -72,8 +75,24 @@ def check_model(model: nn.Module, kind: str) -> None:
         reason = "tensor, context or pipeline parallelism (a process then sees a part of a layer or of the model)"
     else:
         reason = _refused_by_accelerate()
+    if reason is None and not shards and (_fsdp_is_coming() or any(is_sharded(p) for p in model.parameters())):
+        reason = SHARDED
     if reason is not None:
-        raise ValueError(f"{kind} does not support {reason}: {_DATA_PARALLEL}")
+        raise ValueError(f"{kind} does not support {reason}: {_DATA_PARALLEL if shards else _WHOLE_MODELS}")
+
+
+SHARDED = "FSDP2 (its statistics need the whole of a layer's gradient in one process)"
+
+
+def refuse_shards(params: Iterable[Any], kind: str) -> None:
+    """Raises ValueError where FSDP2 has sharded one of the parameters since the optimizer was built."""
+    if any(is_sharded(p) for p in params):
+        raise ValueError(f"{kind} does not support {SHARDED}: {_WHOLE_MODELS}")
+
+
+def _fsdp_is_coming() -> bool:
+    """Whether accelerate is about to shard the model."""
+    return str(getattr(accelerate_state().get("distributed_type"), "value", None)) == "FSDP"
 
 
 def _other_parallelism(model: nn.Module) -> bool:
@@ -118,6 +137,44 @@ def refuse_compilation(kind: str) -> None:
         )
 
 
+def check_size(name: str, value: Any, *, positive: bool = False, why: str = "") -> None:
+    """Raises ValueError unless ``value`` is finite and >= 0 (``positive``: > 0); ``why`` is appended to the message."""
+    number = _number(name, value)
+    if not (math.isfinite(number) and number >= 0.0) or (positive and number == 0.0):
+        raise ValueError(f"{name} must be finite and {'>' if positive else '>='} 0, got {number}{why}")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` lies in [0, 1)."""
+    number = _number(name, value)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must lie in [0, 1), got {number}")
+
+
+def check_count(name: str, value: Any, unit: str) -> None:
+    """Raises ValueError unless ``value`` is a whole number >= 1 of ``unit``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be a whole number of {unit} >= 1, got {value!r}")
+
+
+def check_shared(name: str, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+    """Raises ValueError where a group's option differs from the first group's and the hooks need one for all."""
+    if group[name] != first[name]:
+        raise ValueError(
+            f"{name} must be the same in all parameter groups, since the hooks serve them all at once: "
+            f"got {group[name]} beside {first[name]}"
+        )
+
+
+def check_real(params: Iterable[Any], kind: str) -> None:
+    """Raises ValueError for a parameter that is not real floating-point."""
+    for p in params:
+        if not p.is_floating_point():
+            raise ValueError(
+                f"{kind} trains real floating-point parameters, got one of {p.dtype} and shape {tuple(p.shape)}"
+            )
+
+
 def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
     """Check the options of one parameter group of AdaFisher(W).
 
@@ -129,33 +186,15 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
     Raises:
         ValueError: An option is outside its range, or a parameter is complex.
     """
-    lr, damping, decay = (_number(name, group[name]) for name in ("lr", "damping", "weight_decay"))
-    if not (math.isfinite(lr) and lr >= 0.0):
-        raise ValueError(f"lr must be finite and >= 0, got {lr}")
-    if not (math.isfinite(damping) and damping > 0.0):
-        raise ValueError(
-            f"damping must be finite and > 0, got {damping}: it is the smallest value that {kind} divides by"
-        )
-    if not (math.isfinite(decay) and decay >= 0.0):
-        raise ValueError(f"weight_decay must be finite and >= 0, got {decay}")
+    check_size("lr", group["lr"])
+    check_size("damping", group["damping"], positive=True, why=f": it is the smallest value that {kind} divides by")
+    check_size("weight_decay", group["weight_decay"])
     for name in ("beta", "ema_decay"):
-        value = _number(name, group[name])
-        if not 0.0 <= value < 1.0:
-            raise ValueError(f"{name} must lie in [0, 1), got {value}")
+        check_decay(name, group[name])
     momentum_dtype(group)
-    interval = group["update_interval"]
-    if isinstance(interval, bool) or not isinstance(interval, numbers.Integral) or interval < 1:
-        raise ValueError(f"update_interval must be a whole number of steps >= 1, got {interval!r}")
-    if interval != first["update_interval"]:
-        raise ValueError(
-            f"update_interval must be the same in all parameter groups, since the hooks serve them all at once: "
-            f"got {interval} beside {first['update_interval']}"
-        )
-    for p in group["params"]:
-        if not p.is_floating_point():
-            raise ValueError(
-                f"{kind} trains real floating-point parameters, got one of {p.dtype} and shape {tuple(p.shape)}"
-            )
+    check_count("update_interval", group["update_interval"], "steps")
+    check_shared("update_interval", group, first)
+    check_real(group["params"], kind)
 
 
 def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterable[Mapping[str, Any]]) -> None:
@@ -181,12 +220,12 @@ def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterab
             )
 
 
-def warn_changed_options(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> None:
+def warn_changed_options(optimizer: RecordingOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Say which options a checkpoint is about to change from what the optimizer was built with."""
     changed = {
         f"{name}: {group[name]} -> {saved[name]}"
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
-        for name in _CHECKED_ON_LOAD
+        for name in optimizer.compared_on_load
         if group[name] != saved[name]
     }
     if changed:
@@ -197,14 +236,14 @@ def warn_changed_options(optimizer: AdaFisher, state_dict: Mapping[str, Any]) ->
         )
 
 
-def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> None:
+def check_checkpoint(optimizer: RecordingOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Check that a saved state belongs to this kind of optimizer and to this model.
 
     Raises:
         ValueError: It does not; the message says what it looks like instead.
     """
     groups = state_dict["param_groups"]
-    check_kind(type(optimizer).__name__, ADAFISHER_KEYS, optimizer._decoupled, groups)
+    check_kind(type(optimizer).__name__, optimizer.checkpoint_keys, optimizer.decoupled, groups)
     saved_ids = [i for group in groups for i in group["params"]]
     params = optimizer._params()
     if len(saved_ids) != len(params):
@@ -212,8 +251,7 @@ def check_checkpoint(optimizer: AdaFisher, state_dict: Mapping[str, Any]) -> Non
     for saved_id, p in zip(saved_ids, params, strict=True):
         saved = state_dict["state"].get(saved_id)
         if saved:
-            factors = new_state(optimizer._curvature.uses_of(p), p)
-            expected = {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
+            expected = optimizer.state_shapes(p)
             found = {key: tuple(value.shape) for key, value in saved.items()}
             if found != expected:
                 raise ValueError(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.fisher.uses import ON_GRADIENT
@@ -35,16 +36,22 @@ class ParameterCoverage:
     share: float
 
 
+def owner_names(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that own each parameter, by ``id(parameter)``."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), []).append(name)
+    return owners
+
+
 def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
     """One row for every trainable parameter of ``optimizer``, in the order of its groups.
 
     After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
     """
-    owners: dict[int, list[str]] = {}
-    for name, module in optimizer.model.named_modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners.setdefault(id(p), []).append(name)
+    owners = owner_names(optimizer.model)
     params = [p for p in optimizer._params() if p.requires_grad]
     total = sum(p.numel() for p in params)
     rows = []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.fisher.recorder import FactorRecorder
@@ -22,10 +21,9 @@ from hf_adafisher.fisher.uses import (
     with_gradient_sums,
 )
 from hf_adafisher.optimizers.sharding import is_sharded, local_terms, whole
+from hf_adafisher.optimizers.tracking import ParameterTracker
 
 logger = logging.getLogger(__name__)
-
-_NAMES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -51,35 +49,19 @@ class FactorUpdate:
         self.use.update_(state, self.factors, self.param.shape, self.group["ema_decay"])
 
 
-class Curvature:
-    """Bookkeeping between the recorder, which knows modules, and the optimizer's state, which knows parameters.
+class Curvature(ParameterTracker):
+    """Bookkeeping between the recorder, which knows modules, and the optimizer's state, which knows parameters."""
 
-    Args:
-        model: The model that the optimizer was given.
-    """
+    def _new_recorder(self) -> FactorRecorder:
+        return FactorRecorder(self.model, self._params)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.recorder: FactorRecorder | None = None
-        self._warned_bypassed: set[int] = set()
-        self._params: list[Any] = []
-        self._warned_dropped = False
-        self.map_parameters()
-
-    def track(self, params: Sequence[Any]) -> None:
-        """Follow exactly these parameters of the model from now on, with a new recorder (disarmed)."""
-        if self.recorder is not None:
-            self.recorder.close()
-        self._params = list(params)
-        self.recorder = FactorRecorder(self.model, self._params)
-        self.map_parameters()
+    def _report_uncovered(self) -> None:
         orphans = [p for p in self._params if self.uses_of(p)[0].tracked is None]
         if orphans:
             logger.warning("No layer rule reaches %s; gradient factors are used instead.", self.describe(orphans))
 
     def map_parameters(self) -> None:
         """Look the names, the owners and the uses of all parameters up in the model again."""
-        self.names = {id(p): name for name, p in self.model.named_parameters()}
         self._owners = {
             id(p): (module, key)
             for module in self.model.modules()
@@ -87,17 +69,13 @@ class Curvature:
             if p is not None
         }
         self._uses = find_uses(self._params, self.recorder.tracked if self.recorder else [])
-        self.forget()
+        super().map_parameters()
 
     def forget(self) -> None:
         """Forget every cached term: the averages have changed."""
         self._terms: dict[int, list[Term]] = {}
         self._local_terms: dict[int, list[Term]] = {}
         self._provisional: set[int] = set()
-
-    def name_of(self, p: Tensor) -> str:
-        """The parameter's name in the model."""
-        return self.names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
 
     def uses_of(self, p: Any) -> tuple[Use, ...]:
         """All uses of a tracked parameter, at least one."""
@@ -113,13 +91,6 @@ class Curvature:
         """FSDP2 replaces the parameters by sharded ones but keeps the modules: look the new ones up there."""
         self._params = [getattr(*self._owners[id(p)]) if id(p) in self._owners else p for p in self._params]
         self.map_parameters()
-
-    def describe(self, params: Sequence[Tensor]) -> str:
-        """``"3 parameters (0.2 % of all values): a, b, c"`` for one grouped message."""
-        share = 100.0 * sum(p.numel() for p in params) / max(sum(p.numel() for p in self._params), 1)
-        names = ", ".join(self.name_of(p) for p in params[:_NAMES_SHOWN])
-        more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
-        return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.1f} % of all values): {names}{more}"
 
     def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
         """The normalised factors of every use of ``p``, kept until the next refresh.
@@ -192,57 +163,6 @@ class Curvature:
         if sample.non_finite or not all(bool(f.isfinite().all()) for u in from_gradients for f in u.factors.values()):
             self._warn_dropped(sample.non_finite)
             return None
-        self._note_bypassed([update.param for update in fallbacks if update.use.tracked is not None])
+        bypassed = [update.param for update in fallbacks if update.use.tracked is not None]
+        self._warn_bypassed(bypassed, "gradient factors are used")
         return recorded + fallbacks
-
-    @staticmethod
-    def _check_not_compiled() -> None:
-        """Nothing at all was recorded: an error if this process runs compiled graphs, which is then the reason."""
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        if dynamo is not None and dynamo.counters["stats"].get("unique_graphs"):
-            raise RuntimeError(
-                "no layer recorded anything in a step that refreshes the factors, and models were compiled in this "
-                "process: compiled graphs do not run hooks. Use AdaFisherTrainer, or run the forward and backward of "
-                'these steps with torch.compiler.set_stance("force_eager" if optimizer.refresh_due else "default")'
-            )
-
-    def _warn_dropped(self, modules: Sequence[str]) -> None:
-        if not self._warned_dropped:
-            self._warned_dropped = True
-            where = f" in {modules[0]!r}" if modules else ""
-            more = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
-            logger.warning(
-                "Non-finite activations or gradients%s%s: the statistics of this step are dropped and the refresh "
-                "stays due. Said once; curvature_summary() counts them.",
-                where,
-                more,
-            )
-
-    def _note_bypassed(self, params: Sequence[Tensor]) -> None:
-        """Say once which parameters have a rule but no statistics: their module was not called, or not as assumed."""
-        new = [p for p in params if id(p) not in self._warned_bypassed]
-        if new:
-            self._warned_bypassed.update(id(p) for p in new)
-            logger.warning(
-                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
-                "something else than their class); gradient factors are used instead.",
-                self.describe(new),
-            )
-
-    def discard(self) -> None:
-        """Forget what was recorded since the last step."""
-        self.open_recorder().discard()
-
-    def arm(self, due: bool) -> None:
-        """Put the hooks on for a step that is due, and off for any other."""
-        recorder = self.open_recorder()
-        if due:
-            recorder.arm()
-        else:
-            recorder.disarm()
-
-    def open_recorder(self) -> FactorRecorder:
-        """The recorder. Raises RuntimeError after it was closed."""
-        if self.recorder is None or self.recorder.closed:
-            raise RuntimeError("this optimizer was closed and has no hooks any more: build a new one to train on")
-        return self.recorder

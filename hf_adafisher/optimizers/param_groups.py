@@ -1,11 +1,17 @@
-"""Parameter groups: what weight decay applies to, by Trainer's own rule."""
+"""Parameter groups: what weight decay applies to, by Trainer's own rule, and which weights are what in a model."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.layers.linear import Conv1DRule
+from hf_adafisher.fisher.layers.registry import find_rule
+
+Groups = list[dict[str, Any]]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -18,9 +24,7 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
     return Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]  # it does not use self
 
 
-def decay_groups(
-    model: nn.Module, weight_decay: float, decay_names: Collection[str] | None = None
-) -> list[dict[str, Any]]:
+def decay_groups(model: nn.Module, weight_decay: float, decay_names: Collection[str] | None = None) -> Groups:
     """Two parameter groups, as Trainer builds them: with weight decay, and (biases, norms) without.
 
     Args:
@@ -44,3 +48,81 @@ def decay_groups(
         {"params": [p for name, p in trainable if name in names], "weight_decay": weight_decay},
         {"params": [p for name, p in trainable if name not in names], "weight_decay": 0.0},
     ]
+
+
+def chosen_groups(groups: Groups, ids: Collection[int], options: dict[str, Any]) -> Groups:
+    """The groups reduced to the parameters with these ids, with further options.
+
+    Groups that are then empty are left out, so that their number depends on the model alone.
+    """
+    parts = [{**group, **options, "params": [p for p in group["params"] if id(p) in ids]} for group in groups]
+    return [part for part in parts if part["params"]]
+
+
+def split_groups(groups: Groups, chosen: Callable[[Tensor], bool], yes: dict[str, Any], no: dict[str, Any]) -> Groups:
+    """Each group split in two, with further options for either part; those of ``chosen`` come first."""
+    params = [p for group in groups for p in group["params"]]
+    ids = {id(p) for p in params if chosen(p)}
+    return chosen_groups(groups, ids, yes) + chosen_groups(groups, {id(p) for p in params} - ids, no)
+
+
+def embedding_tables(model: nn.Module) -> set[int]:
+    """Ids of the weights of embeddings, heads tied to them included."""
+    return {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+
+
+def output_embeddings(model: nn.Module) -> set[int]:
+    """Ids of the weights of a language model's head, tied or not, by its ``get_output_embeddings``."""
+    find = getattr(model, "get_output_embeddings", None)
+    weight = getattr(find() if callable(find) else None, "weight", None)
+    return {id(weight)} if isinstance(weight, Tensor) else set()
+
+
+class Matrix(NamedTuple):
+    """A weight that multiplies vectors. ``transposed``: stored as (inputs, outputs), as transformers' Conv1D does."""
+
+    weight: Tensor
+    transposed: bool
+
+
+def hidden_matrices(model: nn.Module) -> list[Matrix]:
+    """The weights between a model's input and its output layer: of Linear, transformers' Conv1D, and convolutions.
+
+    Left out: embeddings and what is tied to them; the heads, which are a language model's output embeddings and
+    layers outside the base model with ``config.num_labels`` outputs, or, where there are none of these, the last
+    matrix of the model; the first convolution, which reads pixels or sound; convolutions with several groups, which
+    are many small matrices; parameters that no such layer owns (class tokens, position tables, fused experts).
+    """
+    matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+    outside = embedding_tables(model) | {id(weight) for weight in _heads(model, matrices)}
+    outside |= {id(m.weight) for m in [m for m in model.modules() if isinstance(m, _CONVOLUTIONS)][:1]}
+    found: dict[int, Matrix] = {}
+    for _, module in matrices:
+        if id(module.weight) not in outside and getattr(module, "groups", 1) == 1:
+            found[id(module.weight)] = Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
+    return list(found.values())
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    of_kind = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or isinstance(find_rule(module), Conv1DRule)
+    return of_kind and isinstance(module.weight, Tensor) and module.weight.dim() >= 2
+
+
+def _heads(model: nn.Module, matrices: Iterable[tuple[str, Any]]) -> Iterator[Tensor]:
+    matrices = list(matrices)
+    known = output_embeddings(model)
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    base = getattr(model, "base_model_prefix", None)
+    heads = [
+        module.weight
+        for name, module in matrices
+        if id(module.weight) in known
+        or (base and base not in name.split(".") and _outputs(module) == labels and hasattr(model, base))
+    ]
+    if not heads and not known:
+        heads = [module.weight for _, module in matrices[-1:]]
+    yield from heads
+
+
+def _outputs(module: Any) -> int:
+    return module.weight.shape[1 if isinstance(find_rule(module), Conv1DRule) else 0]

@@ -10,16 +10,24 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
+from hf_adafisher.optimizers.catalog import (
+    ADAFISHER_LEARNING_RATE,
+    TRAINER_LEARNING_RATE,
+    available_optimizers,
+    optimizer_record,
+)
 from hf_adafisher.optimizers.checks import check_options
-from hf_adafisher.optimizers.factory import available_optimizers, did_you_mean, optimizer_record
+from hf_adafisher.optimizers.records import OptimizerRecord, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _ADAFISHER = ("adafisher", "adafisherw")
+_ADAM = ("adam", "adamw")
 _ADAFISHER_OPTIONS = ("beta", "damping", "ema_decay", "update_interval", "momentum_dtype")
 _ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon")
-DEFAULT_LEARNING_RATE = 0.04
-TRAINER_LEARNING_RATE = 5e-5
+DEFAULT_LEARNING_RATE = ADAFISHER_LEARNING_RATE
+_RECOMPUTING = ("every_n_layers", "offload")  # transformers' own; the others are torch's, whose default is reentrant
+_CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 @dataclass
@@ -32,11 +40,12 @@ class AdaFisherTrainingArguments(TrainingArguments):
     ``max_grad_norm`` stays at Trainer's 1.0, which they need. Fine-tuning was not measured: scan the learning rate.
 
     Args:
-        optim: ``adafisherw`` (default), ``adafisher``, ``sgd`` (momentum 0.9, where Trainer's own has 0), ``adam``,
-            ``adamw`` (all three fused where the device allows), or any name of
-            ``transformers.training_args.OptimizerNames``.
-        learning_rate: Default 0.04 for AdaFisher(W), and Trainer's 5e-5 for every other optimizer. AdaFisher divides by
-            a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
+        optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
+            (``scripts/list_optimizers.py`` describes them), or of ``transformers.training_args.OptimizerNames``.
+            ``sgd``, ``adafactor`` and ``schedule_free_adamw`` are in both: they are those of this package.
+        learning_rate: Default 0.04 for AdaFisher(W), that of ``scripts/list_optimizers.py`` for every other optimizer
+            of this package (5e-5 for ``sgd``, ``adam`` and ``adamw``), and Trainer's 5e-5 for Trainer's own. AdaFisher
+            divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
         beta: Decay of AdaFisher's first moment, in [0, 1). Default 0.9.
         damping: AdaFisher's lambda, > 0. Default 3e-3. Tune it together with the learning rate: the largest step of a
             value is ``learning_rate / damping`` times its momentum.
@@ -49,13 +58,14 @@ class AdaFisherTrainingArguments(TrainingArguments):
 
     Raises:
         ValueError: Unknown ``optim``, malformed ``optim_args`` or an option that the optimizer does not have, an
-            option of AdaFisher out of its range, or a training mode that AdaFisher does not support (DeepSpeed, FSDP1).
+            option of AdaFisher out of its range, or a training mode that the optimizer does not support.
+        ImportError: The library of the optimizer is not installed; the message holds the command that installs it.
     """
 
     # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
     optim: str = field(default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."})
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default: 0.04 for AdaFisher(W), 5e-5 for every other optimizer."}
+        default=None, metadata={"help": "Default: 0.04 for AdaFisher(W); scripts/list_optimizers.py has the others'."}
     )
     beta: float = field(default=0.9, metadata={"help": "AdaFisher: decay of the first moment, in [0, 1)."})
     damping: float = field(default=3e-3, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."})
@@ -109,7 +119,8 @@ class AdaFisherTrainingArguments(TrainingArguments):
             if name in _ADAFISHER:
                 group = {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay, "params": ()}
                 check_options(group, group, f"optim={name}")
-                self._refuse_unsupported()
+            self._refuse_unsupported(optimizer_record(name))
+            self._warn_of_schedules()
         self._warn_ignored()
 
     def optimizer_options(self) -> dict[str, Any]:
@@ -121,43 +132,81 @@ class AdaFisherTrainingArguments(TrainingArguments):
         options: dict[str, Any] = {}
         if self.optim in _ADAFISHER:
             options = {name: getattr(self, name) for name in _ADAFISHER_OPTIONS}
-        elif self.optim in ("adam", "adamw"):
+        elif self.optim in _ADAM:
             options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         return {**options, **_parse_optim_args(self.optim_args)}
 
-    def _refuse_unsupported(self) -> None:
-        """The training modes that hide layers or parameters from the optimizer; a model's own are found when it is."""
-        shards = "gives the optimizer flat shards instead of parameters"
-        if self.deepspeed:
-            raise ValueError(
-                f"optim={self.optim} does not support deepspeed: it {shards}. Use fsdp (FSDP2) or torchrun without it, "
-                "or optim=adamw_torch"
-            )
-        if self.fsdp and isinstance(self.fsdp_config, dict) and int(self.fsdp_config.get("version", 2)) == 1:
-            raise ValueError(
-                f"optim={self.optim} does not support FSDP1: it {shards}. Set fsdp_config['version'] to 2 (the "
-                "default), or use optim=adamw_torch"
-            )
-        if self.torch_compile and self.update_interval == 1:
+    def _refuse_unsupported(self, record: OptimizerRecord) -> None:
+        """The training modes that the optimizer cannot work with; those of a model are found when it is there.
+
+        Several GPUs in one process (DataParallel) are seen by Trainer only, and refused there.
+        """
+        for mode, reason in self._unusual_modes().items():
+            if mode in record.refuses:
+                raise ValueError(f"optim={record.name} does not support {reason}, or use another optim")
+        if record.name in _ADAFISHER and self.torch_compile and self.update_interval == 1:
             logger.warning(
                 "torch_compile has no effect with update_interval=1: steps that refresh the factors run eagerly."
+            )
+
+    def _unusual_modes(self) -> dict[str, str]:
+        """The modes that were asked for, by the words of ``OptimizerRecord.refuses``, with what to do instead."""
+        shards = "it gives the optimizer flat shards instead of parameters"
+        config = self.fsdp_config if isinstance(self.fsdp_config, dict) else {}
+        fsdp = int(config.get("version", 2)) if self.fsdp else 0
+        given = getattr(self, "activation_checkpointing_kwargs", None) or self.gradient_checkpointing_kwargs
+        options = (
+            {key: value for key, value in given.items() if key not in _RECOMPUTING} if isinstance(given, dict) else {}
+        )
+        recomputes = getattr(self, "activation_checkpointing", False) or self.gradient_checkpointing
+        modes = {
+            "DeepSpeed": (self.deepspeed, f"deepspeed: {shards}. Use fsdp (FSDP2) or torchrun without it"),
+            "FSDP1": (fsdp == 1, f"FSDP1: {shards}. Set fsdp_config['version'] to 2 (the default)"),
+            "FSDP2": (fsdp > 1, "fsdp: it shards the parameters. Use torchrun without it"),
+            "torch.compile": (
+                self.torch_compile,
+                "torch_compile: its graphs have no second derivatives. Unset it",
+            ),
+            "fp16": (self.fp16, "fp16: the scale of the loss would be in the Hessian. Use bf16"),
+            "reentrant checkpointing": (
+                recomputes and options and options.get("use_reentrant", True),
+                "reentrant activation checkpointing: it has no second derivatives. Set use_reentrant to False in "
+                "activation_checkpointing_kwargs",
+            ),
+        }
+        return {mode: reason for mode, (asked_for, reason) in modes.items() if asked_for}
+
+    def _warn_of_schedules(self) -> None:
+        schedule = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type))
+        if self.optim == "schedule_free_adamw" and schedule not in _CONSTANT_SCHEDULES:
+            logger.warning(
+                "optim=schedule_free_adamw averages weights instead of lowering the learning rate, and "
+                "lr_scheduler_type=%s lowers it too: use constant or constant_with_warmup.",
+                schedule,
             )
 
     def _warn_ignored(self) -> None:
         """Say which optimizer settings were changed from their defaults but belong to another optimizer."""
         ignored = () if self.optim in _ADAFISHER else _ADAFISHER_OPTIONS
-        if self.optim in (*_ADAFISHER, "sgd"):
+        if self.optim in available_optimizers() and self.optim not in _ADAM:
             ignored = (*ignored, *_ADAM_OPTIONS)
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in ignored if getattr(self, name) != defaults[name]]
         if changed:
             name = getattr(self.optim, "value", self.optim)
-            logger.warning("optim=%s does not use %s: these settings have no effect.", name, ", ".join(changed))
+            own = optimizer_record(name).options() if name in available_optimizers() else []
+            hint = ", ".join(f"{option}={getattr(self, option)}" for option in changed if option in own)
+            logger.warning(
+                "optim=%s does not use %s: these settings have no effect%s.",
+                name,
+                ", ".join(changed),
+                f' (its own are options: optim_args="{hint}")' if hint else "",
+            )
 
 
 def default_learning_rate(optim: str) -> float:
     """The learning rate of ``optim`` where none is given."""
-    return DEFAULT_LEARNING_RATE if optim in _ADAFISHER else TRAINER_LEARNING_RATE
+    return optimizer_record(optim).learning_rate.value if optim in available_optimizers() else TRAINER_LEARNING_RATE
 
 
 def _check_name(name: str) -> None:

@@ -1,4 +1,4 @@
-"""What AdaFisher needs to hear from a training loop that scales its loss, skips steps or starts over."""
+"""What optimizers that record statistics need to hear from loops that scale losses, skip steps or start over."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
+from hf_adafisher.optimizers.recording import RecordingOptimizer
 
 
 class AdaFisherCallback(TrainerCallback):
-    """Tells AdaFisher the loss scaler's scale, and to forget statistics that no step is going to use.
+    """Tells AdaFisher(W) and K-FAC the loss scaler's scale, and to forget statistics that no step is going to use.
 
     The latter are those of a batch whose gradients overflowed (fp16: the loss scaler skips the optimizer, and Trainer
     resets the gradients behind its back), and those of an attempt that ran out of memory (``auto_find_batch_size``
@@ -21,14 +22,14 @@ class AdaFisherCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = adafisher_in(kwargs.get("optimizer"))
+        optimizer = recording_optimizer_in(kwargs.get("optimizer"))
         if optimizer is not None:
             optimizer.discard_statistics()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = adafisher_in(kwargs.get("optimizer"))
+        optimizer = recording_optimizer_in(kwargs.get("optimizer"))
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         if optimizer is not None and optimizer.refresh_due and scaler is not None:
             optimizer.gradient_scale = scaler.get_scale()
@@ -36,9 +37,15 @@ class AdaFisherCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = adafisher_in(kwargs.get("optimizer"))
+        optimizer = recording_optimizer_in(kwargs.get("optimizer"))
         if optimizer is not None and getattr(kwargs["optimizer"], "step_was_skipped", False):
             optimizer.discard_statistics()
+
+
+def recording_optimizer_in(optimizer: Any) -> RecordingOptimizer | None:
+    """The AdaFisher(W) or K-FAC in accelerate's wrapper or by itself; None for any other optimizer."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    return raw if isinstance(raw, RecordingOptimizer) else None
 
 
 def adafisher_in(optimizer: Any) -> AdaFisher | None:

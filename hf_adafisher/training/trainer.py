@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
+from hf_adafisher.optimizers.recording import RecordingOptimizer
 from hf_adafisher.training.arguments import (
     DEFAULT_LEARNING_RATE,
     TRAINER_LEARNING_RATE,
@@ -23,10 +24,12 @@ from hf_adafisher.training.arguments import (
 )
 from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
+from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
+from hf_adafisher.training.second_order import second_derivatives
 
 logger = logging.getLogger(__name__)
 
-_LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "dropped_refreshes")
+_LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "plain_share", "kl_factor", "dropped_refreshes")
 
 
 class AdaFisherTrainer(Trainer):
@@ -41,9 +44,13 @@ class AdaFisherTrainer(Trainer):
     the factors: they are those of each position's own loss, whatever the batch size, the accumulation, the number of
     processes and the loss scale.
 
+    K-FAC is treated alike, and told how many terms the loss has. With AdaHessian and Sophia the backward passes of the
+    steps that estimate the Hessian keep their graph. Optimizers that train other weights than those they evaluate
+    (schedule-free) are switched to the latter before every checkpoint, and when training ends.
+
     While AdaFisher(W) trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
     ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
-    shows them.
+    shows them; with K-FAC ``kfac/plain_share``, ``kl_factor`` and ``dropped_refreshes``.
     """
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
@@ -67,7 +74,7 @@ class AdaFisherTrainer(Trainer):
         if given or not ours or name not in available_optimizers():
             return super().create_optimizer(model)
         assert isinstance(args, AdaFisherTrainingArguments)
-        if args.n_gpu > 1 and optimizer_record(name).needs_model:
+        if args.n_gpu > 1 and "DataParallel" in optimizer_record(name).refuses:
             raise ValueError(
                 f"{name} does not support DataParallel ({args.n_gpu} GPUs in one process): start one process a GPU "
                 "with torchrun, or show only one with CUDA_VISIBLE_DEVICES"
@@ -104,7 +111,42 @@ class AdaFisherTrainer(Trainer):
             resume_from_checkpoint = True if found is None else str(found)  # True without any is Trainer's own error
         elif resume_from_checkpoint:
             check_checkpoint_files(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._show_evaluated_weights()
+        return output
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer; with schedule-free optimizers, the weights that are evaluated."""
+        self._show_evaluated_weights()
+        super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """As in Trainer, also where the checkpoint's weights have other names than the model's."""
+        if not self._load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._show_evaluated_weights()  # or a later evaluation would do it to the weights that are now loaded
+        if not self._load_renamed_weights(self.model, Path(str(self.state.best_model_checkpoint))):
+            super()._load_best_model()
+
+    def _load_renamed_weights(self, model: Any, checkpoint: Path) -> bool:
+        """Load weights that Trainer would leave out; whether there were any. FSDP and DeepSpeed have other files."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not has_renamed_weights(model, checkpoint):
+            return False
+        load_renamed_weights(model, checkpoint)
+        return True
+
+    def _show_evaluated_weights(self) -> None:
+        """Trainer switches a schedule-free optimizer back when it trains on, but to evaluation when it evaluates only.
+
+        The state that a checkpoint gets is then that of the weights beside it.
+        """
+        if callable(getattr(self._raw_optimizer(), "eval", None)):
+            self._raw_optimizer().eval()
+
+    def _raw_optimizer(self) -> Any:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As in Trainer; a checkpoint that an earlier run left in this place does not count as complete meanwhile."""
@@ -123,13 +165,18 @@ class AdaFisherTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As in Trainer; steps that refresh AdaFisher's factors run eagerly, with the scale of the loss known."""
-        optimizer, stance = adafisher_in(self.optimizer), contextlib.nullcontext()
-        if optimizer is not None and optimizer.refresh_due:
+        """As in Trainer; steps that refresh AdaFisher's or K-FAC's factors run eagerly, with the loss's scale known.
+
+        Those for which AdaHessian and Sophia estimate the Hessian keep the gradients' graph.
+        """
+        optimizer, stance = self._raw_optimizer(), contextlib.nullcontext()
+        if isinstance(optimizer, RecordingOptimizer) and optimizer.refresh_due:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
+            if hasattr(optimizer, "loss_terms"):
+                optimizer.loss_terms = self._loss_terms(num_items_in_batch)
             if self.args.torch_compile or is_compiled_module(model) or is_compiled_module(optimizer.model):
                 stance = torch.compiler.set_stance("force_eager")
-        with stance:
+        with stance, second_derivatives(self.accelerator, optimizer, model):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _gradient_scale(self, num_items: torch.Tensor | int | None) -> float:
@@ -137,20 +184,24 @@ class AdaFisherTrainer(Trainer):
 
         Where it counts none, the loss is the mean over a batch, and the loss scaler alone multiplies it.
         """
-        scale, items = 1.0, 0.0 if num_items is None else float(num_items)
-        if items > 0 and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-            scale = 1.0 / items
-            if not self.args.average_tokens_across_devices:  # then each process counts its own
-                scale /= self.accelerator.num_processes
-        scaler = getattr(self.accelerator, "scaler", None)
+        scale, scaler = 1.0 / (self._loss_terms(num_items) or 1.0), getattr(self.accelerator, "scaler", None)
         return scale if scaler is None else scale * scaler.get_scale()
 
+    def _loss_terms(self, num_items: torch.Tensor | int | None) -> float | None:
+        """How many items the loss is the mean of, over all micro-batches and processes; None where it counts none."""
+        items = 0.0 if num_items is None else float(num_items)
+        if items <= 0 or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+            return None
+        # Otherwise each process counts its own.
+        return items if self.args.average_tokens_across_devices else items * self.accelerator.num_processes
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; training logs get AdaFisher's curvature scalars (``args.log_curvature``)."""
-        optimizer = adafisher_in(self.optimizer)
-        if optimizer is not None and "loss" in logs and getattr(self.args, "log_curvature", True):
-            summary = optimizer.curvature_summary()
-            logs |= {f"adafisher/{key}": summary[key] for key in _LOGGED if key in summary}
+        """As in Trainer; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
+        optimizer = self._raw_optimizer()
+        if isinstance(optimizer, RecordingOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
+            kind = "kfac" if adafisher_in(optimizer) is None else "adafisher"
+            summary: dict[str, float] = getattr(optimizer, "curvature_summary", dict)()
+            logs |= {f"{kind}/{key}": summary[key] for key in _LOGGED if key in summary}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

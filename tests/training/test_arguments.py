@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_adafisher import AdaFisherTrainingArguments, available_optimizers
+from hf_adafisher.optimizers.catalog import optimizer_record
 
 CPU = {"use_cpu": True, "report_to": "none"}
 
@@ -22,7 +24,7 @@ def parse(tmp_path: Path, *arguments: str) -> AdaFisherTrainingArguments:
     return parsed
 
 
-@pytest.mark.parametrize("name", [*available_optimizers(), "adamw_torch", "adafactor", "adamw_torch_fused", "rmsprop"])
+@pytest.mark.parametrize("name", [*available_optimizers(), "adamw_torch", "adagrad", "adamw_torch_fused", "rmsprop"])
 def test_every_name_parses_and_survives(name: str, tmp_path: Path) -> None:
     arguments = parse(tmp_path, "--optim", name, "--damping", "0.5")
     assert arguments.optim == name
@@ -44,7 +46,12 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
         ("adafisher", 0.04),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
-        (OptimizerNames.ADAFACTOR, 5e-5),
+        (OptimizerNames.RMSPROP, 5e-5),
+        ("lamb", 1e-2),
+        ("lars", 3.0),
+        ("muon", 0.02),
+        (OptimizerNames.ADAFACTOR, 1e-2),
+        (OptimizerNames.SCHEDULE_FREE_ADAMW, 2.5e-3),
     ],
 )
 def test_the_default_learning_rate_depends_on_the_optimizer(optim: Any, expected: float, tmp_path: Path) -> None:
@@ -67,6 +74,8 @@ def test_optim_args_are_read_as_python_values(tmp_path: Path) -> None:
     assert options("sgd", "momentum=0.5, nesterov=true") == {"momentum": 0.5, "nesterov": True}
     assert options("adamw", "betas=(0.8, 0.9)") == {"betas": (0.8, 0.9), "eps": 1e-8}
     assert options("adafisherw", "damping=0.5")["damping"] == 0.5
+    assert options("muon", "adamw_lr=1e-3, nesterov=false") == {"adamw_lr": 1e-3, "nesterov": False}
+    assert options("soap", "betas=(0.9, 0.95)") == {"betas": (0.9, 0.95)}
     for wrong in ("momentum", "momentum=", "0.9", "momentum=f(1)"):
         with pytest.raises(ValueError, match="key=value,key=value"):
             options("sgd", wrong)
@@ -89,6 +98,82 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
     AdaFisherTrainingArguments(str(tmp_path), optim="adafisherw", damping=0.5, **CPU)
     AdaFisherTrainingArguments(str(tmp_path), optim="adamw", adam_beta1=0.8, **CPU)
     assert not caplog.text
+    for name in available_optimizers():
+        caplog.clear()
+        others = {"lr_scheduler_type": "constant", **CPU}
+        AdaFisherTrainingArguments(str(tmp_path), optim=name, adam_beta2=0.8, beta=0.5, **others)
+        ignored = {"adafisher": "adam_beta2", "adafisherw": "adam_beta2", "adam": "beta", "adamw": "beta"}
+        assert f"optim={name} does not use {ignored.get(name, 'beta, adam_beta2')}: " in caplog.text
+
+
+def test_kfacs_own_damping_is_pointed_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The fields are AdaFisher's, whose defaults are not K-FAC's."""
+    AdaFisherTrainingArguments(str(tmp_path), optim="kfac", damping=0.5, ema_decay=0.1, **CPU)
+    assert 'does not use damping, ema_decay: these settings have no effect (its own are options: optim_args="damp' in (
+        caplog.text
+    )
+    arguments = AdaFisherTrainingArguments(str(tmp_path), optim="kfac", optim_args="damping=0.5", **CPU)
+    assert arguments.optimizer_options() == {"damping": 0.5}
+
+
+def test_schedule_free_wants_a_constant_schedule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for schedule in ("constant", "constant_with_warmup"):
+        AdaFisherTrainingArguments(str(tmp_path), optim="schedule_free_adamw", lr_scheduler_type=schedule, **CPU)
+    AdaFisherTrainingArguments(str(tmp_path), optim="adamw", **CPU)
+    assert not caplog.text
+    AdaFisherTrainingArguments(str(tmp_path), optim="schedule_free_adamw", **CPU)
+    assert "lr_scheduler_type=linear lowers it too: use constant or constant_with_warmup" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_compile": True}, "torch_compile: its graphs have no second derivatives"),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "reentrant activation checkpointing: .*Set use_reentrant to False",
+        ),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"preserve_rng_state": True}},
+            "reentrant activation checkpointing",
+        ),
+    ],
+)
+def test_what_has_no_second_derivatives_is_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for name in available_optimizers():
+        if optimizer_record(name).create_graph:
+            with pytest.raises(ValueError, match=f"optim={name} does not support {message}"):
+                AdaFisherTrainingArguments(str(tmp_path), optim=name, **options, **CPU)
+        else:
+            AdaFisherTrainingArguments(str(tmp_path), optim=name, **options, **CPU)
+    for allowed in ({"use_reentrant": False}, {"every_n_layers": 2}, None):
+        kept = {"activation_checkpointing": True, "activation_checkpointing_kwargs": allowed}
+        AdaFisherTrainingArguments(str(tmp_path), optim="adahessian", **kept, **CPU)
+
+
+def test_modes_that_take_parameters_apart_are_refused_by_what_needs_them_whole(tmp_path: Path) -> None:
+    modes: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("DeepSpeed", "deepspeed: ", {"deepspeed": {"zero_optimization": {"stage": 2}}}),
+        ("FSDP1", "FSDP1: ", {"fsdp": True, "fsdp_config": {"version": 1}}),
+        ("FSDP2", "fsdp: ", {"fsdp": True, "fsdp_config": {}}),
+        ("fp16", "fp16: ", {"fp16": True}),
+    )
+    for name in available_optimizers():
+        for mode, word, settings in modes:
+            arguments = AdaFisherTrainingArguments(str(tmp_path), **CPU)
+            for key, value in settings.items():
+                setattr(arguments, key, value)
+            if mode in optimizer_record(name).refuses:
+                with pytest.raises(ValueError, match=f"optim={name} does not support {word}"):
+                    arguments.set_optimizer(name)
+            else:
+                arguments.set_optimizer(name)
+
+
+def test_a_missing_library_is_known_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    with pytest.raises(ImportError, match=r'lion.*pip install "hf_adafisher\[baselines\]"'):
+        AdaFisherTrainingArguments(str(tmp_path), optim="lion", **CPU)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +186,7 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
         ({"optim_args": "damping=-1"}, "damping must be finite and > 0, got -1"),
         ({"optim_args": "dampin=1"}, r"no option 'dampin', did you mean 'damping'\?"),
         ({"optim": "sgd", "optim_args": "betas=(0.9, 0.99)"}, "sgd has no option 'betas'.*momentum"),
+        ({"optim": "lars", "optim_args": "vectorlr=1"}, r"no option 'vectorlr', did you mean 'vector_lr'\?.*momentum"),
     ],
 )
 def test_options_are_checked_before_any_work(options: dict[str, Any], message: str, tmp_path: Path) -> None:

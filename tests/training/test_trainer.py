@@ -17,7 +17,6 @@ from hf_adafisher import (
     AdaFisherTrainingArguments,
     AdaFisherW,
     OptimizerFactory,
-    available_optimizers,
 )
 from tests.model_zoo import family
 
@@ -54,8 +53,8 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", available_optimizers())
-def test_every_name_trains_under_our_trainer(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["adafisher", "adafisherw", "sgd", "adam", "adamw"])
+def test_a_name_gives_its_class(name: str, tmp_path: Path) -> None:
     trainer = our_trainer(tmp_path, optim=name, learning_rate=0.02, max_steps=24, logging_steps=8)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import sum_of_squares_along, sum_of_squares_over_batch
+from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares_along, sum_of_squares_over_batch
 from hf_adafisher.fisher.forms import OUTPUT_GRAD, ConvForm, KroneckerForm, ParameterForm
-from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, weight_of
+from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, second_moment, weight_of
 
 _FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_PATCH_VALUES = 2**24
+"""How many values of patches are in memory at a time, at most, beyond one example's."""
 
 
 class ConvRule(LayerRule):
@@ -35,15 +39,37 @@ class ConvRule(LayerRule):
     def input_sums(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         x, spatial = inputs[0].detach(), len(module.kernel_size)
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-        windows = _pad(module, sum_of_squares_over_batch(batched).unsqueeze(0))[0]
-        for axis, size in enumerate(module.kernel_size):
-            stride, dilation = module.stride[axis], module.dilation[axis]
-            windows = windows.unfold(1 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        # A view of shape (in_channels, *positions, *kernel_size).
+        windows = _windows(module, sum_of_squares_over_batch(batched).unsqueeze(0))[0]
         return windows.sum(dim=tuple(range(1, 1 + spatial))), output.numel() // module.out_channels
 
     def output_grad_sums(self, module: Any, grad: Tensor) -> Tensor:
         return sum_of_squares_along(grad, grad.dim() - len(module.kernel_size) - 1)
+
+    def full_factor_shapes(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The moments of whole patches; a grouped convolution is many small layers and has none."""
+        if module.groups != 1:
+            return None
+        patch = module.in_channels * math.prod(module.kernel_size)
+        return (patch, patch), (module.out_channels, module.out_channels)
+
+    def full_input_sums(
+        self, module: Any, inputs: Sequence[Tensor], output: Tensor, with_one: bool = False
+    ) -> tuple[Tensor, int]:
+        """Of the patches, which are made for a few examples at a time: all of them would be ``k^2`` times the input."""
+        x, spatial = inputs[0].detach(), len(module.kernel_size)
+        batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
+        count = output.numel() // module.out_channels
+        patch = module.in_channels * math.prod(module.kernel_size)
+        size = patch + with_one
+        total = torch.zeros(size, size, dtype=statistics_dtype(x.dtype), device=x.device)
+        for examples in batched.split(max(1, _PATCH_VALUES * len(batched) // max(count * patch, 1))):
+            windows = _windows(module, examples).movedim(1, 1 + spatial)
+            total += second_moment(windows.reshape(-1, patch), with_one)
+        return total, count
+
+    def full_output_grad_sums(self, module: Any, grad: Tensor) -> Tensor:
+        by_position = grad.movedim(grad.dim() - len(module.kernel_size) - 1, -1)
+        return second_moment(by_position.reshape(-1, module.out_channels))
 
     def explains(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> bool:
         base = next(c for c in _FUNCTIONS if isinstance(module, c))
@@ -58,6 +84,15 @@ class ConvRule(LayerRule):
             return False
         y = _FUNCTIONS[base](_pad(module, one), weight, bias, module.stride, 0, module.dilation, module.groups)
         return agree(output[:1] if output.dim() == y.dim() else output.unsqueeze(0), y)
+
+
+def _windows(module: Any, x: Tensor) -> Tensor:
+    """The patches of ``x``, padded, as a view of shape ``(N, in_channels, *positions, *kernel_size)``."""
+    windows = _pad(module, x)
+    for axis, size in enumerate(module.kernel_size):
+        stride, dilation = module.stride[axis], module.dilation[axis]
+        windows = windows.unfold(2 + axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    return windows
 
 
 def _pad(module: Any, x: Tensor) -> Tensor:

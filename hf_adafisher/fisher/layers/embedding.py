@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares
 from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
-from hf_adafisher.fisher.layers.registry import PROBE_ROWS, LayerRule, register_layer, weight_of
+from hf_adafisher.fisher.layers.registry import PROBE_ROWS, LayerRule, register_layer, second_moment, weight_of
 
 _SHORTEST_TABLE = 4
 
@@ -34,6 +34,20 @@ class EmbeddingRule(LayerRule):
 
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return sum_of_squares(grad, weight_of(module).shape[1])
+
+    def full_factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The moment of one-hot rows is diagonal: the token frequencies themselves."""
+        vocabulary, width = weight_of(module).shape
+        return (vocabulary,), (width, width)
+
+    def full_input_sums(
+        self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, with_one: bool = False
+    ) -> tuple[Tensor, int]:
+        assert not with_one, "an Embedding has no bias"
+        return self.input_sums(module, inputs, output)
+
+    def full_output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        return second_moment(grad.reshape(-1, weight_of(module).shape[1]))
 
     def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
         """A single row of consecutive ids: transformers look positions up once and add them to every example.

@@ -15,6 +15,7 @@ from hf_adafisher.fisher.layers.registry import (
     agree,
     register_layer,
     register_structure,
+    second_moment,
     weight_of,
 )
 
@@ -39,6 +40,20 @@ class LinearRule(LayerRule):
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         _, (width,) = self.factor_shapes(module)
         return sum_of_squares(grad, width)
+
+    def full_factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        (d_in,), (d_out,) = self.factor_shapes(module)
+        return (d_in, d_in), (d_out, d_out)
+
+    def full_input_sums(
+        self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, with_one: bool = False
+    ) -> tuple[Tensor, int]:
+        (width,), _ = self.factor_shapes(module)
+        return second_moment(inputs[0].reshape(-1, width), with_one), inputs[0].numel() // width
+
+    def full_output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        _, (width,) = self.factor_shapes(module)
+        return second_moment(grad.reshape(-1, width))
 
     def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward is nn.Linear.forward:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.fisher.forms import ParameterForm
 
 PROBE_ROWS = 8
@@ -62,6 +64,32 @@ class LayerRule(ABC):
         """
         return False
 
+    def full_factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Shapes of the full second moments of the input and of the output gradient; None (the default): has none.
+
+        They are the Kronecker factors of the parameter ``weight``, seen as a matrix whose rows are its first axis, so
+        that ``grad = sum_n g_n x_n^T`` or its transpose. ``(d, d)`` is a full moment, ``(d,)`` the diagonal of one that
+        is diagonal by nature. AdaFisher never asks for them; K-FAC does.
+        """
+        return None
+
+    def full_input_sums(
+        self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, with_one: bool = False
+    ) -> tuple[Tensor, int]:
+        """``sum_n x_n x_n^T`` over all positions of one call, and the number of positions.
+
+        Args:
+            module: The layer.
+            inputs: As for :meth:`input_sums`.
+            output: What the call returned.
+            with_one: Whether each ``x_n`` is extended by a last entry 1, the input of the bias.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no full second moments")
+
+    def full_output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        """``sum_n g_n g_n^T`` over all positions."""
+        raise NotImplementedError(f"{type(self).__name__} has no full second moments")
+
 
 def weight_of(module: nn.Module) -> Tensor:
     """``module.weight``, which a rule knows to be a tensor where the type checker does not."""
@@ -76,6 +104,18 @@ def agree(actual: Tensor, expected: Tensor, tolerance: float = 0.03) -> bool:
         return False
     difference = torch.linalg.vector_norm(actual.float() - expected.float())
     return bool(difference <= tolerance * torch.linalg.vector_norm(expected.float()) + 1e-12)
+
+
+def second_moment(rows: Tensor, with_one: bool = False) -> Tensor:
+    """``sum_n x_n x_n^T`` over the rows ``x_n`` of a matrix, extended by a last entry 1 on request.
+
+    In the dtype of statistics, also inside an autocast region, where a plain product would be made in bfloat16.
+    """
+    rows = rows.detach().to(statistics_dtype(rows.dtype))
+    if with_one:
+        rows = F.pad(rows, (0, 1), value=1.0)
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.t() @ rows
 
 
 _RULES: dict[type[nn.Module], LayerRule] = {}

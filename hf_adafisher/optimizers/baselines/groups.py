@@ -1,0 +1,73 @@
+"""Parameter groups of the optimizers that treat some weights otherwise than the rest.
+
+Each function takes the model, the groups with and without weight decay, and the optimizer's arguments, from which it
+takes what only the groups need.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from hf_adafisher.optimizers.param_groups import (
+    Groups,
+    chosen_groups,
+    embedding_tables,
+    hidden_matrices,
+    output_embeddings,
+    split_groups,
+)
+
+Arguments = dict[str, Any]
+
+
+def lars_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
+    """Matrices, whose steps LARS scales by their norms, and vectors (biases, norms), which take plain SGD steps."""
+    lr, vector_lr = arguments["lr"], arguments.pop("vector_lr")
+    return split_groups(groups, lambda p: p.dim() > 1, {"lr": lr}, {"lr": vector_lr})
+
+
+def muon_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
+    """Hidden matrices for Muon, everything else for its own AdamW.
+
+    Muon scales its steps by sqrt(max(1, outputs / inputs)), for a weight stored as (outputs, inputs); those that are
+    stored the other way round get groups with a learning rate (and a decay) that makes up for it.
+    """
+    lr, adamw_lr = arguments["lr"], arguments["adamw_lr"]
+    hidden = {id(weight): _correction(weight.shape, transposed) for weight, transposed in hidden_matrices(model)}
+    if arguments.get("use_adjusted_lr"):  # a scale that knows no direction
+        hidden = dict.fromkeys(hidden, 1.0)
+    split: Groups = []
+    # Trainer logs the learning rate of the first group.
+    for factor in sorted(set(hidden.values()), key=lambda factor: (factor != 1.0, factor)):
+        chosen = {key for key, value in hidden.items() if value == factor}
+        for part in chosen_groups(groups, chosen, {"use_muon": True, "lr": lr * factor}):
+            split.append({**part, "weight_decay": part["weight_decay"] / factor})
+    rest = {id(p) for group in groups for p in group["params"]} - hidden.keys()
+    return split + chosen_groups(groups, rest, {"use_muon": False, "lr": adamw_lr})
+
+
+def _correction(shape: Any, transposed: bool) -> float:
+    """What Muon's scale must be multiplied by for a weight stored as (inputs, outputs)."""
+    return math.sqrt(shape[1] / shape[0]) if transposed else 1.0
+
+
+def shampoo_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
+    """Full matrices for what has no side above ``max_side`` and is no embedding; the rest goes to AdamW."""
+    tables, limit = embedding_tables(model), arguments.pop("max_side")
+    return split_groups(
+        groups,
+        lambda p: id(p) not in tables and max(p.shape, default=1) <= limit,
+        {"use_shampoo": True, "max_side": limit},
+        {"use_shampoo": False, "max_side": limit},
+    )
+
+
+def soap_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
+    """Embeddings and a language model's head are preconditioned along their width only, not along the vocabulary."""
+    tables, limit = embedding_tables(model) | output_embeddings(model), arguments["max_precondition_dim"]
+    widths = [min(p.shape) for group in groups for p in group["params"] if id(p) in tables]
+    narrow = {"max_precondition_dim": min([limit, max(widths, default=limit)])}
+    return split_groups(groups, lambda p: id(p) not in tables, {}, narrow)

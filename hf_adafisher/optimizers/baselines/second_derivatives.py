@@ -1,0 +1,58 @@
+"""A model made ready for second derivatives: attention that has them, no graph that has not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_model(model: nn.Module, kind: str) -> None:
+    """Switch attention to the form that can be differentiated twice, with one warning.
+
+    Fused attention kernels have no second derivative. Models other than transformers' are left as they are.
+
+    Args:
+        model: The model to train.
+        kind: The optimizer's name, for the messages.
+
+    Raises:
+        ValueError: The model is compiled, or recomputes activations in the way that allows one backward only.
+    """
+    if any(type(module).__name__ == "OptimizedModule" or _compiled_in_place(module) for module in model.modules()):
+        raise ValueError(
+            f"{kind} needs second derivatives, which compiled graphs do not have: use the model without torch.compile"
+        )
+    if any(_recomputes_once(module) for module in model.modules()):
+        raise ValueError(
+            f"{kind} needs second derivatives, which reentrant activation checkpointing does not allow: set "
+            "use_reentrant to False in activation_checkpointing_kwargs (or gradient_checkpointing_kwargs)"
+        )
+    switched = set()
+    for module in model.modules():
+        current = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if current not in (None, "eager") and callable(getattr(module, "set_attn_implementation", None)):
+            module.set_attn_implementation("eager")  # type: ignore[operator]
+            switched.add(current)
+    if switched:
+        logger.warning(
+            "%s needs second derivatives, which fused attention does not have: the model's attention was switched "
+            "from %s to eager.",
+            kind,
+            ", ".join(sorted(switched)),
+        )
+
+
+def _compiled_in_place(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def _recomputes_once(module: nn.Module) -> bool:
+    """Whether transformers has set reentrant checkpointing up on this module; torch's default is reentrant too."""
+    function: Any = getattr(module, "_gradient_checkpointing_func", None)
+    if not getattr(module, "gradient_checkpointing", False) or function is None:
+        return False
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))

@@ -1,0 +1,54 @@
+"""Weights of checkpoints whose names are not those of the model.
+
+transformers saves some models (ViT, Mixtral, ...) under the names that their published weights have, and
+``from_pretrained`` knows both. ``Trainer`` does not: resuming, it loads what agrees, warns, and leaves the rest at
+their initial values (https://github.com/huggingface/transformers/issues/43701).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def has_renamed_weights(model: nn.Module, checkpoint: Path) -> bool:
+    """Whether the checkpoint holds weights under names that the model does not have."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    names = set(model.state_dict())
+    return any(name not in names for name in _saved_names(checkpoint))
+
+
+def load_renamed_weights(model: Any, checkpoint: Path) -> None:
+    """Load the checkpoint into the model by way of ``from_pretrained``, which translates the names.
+
+    Raises:
+        ValueError: Some of the model's weights are not in the checkpoint.
+    """
+    loaded, info = type(model).from_pretrained(
+        checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{checkpoint} lacks weights of this model: {', '.join(missing)}")
+    model.load_state_dict(loaded.state_dict())
+
+
+def _saved_names(checkpoint: Path) -> Iterable[str]:
+    """The names in the checkpoint; none where it has another layout than Trainer's of a whole model."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (checkpoint / index).is_file():
+            return json.loads((checkpoint / index).read_text(encoding="utf-8"))["weight_map"]
+    if (checkpoint / "model.safetensors").is_file():
+        with safe_open(checkpoint / "model.safetensors", framework="pt") as weights:
+            return list(weights.keys())
+    if (checkpoint / "pytorch_model.bin").is_file():
+        return torch.load(checkpoint / "pytorch_model.bin", map_location="meta", weights_only=True)
+    return []

@@ -1,0 +1,69 @@
+"""The README's table of optimizers is what the program prints, and the program prints what the records hold."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from hf_adafisher import available_optimizers
+from hf_adafisher.optimizers.catalog import optimizer_record
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def program() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("list_optimizers", ROOT / "scripts" / "list_optimizers.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_holds_the_programs_table(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """To renew it: `python scripts/list_optimizers.py --markdown`."""
+    assert program.main(["--markdown"]) == 0
+    table = capsys.readouterr().out.strip()
+    assert table.count("\n") == len(available_optimizers()) + 1
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_json_holds_every_record(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program.main(["--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in listed] == available_optimizers()
+    for entry in listed:
+        record = optimizer_record(entry["name"])
+        assert entry["learning_rate"] == {"value": record.learning_rate.value, "source": record.learning_rate.source}
+        assert {key: setting["value"] for key, setting in entry["defaults"].items()} == {
+            key: setting.value for key, setting in record.defaults.items()
+        }
+        assert set(entry["refuses"]) == record.refuses and entry["create_graph"] == record.create_graph
+
+
+def test_the_plain_list_names_every_default_and_its_source(
+    program: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main([]) == 0
+    text = capsys.readouterr().out
+    for name in available_optimizers():
+        record = optimizer_record(name)
+        assert f"\n{name}\n" in f"\n{text}"
+        for setting in (record.learning_rate, *record.defaults.values()):
+            assert f"{setting.value} ({setting.source})" in text
+
+
+@pytest.mark.parametrize("name", available_optimizers())
+def test_every_default_has_a_source_and_every_record_a_paper(name: str) -> None:
+    record = optimizer_record(name)
+    assert record.paper and record.library and record.memory
+    assert record.learning_rate.value > 0
+    assert all(len(setting.source) > 5 for setting in (record.learning_rate, *record.defaults.values()))
+    if "lr" in record.defaults:
+        assert record.defaults["lr"] == record.learning_rate
+    if record.momentum:
+        assert record.momentum in record.options()
