@@ -41,7 +41,7 @@ class Use:
         dtype, keys = statistics_dtype(param.dtype), self.factor_keys(param.shape)
         shapes = self.form.factor_shapes(param.shape)
         state = {key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()}
-        return {**state, self.weight_key: torch.zeros((), dtype=torch.float64)}
+        return {**state, self.weight_key: torch.zeros((), dtype=torch.float64, device="cpu")}
 
     def average(self, state: Mapping[str, Tensor], shape: torch.Size) -> MovingAverage:
         """The moving average over this use's tensors in ``state``."""
@@ -79,7 +79,7 @@ def new_state(uses: Sequence[Use], param: Tensor) -> dict[str, Tensor]:
     for use in uses:
         state.update(use.new_state(param))
     if uses[0].tracked is not None:
-        state[ON_GRADIENT] = torch.zeros(())
+        state[ON_GRADIENT] = torch.zeros((), device="cpu")
     return state
 
 

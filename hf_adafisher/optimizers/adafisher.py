@@ -67,6 +67,7 @@ class AdaFisher(RecordingOptimizer):
     checkpoint_keys = ADAFISHER_KEYS
     compared_on_load = ("beta", "damping", "ema_decay", "update_interval", "weight_decay", "momentum_dtype")
     decoupled: ClassVar[bool | None] = False
+    momentum_key = "exp_avg"
     _curvature: Curvature
 
     def __init__(
@@ -136,11 +137,25 @@ class AdaFisher(RecordingOptimizer):
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             dtype = momentum_dtype_of(group, p.dtype)
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state.update(new_state(self._curvature.uses_of(p), p))
         return state
+
+    def _track(self) -> None:
+        """Follow the model and the groups as they are now, also in the states that exist."""
+        super()._track()
+        for p in self._params():
+            state = self.state.get(p)
+            if state:
+                fresh = new_state(self._curvature.uses_of(p), p)
+                known = {key: value for key, value in state.items() if key not in ("step", self.momentum_key)}
+                if not known.keys() <= fresh.keys():  # another rule reaches it now: its factors mean something else
+                    for key in known:
+                        del state[key]
+                for key, value in fresh.items():
+                    state.setdefault(key, value)
 
     def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of a parameter's state; they depend on the model alone."""
@@ -149,8 +164,7 @@ class AdaFisher(RecordingOptimizer):
 
     def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
         """Momentum has the dtype that its group names; statistics keep their own."""
-        group.setdefault("momentum_dtype", None)
-        return momentum_dtype_of(group, p.dtype) if key == "exp_avg" else saved
+        return momentum_dtype_of(group, p.dtype) if key == self.momentum_key else saved
 
     @torch.no_grad()
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:

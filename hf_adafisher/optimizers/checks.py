@@ -35,7 +35,7 @@ def momentum_dtype(group: Mapping[str, Any], default: torch.dtype | None = None)
     Raises:
         ValueError: It names no floating-point dtype.
     """
-    name = group["momentum_dtype"]
+    name = group.get("momentum_dtype")
     if name is None:
         return default
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
@@ -223,10 +223,10 @@ def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterab
 def warn_changed_options(optimizer: RecordingOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Say which options a checkpoint is about to change from what the optimizer was built with."""
     changed = {
-        f"{name}: {group[name]} -> {saved[name]}"
+        f"{name}: {group[name]} -> {saved.get(name)}"
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
         for name in optimizer.compared_on_load
-        if group[name] != saved[name]
+        if group[name] != saved.get(name)
     }
     if changed:
         logger.warning(

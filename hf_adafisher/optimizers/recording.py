@@ -48,6 +48,8 @@ class RecordingOptimizer(Optimizer, ABC):
     """Options whose change by a checkpoint is worth a warning."""
     decoupled: ClassVar[bool | None] = None
     """The value of the group option ``decoupled_weight_decay``; None where there is no such option."""
+    momentum_key: ClassVar[str]
+    """State key of the tensor that has the parameter's shape."""
     supports_shards: ClassVar[bool] = True
     """Whether parameters may be sharded by FSDP2."""
 
@@ -104,7 +106,7 @@ class RecordingOptimizer(Optimizer, ABC):
 
     def _restored_dtype(self, group: Mapping[str, Any], p: Tensor, key: str, saved: torch.dtype) -> torch.dtype:
         """The dtype of a restored state tensor. Statistics keep their own; torch casts all to the parameter's."""
-        return saved
+        return p.dtype if key == self.momentum_key else saved
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Refresh the factors if this step is due, then update every parameter that has a gradient.
@@ -251,9 +253,11 @@ class RecordingOptimizer(Optimizer, ABC):
         members = [(group, p) for group in self.param_groups for p in group["params"]]
         for saved_id, (group, p) in zip(saved_ids, members, strict=True):
             for key, value in state_dict["state"].get(saved_id, {}).items():
-                # 0-dimensional entries (step, weight of the average) stay on the CPU: they are read as numbers.
+                # Scalars (step, weight of the average) stay on the CPU, since they are read as numbers; the momentum
+                # of a 0-dimensional parameter is none of them.
+                scalar = value.dim() == 0 and key != self.momentum_key
                 dtype = self._restored_dtype(group, p, key, value.dtype)
-                device = torch.device("cpu") if value.dim() == 0 else p.device
+                device = torch.device("cpu") if scalar else p.device
                 self.state[p][key] = value.detach().clone().to(device, dtype)
         self._curvature.forget()
         self._curvature.discard()

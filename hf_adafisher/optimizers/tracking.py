@@ -34,10 +34,13 @@ class ParameterTracker(ABC):
 
     def track(self, params: Sequence[Any]) -> None:
         """Follow exactly these parameters of the model from now on, with a new recorder (disarmed)."""
+        scale = 1.0
         if self.recorder is not None:
+            scale = self.recorder.gradient_scale
             self.recorder.close()
         self._params = list(params)
         self.recorder = self._new_recorder()
+        self.recorder.gradient_scale = scale
         self.map_parameters()
         self._report_uncovered()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ KFAC_KEYS = frozenset({"damping", "stat_decay", "inverse_interval", "kl_clip"})
 """Options that the saved groups of K-FAC have and those of other optimizers lack."""
 
 PLAIN = "plain SGD"
-_MOMENTUM = "momentum_buffer"
 
 
 class KFAC(RecordingOptimizer):
@@ -88,6 +87,7 @@ class KFAC(RecordingOptimizer):
     """
 
     checkpoint_keys = KFAC_KEYS
+    momentum_key = "momentum_buffer"
     supports_shards = False
     compared_on_load = (
         "momentum",
@@ -202,7 +202,7 @@ class KFAC(RecordingOptimizer):
         for group, p, grad in members:
             direction = directions.get(id(p))
             direction = grad if direction is None else direction * self._kl_factor
-            buffer = self._state_of(p)[_MOMENTUM]
+            buffer = self._state_of(p)[self.momentum_key]
             if group["weight_decay"]:
                 direction = direction.add(p, alpha=group["weight_decay"])
             buffer.mul_(group["momentum"]).add_(direction)
@@ -232,19 +232,16 @@ class KFAC(RecordingOptimizer):
     def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of a parameter's state; they depend on the model and ``max_factor_dim`` alone."""
         block = self._curvature.block_of_weight(p)
-        return {_MOMENTUM: tuple(p.shape)} | ({} if block is None else block.state_shapes())
+        return {self.momentum_key: tuple(p.shape)} | ({} if block is None else block.state_shapes())
 
     def _state_of(self, p: Any) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient; a weight's holds the factors of its block."""
         state = self.state[p]
         if not state:
-            state[_MOMENTUM] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            state[self.momentum_key] = torch.zeros_like(p, memory_format=torch.preserve_format)
             block = self._curvature.block_of_weight(p)
             state.update({} if block is None else _new_factors(block))
         return state
-
-    def _restored_dtype(self, group: Mapping[str, Any], p: Tensor, key: str, saved: torch.dtype) -> torch.dtype:
-        return p.dtype if key == _MOMENTUM else saved
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,6 +303,6 @@ def _new_factors(block: Block) -> dict[str, Tensor]:
     return {
         key: torch.zeros(shape, dtype=statistics_dtype(p.dtype), device=p.device)
         if shape
-        else torch.zeros((), dtype=torch.float64)
+        else torch.zeros((), dtype=torch.float64, device="cpu")
         for key, shape in block.state_shapes().items()
     }
