@@ -151,10 +151,13 @@ def conv_output_loop(conv: nn.Module, x: Tensor) -> Tensor:
     return result.movedim(0, 1).reshape(*x.shape[: x.dim() - window.axes - 1], *result.shape[:1], *result.shape[2:])
 
 
-def one_hot_rows(tokens: Tensor, vocabulary: int) -> Iterator[list[float]]:
-    """What an embedding's input is when the embedding is seen as a matrix: a 1 at the token, 0 elsewhere."""
+def one_hot_rows(tokens: Tensor, vocabulary: int, padding: int | None = None) -> Iterator[list[float]]:
+    """What an embedding's input is when the embedding is seen as a matrix: a 1 at the token, 0 elsewhere.
+
+    The padding token, whose row gets no gradient, is a row of zeros: a position, but nobody's input.
+    """
     for token in tokens.flatten().tolist():
-        yield [1.0 if word == token else 0.0 for word in range(vocabulary)]
+        yield [1.0 if word == token != padding else 0.0 for word in range(vocabulary)]
 
 
 def normalized_rows(kind: Kind, x: Tensor, eps: float, channel_axes: int) -> Iterator[list[float]]:
@@ -191,6 +194,7 @@ def input_rows(
     x: Tensor,
     *,
     vocabulary: int = 0,
+    padding: int | None = None,
     eps: float = 0.0,
     channel_axes: int = 1,
     groups: int = 1,
@@ -198,7 +202,7 @@ def input_rows(
 ) -> Iterator[list[float]]:
     """The rows x_n of the method for one call of a module."""
     if kind == "embedding":
-        return one_hot_rows(x, vocabulary)
+        return one_hot_rows(x, vocabulary, padding)
     if kind == "conv":
         assert window is not None
         return patch_rows(x, window)
@@ -224,8 +228,8 @@ def grad_rows(kind: Kind, g: Tensor, *, channel_axes: int = 1, window: Window | 
 def input_factor_loop(kind: Kind, x: Tensor, **options: Any) -> Tensor:
     """h_j = (1/N) sum_n x_nj^2, flat.
 
-    Options: `vocabulary` for embeddings; `eps` for norms, with `channel_axes` (the number of axes normalised
-    together) or, for GroupNorm, `groups`; `window` for convolutions.
+    Options: `vocabulary` and `padding` (the padding token) for embeddings; `eps` for norms, with `channel_axes` (the
+    number of axes normalised together) or, for GroupNorm, `groups`; `window` for convolutions.
     """
     return mean_of_squares(input_rows(kind, x, **options))
 
@@ -353,7 +357,7 @@ def input_options(kind: Kind, module: nn.Module, x: Tensor) -> dict[str, Any]:
     """What `input_rows` needs to know of a module and its input."""
     options = grad_options(kind, module)
     if isinstance(module, nn.Embedding):
-        options["vocabulary"] = module.num_embeddings
+        options["vocabulary"], options["padding"] = module.num_embeddings, module.padding_idx
     if isinstance(module, nn.GroupNorm):
         options["groups"] = module.num_groups
     if kind in NORMS:

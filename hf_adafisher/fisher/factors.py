@@ -74,7 +74,7 @@ def sum_of_squares_along(values: Tensor, axis: int) -> Tensor:
     """Sums of squares over every axis of ``values`` but ``axis``; a vector, as :func:`sum_of_squares`."""
     values, dtype, size = values.detach(), statistics_dtype(values.dtype), values.shape[axis]
     last = values.movedim(axis, -1)
-    if values.numel() == 0 or last.is_contiguous():
+    if values.dim() == 1 or values.numel() == 0 or last.is_contiguous():
         return sum_of_squares(last, size)
     if not values.is_contiguous():
         rest = [i for i in range(values.dim()) if i != axis]

@@ -20,7 +20,11 @@ INPUT = "input_factor"
 OUTPUT_GRAD = "output_grad_factor"
 
 Term = tuple[Tensor, ...]
-"""Tensors that broadcast to the parameter's shape; their product is one use's share of the diagonal."""
+"""Tensors that broadcast to the parameter's shape; their product is one use's share of the diagonal.
+
+They may have one axis more than the parameter, whose first axis is then split in two, ``(groups, out / groups)``: the
+weight of a grouped convolution. The product has the parameter's shape once these two are flattened.
+"""
 
 
 class ParameterForm(ABC):
@@ -32,7 +36,7 @@ class ParameterForm(ABC):
 
     @abstractmethod
     def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
-        """Tensors that broadcast to ``shape`` and whose product is the diagonal, min-max normalised or raw."""
+        """Tensors whose product is the diagonal of a parameter of ``shape`` (a term), min-max normalised or raw."""
 
     @abstractmethod
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
@@ -75,6 +79,7 @@ class ConvForm(ParameterForm):
 
     ``c`` is the input channel that ``j`` stands for in the group of ``o``. With several groups the weight is that of
     a dense convolution with zeros in the other groups' places, and so are the factors: each is normalised as a whole.
+    Its terms split the first axis into the groups and what is inside them.
 
     Attributes:
         groups: Number of groups; ``H`` has the shape ``(in, *kernel)`` for any.
@@ -89,10 +94,8 @@ class ConvForm(ParameterForm):
         s, h = factors[OUTPUT_GRAD], factors[INPUT]
         if normalize:
             s, h = min_max_normalize(s), min_max_normalize(h)
-        h = h.reshape(self.groups, 1, *shape[1:])
-        if self.groups > 1:  # one copy for each output channel of the group
-            h = h.expand(-1, shape[0] // self.groups, *shape[1:]).reshape(1, *shape)
-        return s.reshape(-1, *[1] * (len(shape) - 1)), h.squeeze(0 if self.groups > 1 else 1)
+        lead = (self.groups,) if self.groups > 1 else ()
+        return s.reshape(*lead, -1, *[1] * (len(shape) - 1)), h.reshape(*lead, 1, *shape[1:])
 
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         out, *rest = grad.shape
@@ -171,6 +174,7 @@ def diagonal_of(terms: Sequence[Term], like: Tensor, damping: float) -> Tensor:
     total: Tensor | None = None
     for term in terms:
         product = math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
+        product = product.flatten(0, 1) if product.dim() > like.dim() else product
         total = product if total is None else total + product
     assert total is not None, "a parameter has at least one term"
     return total.add(damping).expand(like.shape) if total.shape != like.shape else total.add(damping)

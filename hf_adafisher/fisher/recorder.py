@@ -26,7 +26,8 @@ class TrackedModule:
         module: The module itself. Parameters are looked up on it when needed, since wrappers may replace them.
         rule: The rule of its class.
         forms: The forms of those of its parameters that the optimizer trains.
-        explained: Whether a call was found to compute what the rule assumes; None before the first call.
+        explained: Whether a call was found to compute what the rule assumes; None before the first call. The first
+            call with finite output decides for good: one that computes something else later is not noticed.
     """
 
     name: str
@@ -105,7 +106,9 @@ class FactorRecorder:
     Armed, each tracked module has one forward hook. It sums the squares of the input at once, never keeping the
     input, and puts a tensor hook on the output that sums the squares of the gradient and commits the *pair*. Pairing
     makes recomputation (activation checkpointing), several calls per forward and forwards without backward exact:
-    what has no backward is not counted. Disarmed, no hook exists.
+    what has no backward is not counted. A second backward through the same graph (``retain_graph=True``) commits its
+    pairs again, as it adds its gradients again: the positions count twice, with each backward's own gradients.
+    Disarmed, no hook exists.
 
     Args:
         model: Any module; its submodules are walked once.
@@ -154,7 +157,11 @@ class FactorRecorder:
         if not self._handles:
             for tracked in self.tracked:
                 hook = _ForwardHook(self, tracked)
-                self._handles.append(tracked.module.register_forward_hook(hook, with_kwargs=True))
+                # Before everybody else's hooks: the output is then what the layer itself returned, the tensor whose
+                # gradient belongs to its weight, whatever other hooks put in its place; and a layer that is an FSDP2
+                # unit of its own still has its whole weight, which the hook of `fully_shard` takes away.
+                handle = tracked.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                self._handles.append(handle)
 
     def disarm(self) -> None:
         """Remove every forward hook and forget what is pending."""

@@ -62,7 +62,8 @@ class Use:
 def with_gradient_sums(form: ParameterForm, factors: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     """Factors of a table whose rows served the whole batch: the output gradients are the rows of its own gradient.
 
-    ``s_j = sum_v grad[v, j]^2 / (number of rows in use)``, which is what one backward over the whole batch records.
+    ``s_j = sum_v grad[v, j]^2 / (number of rows in use)``, which is what one backward over the whole batch records; the
+    row of a ``padding_idx``, which has no gradient, is not in use.
     """
     rows_in_use = factors[INPUT].count_nonzero().clamp(min=1)
     per_row = form.from_gradient(grad)[OUTPUT_GRAD]

@@ -36,7 +36,22 @@ def local_terms(terms: Sequence[Term], param: Any) -> list[Term]:
     """The part of each term that broadcasts to this process's part of ``param``."""
     if not is_sharded(param):
         return list(terms)
-    return [tuple(_local_factor(factor, param) for factor in term) for term in terms]
+    return [tuple(_local_factor(_unsplit(factor, param), param) for factor in term) for term in terms]
+
+
+def is_split(terms: Sequence[Term], param: Any) -> bool:
+    """Whether a term has the weight of a grouped convolution as one axis more: its local part is of the weight's size.
+
+    Shards need not end where a group ends, so that the factors are copied out for each row before they are cut.
+    """
+    return any(factor.dim() > param.dim() for term in terms for factor in term)
+
+
+def _unsplit(factor: Tensor, param: Any) -> Tensor:
+    if factor.dim() == param.dim():
+        return factor
+    groups, inside = factor.shape[0], param.shape[0] // factor.shape[0]
+    return factor.expand(groups, inside, *factor.shape[2:]).flatten(0, 1)
 
 
 def _local_factor(factor: Tensor, param: Any) -> Tensor:
@@ -45,4 +60,5 @@ def _local_factor(factor: Tensor, param: Any) -> Tensor:
         for placement in param.placements
     ]
     replicated = DTensor.from_local(factor, param.device_mesh, [Replicate()] * len(placements), run_check=False)
-    return replicated.redistribute(placements=placements).to_local()
+    # The mesh's device is not the parameter's where FSDP2 keeps shards on the CPU (CPUOffloadPolicy).
+    return replicated.redistribute(placements=placements).to_local().to(param.to_local().device)

@@ -59,3 +59,11 @@ def three(two: Results, tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("three")
     torchrun(3, "reload", str(folder), two[0]["folder"])
     return load(folder, 3)
+
+
+@pytest.fixture(scope="session")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Results of four processes: two replicas of two shards."""
+    folder = tmp_path_factory.mktemp("four")
+    torchrun(4, "hybrid", str(folder))
+    return load(folder, 4)

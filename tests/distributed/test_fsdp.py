@@ -27,6 +27,38 @@ def test_fsdp_updates_of_sharded_parameters_equal_one_process(two: Results, name
     )
 
 
+def test_fsdp_norms_that_are_units_of_their_own_equal_one_process(two: Results) -> None:
+    """Their weight is sharded again when a hook that comes after FSDP2's looks at it."""
+    alone = worker.data_parallel("llama")
+    for result in two:
+        both = result["fully_sharded_llama"]
+        assert both["sharded"] and both["reductions"] == 3
+        assert set(both["rules"].values()) == {"Embedding", "Linear", "RMSNorm"}
+        for part in ("weights", "diagonals", "state"):  # the norms compute in float32 whatever they are given
+            assert_close(both[part], alone[part], rtol=1e-5, atol=1e-6)
+
+
+def test_fsdp_shards_of_a_grouped_convolution_may_end_inside_a_group(two: Results) -> None:
+    alone = worker.grouped_convolution()
+    for result in two:
+        assert_close(result["grouped_convolution"], alone)
+
+
+def test_fsdp_factors_go_to_the_device_of_the_shard(two: Results) -> None:
+    for result in two:
+        found = result["factor_of_an_offloaded_shard"]
+        assert found == {"devices": ["meta", "meta"], "shapes": [(2, 1), (1, 3)]}
+
+
+def test_hsdp_two_replicas_of_two_shards_equal_one_process(four: Results) -> None:
+    alone = worker.data_parallel("gpt2")
+    for result in four:
+        hybrid = result["hybrid"]
+        assert hybrid["sharded"]
+        for part in ("weights", "diagonals", "state"):
+            assert_close(hybrid[part], alone[part])
+
+
 def test_fsdp_through_accelerate_which_replaces_the_parameters_of_a_built_optimizer(two: Results) -> None:
     for result in two:
         first, second = result["through_accelerate"], result["fully_sharded_vit"]

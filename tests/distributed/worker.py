@@ -1,4 +1,4 @@
-"""Scenarios that run in several processes: `torchrun -m tests.distributed.worker all|reload FOLDER [CHECKPOINTS]`.
+"""Scenarios for several processes: `torchrun -m tests.distributed.worker all|hybrid|reload FOLDER [CHECKPOINTS]`.
 
 Each returns tensors and numbers, which every process writes to FOLDER/rankN.pt for the tests to compare. The single
 process that they are compared with runs the same functions in the test.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW
 from hf_adafisher.fisher import reduce
+from hf_adafisher.optimizers import sharding
 from tests.model_zoo import family
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}
@@ -221,22 +223,28 @@ def under_trainer(folder: Path) -> dict[str, Any]:
 # --- FSDP2 ------------------------------------------------------------------------------------
 
 
-def shard(model: nn.Module) -> nn.Module:
-    """`fully_shard` for every block and the rest."""
+UNITS = ("GPT2Block", "ViTLayer", "LlamaDecoderLayer", "LlamaRMSNorm")
+"""Classes whose modules `fully_shard` makes units of their own; the norms inside of another unit."""
+
+
+def shard(model: nn.Module, replicas: int = 1) -> nn.Module:
+    """`fully_shard` for every block and the rest; over a mesh of two axes where there are several replicas (HSDP)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     _, world = rank_and_world()
-    mesh = init_device_mesh("cpu", (world,))
-    blocks = [m for m in model.modules() if type(m).__name__ in ("GPT2Block", "ViTLayer")]
-    for block in blocks:
+    if replicas == 1:
+        mesh = init_device_mesh("cpu", (world,))
+    else:
+        mesh = init_device_mesh("cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    for block in reversed([m for m in model.modules() if type(m).__name__ in UNITS]):  # the innermost first
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
-def fully_sharded(name: str) -> dict[str, Any]:
+def fully_sharded(name: str, replicas: int = 1) -> dict[str, Any]:
     """As in a plain loop: shard, then build the optimizer."""
-    model = shard(build(name))
+    model = shard(build(name), replicas)
     optimizer = AdaFisherW(model, **OPTIONS)
     with CountAllReduces() as reductions:
         loop(name, model, optimizer)
@@ -251,6 +259,35 @@ def fully_sharded(name: str) -> dict[str, Any]:
         "summary": optimizer.curvature_summary(),
         "rules": {row.name: row.rule for row in optimizer.coverage()},
     }
+
+
+def grouped_convolution() -> dict[str, Any]:
+    """Shards of nine channels in three groups end inside of a group; one process has one shard of everything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 9, (3, 2), groups=3), nn.Tanh(), nn.Conv2d(9, 2, 2)).double()
+    if dist.is_initialized():
+        shard(model)
+    optimizer = AdaFisherW(model, **OPTIONS)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        images = torch.randn(GLOBAL_BATCH, 6, 5, 4, generator=torch.Generator().manual_seed(step))
+        model(my_rows({"x": images})["x"]).pow(3).mean().backward()
+        optimizer.step()
+    return {"weights": weights_of(model), "state": state_of(model, optimizer)}
+
+
+def factor_of_an_offloaded_shard() -> dict[str, Any]:
+    """A factor goes where the shard is, which with CPUOffloadPolicy is not the mesh's device: `meta` stands for it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard
+
+    _, world = rank_and_world()
+    local = torch.empty(4 // world, 3, device="meta")
+    param = SimpleNamespace(
+        device_mesh=init_device_mesh("cpu", (world,)), placements=[Shard(0)], to_local=lambda: local
+    )
+    rows, columns = (sharding._local_factor(factor, param) for factor in (torch.ones(4, 1), torch.ones(1, 3)))
+    return {"devices": [rows.device.type, columns.device.type], "shapes": [tuple(rows.shape), tuple(columns.shape)]}
 
 
 def through_accelerate(name: str) -> dict[str, Any]:
@@ -339,6 +376,9 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "different_models": different_models,
         "fully_sharded_gpt2": lambda: fully_sharded("gpt2"),
         "fully_sharded_vit": lambda: fully_sharded("vit"),
+        "fully_sharded_llama": lambda: fully_sharded("llama"),
+        "grouped_convolution": grouped_convolution,
+        "factor_of_an_offloaded_shard": factor_of_an_offloaded_shard,
         "distributed_checkpoint": lambda: distributed_checkpoint(folder),
         "under_trainer": lambda: under_trainer(folder / "trainer"),
         "through_accelerate": lambda: through_accelerate("vit"),
@@ -354,6 +394,8 @@ def main() -> None:
         for name, scenario in scenarios(folder).items():
             results[name] = scenario()
             dist.barrier()
+    elif what == "hybrid":
+        results["hybrid"] = fully_sharded("gpt2", replicas=2)
     else:
         results["reloaded"] = reload_distributed_checkpoint(Path(sys.argv[3]))
     torch.save(copy.deepcopy(results), folder / f"rank{os.environ['RANK']}.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import warnings
@@ -477,6 +478,35 @@ def peak_and_largest(work: Callable[[], object], folder: Path) -> tuple[int, int
         peak, largest = max(peak, alive), max(largest, size)
     assert allocations
     return peak, largest
+
+
+def storages_of(size: int) -> set[int]:
+    """The storages of exactly that many bytes that some python object holds."""
+    gc.collect()
+    tensors = [found for found in gc.get_objects() if type(found) in (Tensor, nn.Parameter)]
+    return {t.untyped_storage().data_ptr() for t in tensors if t.untyped_storage().nbytes() == size}
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("functional", [False, True])
+def test_nothing_of_the_weights_size_outlives_a_step_but_the_momentum(groups: int, functional: bool) -> None:
+    """A grouped convolution multiplies its factors out in every update; its H is out / groups times smaller."""
+    conv = nn.Conv2d(3 * 7, 3 * 11, (5, 3), groups=groups, bias=False)
+    size = conv.weight.numel() * conv.weight.element_size()
+    before = storages_of(size)
+    optimizer = AdaFisherW(conv, update_interval=2)
+    for seed in range(3):
+        optimizer.zero_grad()
+        x = normal(2, 3 * 7, 6, 5, seed=seed).float()
+        output = F.conv2d(x, conv.weight, groups=groups) if functional else conv(x)
+        output.pow(3).mean().backward()
+        optimizer.step()
+        gradient = conv.weight.grad
+        assert gradient is not None
+        momentum = optimizer.state[conv.weight]["exp_avg"]
+        assert storages_of(size) - before == {t.untyped_storage().data_ptr() for t in (gradient, momentum)}
+        del gradient, momentum, output
+    assert optimizer.fisher_diagonal(conv.weight).shape == conv.weight.shape
 
 
 STEM_PATCHES = 3 * 49 * 112 * 112 * 8 * 4

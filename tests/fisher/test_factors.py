@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hf_adafisher.fisher.factors import FactorPair, MovingAverage, min_max_normalize, sum_of_squares
+from hf_adafisher.fisher.factors import (
+    FactorPair,
+    MovingAverage,
+    min_max_normalize,
+    sum_of_squares,
+    sum_of_squares_along,
+)
 from hf_adafisher.fisher.forms import GradientForm
 
 VALUES = st.lists(st.floats(0.0, 1e3, width=32), min_size=1, max_size=20)
@@ -49,6 +55,30 @@ def test_sums_of_squares_do_not_overflow_in_low_precision(dtype: torch.dtype) ->
     assert out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert_close(out, (values.to(out.dtype) ** 2).sum((0, 1)))
     assert_close(sum_of_squares(values[:0], 3), torch.zeros(3, dtype=out.dtype))
+
+
+LAYOUTS: dict[str, tuple[int, ...]] = {"contiguous": (0, 1, 2, 3), "channels_last": (0, 2, 3, 1), "other": (2, 0, 3, 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_along_every_axis_of_every_layout(layout: str, dtype: torch.dtype) -> None:
+    order = LAYOUTS[layout]
+    dense = torch.randn(*((3, 4, 5, 2)[i] for i in order), generator=torch.Generator().manual_seed(0)).to(dtype)
+    values = dense.permute([order.index(axis) for axis in range(4)])
+    assert values.shape == (3, 4, 5, 2)
+    statistics = torch.float64 if dtype == torch.float64 else torch.float32
+    for axis in range(4):
+        rest = [other for other in range(4) if other != axis]
+        assert_close(sum_of_squares_along(values, axis), values.to(statistics).square().sum(rest))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_sums_along_the_only_axis_are_the_squares(step: int) -> None:
+    """Also of a column: torch takes a norm over no axis for one over all of them."""
+    values = torch.randn(6, generator=torch.Generator().manual_seed(0))[::step]
+    assert_close(sum_of_squares_along(values, 0), values.square())
+    assert_close(sum_of_squares(values, len(values)), values.square())
 
 
 def test_the_average_is_the_weighted_mean_of_all_samples() -> None:

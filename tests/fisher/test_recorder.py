@@ -17,6 +17,7 @@ from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm
 from hf_adafisher.fisher.layers import registry
 from tests.cases import CASES, Case, mlp
 from tests.model_zoo import FAMILIES, Family
+from tests.reference import ReferenceAdaFisher
 
 
 def record(model: nn.Module, loss: Any) -> dict[str, dict[str, Tensor]]:
@@ -329,6 +330,127 @@ def test_tokens_that_happen_to_be_consecutive_are_counted_as_tokens() -> None:
     assert not rule.shared_by_batch([torch.tensor([[3, 4, 5, 7]])])
     assert not rule.shared_by_batch([torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6]])])
     assert rule.shared_by_batch([torch.tensor([3, 4, 5, 6])])
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_gradient_of_a_position_table_is_dropped_and_stays_due(broken: float) -> None:
+    """What was recorded is finite, but the table takes its gradient's rows, as they are when `step` sees them."""
+    torch.manual_seed(0)
+    model = Positions()
+    optimizer = AdaFisherW(model, update_interval=2)
+    ids = torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(1))
+    model(ids).square().mean().backward()
+    assert model.positions.weight.grad is not None
+    model.positions.weight.grad[1, 2] = broken
+    optimizer.step()
+    assert optimizer.param_groups[0]["dropped_refreshes"] == 1 and optimizer.refresh_due
+    for state in optimizer.state.values():
+        assert all(not value.any() for key, value in state.items() if key.startswith(("input", "output", "factor")))
+
+
+class TiedPositions(Positions):
+    """The table of positions is a layer's weight too, whose gradient is in the table's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(4, 9, bias=False)
+        self.mix.weight = self.positions.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.tokens(ids) + self.positions(torch.arange(ids.shape[1]).unsqueeze(0))
+        return self.head(torch.tanh(hidden)) + self.mix(hidden)[..., :7]
+
+
+@pytest.mark.parametrize("build", [Positions, TiedPositions], ids=lambda build: build.__name__)
+def test_a_tied_table_of_positions_keeps_its_uses_apart(build: type[Positions]) -> None:
+    """The rows of a tied table's gradient are those of both uses, and tell neither's output gradients."""
+    torch.manual_seed(0)
+    model = build().double()
+    slow = ReferenceAdaFisher(
+        model, lr=0.0, beta=0.9, damping=0.1, ema_decay=0.8, update_interval=1, weight_decay=0.0, decoupled=True
+    )
+    optimizer = AdaFisherW(model, lr=0.0, damping=0.1)
+    ids = torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(1))
+    torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    optimizer.step()
+    slow.step()
+    slow.close()
+    for p in model.parameters():
+        for normalized in (True, False):
+            found = optimizer.fisher_diagonal(p, normalized=normalized)
+            assert_close(found, slow.fisher_diagonal(p, normalized=normalized))
+
+
+class ColumnsFirst(nn.Linear):
+    """Computes ``W x^T`` and returns the transpose: a view whose base has the same values in another order."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return (self.weight @ input.t() + self.bias[:, None]).t()
+
+
+class RowsOfColumns(nn.Linear):
+    """The other way round: the output is contiguous, and a view of a base that is not."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        columns = torch.empty_strided((len(self.weight), len(input)), (1, len(self.weight)), dtype=input.dtype)
+        base = columns.copy_(super().forward(input).t())
+        return base.t()
+
+
+@pytest.mark.parametrize("layer", [ColumnsFirst, RowsOfColumns], ids=lambda layer: layer.__name__)
+def test_the_gradient_of_a_base_in_another_order_is_not_taken_for_the_outputs(layer: type[nn.Linear]) -> None:
+    torch.manual_seed(0)
+    plain, viewed, x = nn.Linear(4, 3).double(), layer(4, 3).double(), torch.randn(5, 4, dtype=torch.float64)
+    viewed.load_state_dict(plain.state_dict())
+    output = viewed(x)
+    base = output._base
+    assert base is not None and base.requires_grad and base.is_contiguous() != output.is_contiguous()
+    noise = torch.randn(5, 3, dtype=torch.float64)
+    expected = record(plain, lambda: (plain(x) * noise).sum())
+    assert_close(record(viewed, lambda: (viewed(x) * noise).sum()), expected)
+
+
+@pytest.mark.parametrize("axes", [2, 3])
+@pytest.mark.parametrize("hook", ["replaces", "changes_in_place"])
+@pytest.mark.parametrize("first", [True, False])
+def test_other_hooks_that_change_the_output_do_not_change_what_the_layer_computed(
+    first: bool, hook: str, axes: int
+) -> None:
+    """The layer returns W x; a hook makes x / 2 of it, before or after the optimizer is built. S is that of W x."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output / 2 if hook == "replaces" else output.div_(2)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), LlamaRMSNorm(4))
+    x = torch.randn(*(5, 3)[: axes - 1], 4)
+    expected = record(model, lambda: (model[2](torch.tanh(model[0](x) / 2)) / 2).pow(3).sum())
+    assert expected.keys() == {"0", "2"}
+    recorder = FactorRecorder(model, model.parameters())
+    if not first:
+        recorder.arm()
+    handles = [model[i].register_forward_hook(change) for i in (0, 2)]
+    recorder.arm()
+    model(x).pow(3).sum().backward()
+    assert_close({t.name: factors for t, factors in recorder.flush().factors.items()}, expected)
+    assert {t.name: t.explained for t in recorder.tracked} == {"0": True, "2": True}
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_second_backward_through_one_graph_counts_its_positions_again() -> None:
+    """As it adds its gradients again; the mean is over both."""
+    torch.manual_seed(0)
+    model, x = mlp(4, 5, 2).double(), torch.randn(6, 4, dtype=torch.float64)
+
+    def twice(again: bool) -> Tensor:
+        first = model(x)
+        second = first if again else model(x)
+        first.square().sum().backward(retain_graph=True)
+        return 3 * second.square().sum()
+
+    assert_close(record(model, lambda: twice(True)), record(model, lambda: twice(False)))
 
 
 def test_an_output_that_is_a_permuted_view_is_not_mistaken_for_its_base() -> None:

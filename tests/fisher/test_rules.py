@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from hf_adafisher import AdaFisherW
+from hf_adafisher import AdaFisher, AdaFisherW
 from hf_adafisher.fisher import find_rule
 from tests.cases import ActivatedBatchNorm, ActivatedGroupNorm, ChannelsFirstLayerNorm, RenamedConv, StandardizedConv
 from tests.reference import Kind, Window, conv_product, input_factor_loop, minmax, output_grad_factor_loop
@@ -77,7 +77,7 @@ LAYERS = (
         "embedding",
         (),
         (3,),
-        {"vocabulary": 7},
+        {"vocabulary": 7, "padding": 2},
     ),
     Layer("layernorm", lambda: nn.LayerNorm(4, eps=1e-2), "layernorm", (4,), (4,), {"eps": 1e-2}),
     Layer(
@@ -308,15 +308,38 @@ def test_one_position_is_exact_inside_a_network(bias: bool) -> None:
         assert_close(diagonals[name], param.grad**2)
 
 
-def test_padding_row_counts_like_any_token() -> None:
-    """torch gives its row no gradient, but it is part of the batch the mean is over."""
-    tokens = torch.tensor([[2, 2, 2, 5]])
-    layer = nn.Embedding(7, 3, padding_idx=2).double()
-    diagonal = raw_diagonals(layer, lambda net: (net(tokens) * normal(1, 4, 3)).sum())["weight"]
-    s = output_grad_factor_loop("embedding", normal(1, 4, 3))
-    assert_close(diagonal[2], s * 0.75)
-    assert_close(diagonal[5], s * 0.25)
-    assert not diagonal[[0, 1, 3, 4, 6]].any()
+@pytest.mark.parametrize("tokens", [[2], [5], [2, 2, 2, 5], [2, 2], [0, 5, 5, 6]], ids=str)
+def test_the_padding_token_is_a_one_hot_row_of_zeros(tokens: list[int]) -> None:
+    """torch gives its row no gradient: a Linear over one-hot rows has none there if that entry of them is zero."""
+    ids, noise = torch.tensor([tokens]), normal(1, len(tokens), 3)
+    embedding, linear = nn.Embedding(7, 3, padding_idx=2).double(), nn.Linear(7, 3, bias=False).double()
+    one_hot = F.one_hot(ids, 7).double()
+    one_hot[..., 2] = 0.0
+    diagonal = raw_diagonals(embedding, lambda net: (net(ids) * noise).sum())["weight"]
+    assert_close(diagonal, raw_diagonals(linear, lambda net: (net(one_hot) * noise).sum())["weight"].t())
+    assert_close(embedding.weight.grad, linear.weight.grad.t() if linear.weight.grad is not None else None)
+    assert not diagonal[2].any()
+    if tokens == [2, 2, 2, 5]:  # the padding has no part in H, but in N and in S
+        assert_close(diagonal[5], output_grad_factor_loop("embedding", noise) / 4)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("padding", [2, -1])
+def test_the_row_of_the_padding_token_never_moves(padding: int, decoupled: bool) -> None:
+    """Its Fisher is the damping alone, the divisor of the largest steps, but its momentum stays zero."""
+    model = nn.Sequential(nn.Embedding(7, 3, padding_idx=padding), nn.Linear(3, 7)).double()
+    start = model[0].weight.detach().clone()
+    with (AdaFisherW if decoupled else AdaFisher)(model, lr=0.01, update_interval=2) as optimizer:
+        for seed in range(5):
+            tokens = torch.randint(0, 7, (4, 6), generator=torch.Generator().manual_seed(seed))
+            tokens[:, -2:] = padding % 7
+            optimizer.zero_grad()
+            F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
+            optimizer.step()
+        damping = optimizer.param_groups[0]["damping"]
+        assert_close(optimizer.fisher_diagonal(model[0].weight)[padding], torch.full((3,), damping).double())
+    moved = (model[0].weight != start).all(dim=1)
+    assert moved.tolist() == [row != padding % 7 for row in range(7)]
 
 
 def test_normalised_diagonal_is_bounded() -> None:

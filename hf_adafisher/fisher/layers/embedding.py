@@ -16,7 +16,11 @@ _SHORTEST_TABLE = 4
 
 
 class EmbeddingRule(LayerRule):
-    """``y = W[id]``: ``F_W = H (x) S`` with ``H_v`` the share of positions holding token ``v``; weight ``(V, d)``."""
+    """``y = W[id]``: ``F_W = H (x) S`` with ``H_v`` the share of positions holding token ``v``; weight ``(V, d)``.
+
+    The row of ``padding_idx`` gets no gradient from torch: its one-hot vector is zero. As for a Linear with such an
+    input, its positions have no part in ``H`` but count in the number of positions and in ``S``.
+    """
 
     name = "Embedding"
 
@@ -30,6 +34,8 @@ class EmbeddingRule(LayerRule):
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         ids = inputs[0].detach().reshape(-1)
         counts = torch.bincount(ids, minlength=weight_of(module).shape[0])
+        if isinstance(module.padding_idx, int):
+            counts[module.padding_idx] = 0
         return counts.to(statistics_dtype(weight_of(module).dtype)), ids.numel()
 
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
