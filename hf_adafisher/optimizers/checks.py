@@ -127,16 +127,6 @@ def _refused_by_accelerate() -> str | None:
     return None
 
 
-def refuse_compilation(kind: str) -> None:
-    """Raises ValueError where accelerate is about to compile the model for a Trainer that does not know of hooks."""
-    backend = getattr(accelerate_state().get("dynamo_plugin"), "backend", None)
-    if backend is not None and str(getattr(backend, "value", backend)).upper() != "NO":
-        raise ValueError(
-            f"{kind} records its statistics with hooks, which compiled graphs do not run, and a stock Trainer compiles "
-            "every step: use AdaFisherTrainer, which runs the few steps that record eagerly, or unset torch_compile"
-        )
-
-
 def check_size(name: str, value: Any, *, positive: bool = False, why: str = "") -> None:
     """Raises ValueError unless ``value`` is finite and >= 0 (``positive``: > 0); ``why`` is appended to the message."""
     number = _number(name, value)

@@ -20,7 +20,7 @@ from hf_adafisher.fisher.uses import (
     terms_of,
     with_gradient_sums,
 )
-from hf_adafisher.optimizers.sharding import is_sharded, local_terms, whole
+from hf_adafisher.optimizers.sharding import is_sharded, is_split, local_terms, whole
 from hf_adafisher.optimizers.tracking import ParameterTracker
 
 logger = logging.getLogger(__name__)
@@ -107,11 +107,14 @@ class Curvature(ParameterTracker):
 
     def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
         """The part of :meth:`terms` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
+        terms = self.terms(p, state, grad)
         if not is_sharded(p):
-            return self.terms(p, state, grad)
+            return terms
+        if is_split(terms, p):
+            return local_terms(terms, p)  # as large as the weight: not to be kept
         key = id(p)
         if key not in self._local_terms or key in self._provisional:
-            self._local_terms[key] = local_terms(self.terms(p, state, grad), p)
+            self._local_terms[key] = local_terms(terms, p)
         return self._local_terms[key]
 
     def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[Term]:
@@ -132,6 +135,10 @@ class Curvature(ParameterTracker):
         A parameter whose modules never recorded anything gets the factors of its gradient, in the form of its first
         use. One whose modules recorded something earlier keeps their averages.
 
+        Under FSDP2 a parameter on gradient factors, and a table whose rows served the whole batch, gathers its full
+        gradient on every process here, and so it does in the steps before its first statistics: memory for one such
+        gradient at a time, and an all-gather.
+
         Args:
             with_gradient: Parameter group, parameter and gradient.
             state_of: The optimizer's state of a parameter, given its group too.
@@ -141,7 +148,9 @@ class Curvature(ParameterTracker):
         """
         assert self.recorder is not None
         sample = self.recorder.flush()
-        recorded, fallbacks, informative = [], [], bool(sample.factors)
+        with_gradient = list(with_gradient)
+        silent = self._check_not_compiled(sample, ((p, grad) for _, p, grad in with_gradient))
+        recorded, fallbacks, kept, informative = [], [], [], bool(sample.factors)
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
             used = [use for use in uses if use.tracked in sample.factors]
@@ -155,10 +164,11 @@ class Curvature(ParameterTracker):
                 full = whole(grad)
                 informative = informative or bool(full.any())
                 fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(full), True))
+            elif id(p) in silent:
+                kept.append(p)
+        self._warn_bypassed(kept, "their averages stay as they are")
         if not informative and not sample.non_finite:
             return []  # zeros everywhere: distributed checkpoints make such a step to initialise states
-        if self.recorder.tracked and not sample.factors and not sample.non_finite and self.model.training:
-            self._check_not_compiled()
         from_gradients = [*fallbacks, *(u for u in recorded if u.use.tracked in sample.batch_shared)]
         if sample.non_finite or not all(bool(f.isfinite().all()) for u in from_gradients for f in u.factors.values()):
             self._warn_dropped(sample.non_finite)

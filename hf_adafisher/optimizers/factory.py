@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
 from hf_adafisher.optimizers.catalog import available_optimizers, optimizer_record
-from hf_adafisher.optimizers.checks import accelerate_state, refuse_compilation
+from hf_adafisher.optimizers.checks import accelerate_state
+from hf_adafisher.optimizers.compilation import refuse_compilation
 from hf_adafisher.optimizers.param_groups import decay_groups
 from hf_adafisher.optimizers.records import OptimizerRecord, did_you_mean
 from hf_adafisher.optimizers.sharding import is_sharded
@@ -108,11 +109,13 @@ class OptimizerFactory:
 
         Raises:
             TypeError: Without ``lr``.
-            ValueError: As :func:`create_optimizer`, and for AdaFisher(W) where Trainer is to compile the model.
+            ValueError: As :func:`create_optimizer`, and where Trainer is to compile the model: for optimizers that need
+                second derivatives, and under a stock Trainer for AdaFisher(W) and K-FAC.
         """
         record = optimizer_record(name)
-        if record.needs_model or record.create_graph:
-            refuse_compilation(name)
+        second_derivatives = "torch.compile" in record.refuses
+        if record.needs_model or second_derivatives:
+            refuse_compilation(name, second_derivatives=second_derivatives)
         return create_optimizer(name, model, lr=lr, **kwargs)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.recorder import FactorRecorder
+from hf_adafisher.fisher.recorder import FactorRecorder, Sample
+from hf_adafisher.optimizers.compilation import compiled_regions, graphs_compiled, refuse_compiling_trainer
+from hf_adafisher.optimizers.sharding import local_part
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,9 @@ class ParameterTracker(ABC):
 
     Args:
         model: The model that the optimizer was given.
+
+    Attributes:
+        runs_eagerly: Whether the step under way, which is due, runs eagerly; set by AdaFisherTrainer for one step.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,6 +34,9 @@ class ParameterTracker(ABC):
         self._params: list[Any] = []
         self._warned_bypassed: set[int] = set()
         self._warned_dropped = False
+        self.runs_eagerly = False
+        self._driver_known = False
+        self._examined: set[str] = set()
         self.map_parameters()
 
     def track(self, params: Sequence[Any]) -> None:
@@ -39,6 +46,7 @@ class ParameterTracker(ABC):
             scale = self.recorder.gradient_scale
             self.recorder.close()
         self._params = list(params)
+        self._examined.clear()
         self.recorder = self._new_recorder()
         self.recorder.gradient_scale = scale
         self.map_parameters()
@@ -90,16 +98,52 @@ class ParameterTracker(ABC):
             raise RuntimeError("this optimizer was closed and has no hooks any more: build a new one to train on")
         return self.recorder
 
-    @staticmethod
-    def _check_not_compiled() -> None:
-        """Nothing at all was recorded: an error if this process runs compiled graphs, which is then the reason."""
-        dynamo = sys.modules.get("torch._dynamo.utils")
-        if dynamo is not None and dynamo.counters["stats"].get("unique_graphs"):
-            raise RuntimeError(
-                "no layer recorded anything in a step that refreshes the factors, and models were compiled in this "
-                "process: compiled graphs do not run hooks. Use AdaFisherTrainer, or run the forward and backward of "
-                'these steps with torch.compiler.set_stance("force_eager" if optimizer.refresh_due else "default")'
-            )
+    def _check_not_compiled(self, sample: Sample, gradients: Iterable[tuple[Tensor, Tensor]]) -> set[int]:
+        """Refuse to go on where a compiled graph has hidden layers that train.
+
+        An error is raised where torch knows of a compiled module that holds such layers and in which no layer at all
+        recorded anything. Layers have other reasons to be silent, also in a process that compiles other models, and
+        from these a compiled function that calls the model cannot be told: the caller warns of what is returned.
+
+        Args:
+            sample: What was recorded, by all processes together.
+            gradients: Parameters and their gradients.
+
+        Returns:
+            The ids of the parameters of other silent layers, in a process that has compiled anything; a layer's once.
+
+        Raises:
+            RuntimeError: A compiled graph did not run the hooks: there are no statistics, or old ones.
+            ValueError: A Trainer that compiles every step drives this optimizer.
+        """
+        eager, self.runs_eagerly = self.runs_eagerly, False
+        if not (eager or self._driver_known):
+            refuse_compiling_trainer(self)
+        self._driver_known = True
+        tracked = self.open_recorder().tracked
+        if eager or sample.non_finite or sample.factors.keys() >= set(tracked):
+            return set()
+        quiet = [t for t in tracked if t not in sample.factors and t.module.training and t.name not in self._examined]
+        owned = {id(p) for t in quiet for p in t.module.parameters(recurse=False)}
+        # Steps of zero gradients do not count: distributed checkpoints make them to initialise states.
+        moving = {id(p) for p, grad in gradients if id(p) in owned and bool(local_part(grad).any())}
+        quiet = [t for t in quiet if any(id(p) in moving for p in t.module.parameters(recurse=False))]
+        silent = [t for t in quiet if t.explained is not False]
+        for region in compiled_regions(self.model) if silent else ():
+            inside = set(region.modules())
+            hidden = [t.name for t in silent if t.module in inside]
+            if hidden and not any(t.module in inside for t in sample.factors):
+                raise RuntimeError(
+                    f"no layer in a compiled {_class_name(region)} recorded anything in a step that refreshes "
+                    f"the factors (the first is {hidden[0]!r}): compiled graphs do not run hooks. Use "
+                    "AdaFisherTrainer, or run the forward and backward of these steps with "
+                    'torch.compiler.set_stance("force_eager" if optimizer.refresh_due else "default")'
+                )
+        self._examined.update(t.name for t in quiet)
+        if not graphs_compiled():
+            return set()
+        heard = {id(p) for t in sample.factors for p in t.module.parameters(recurse=False)}
+        return moving & {id(p) for t in silent for p in t.module.parameters(recurse=False)} - heard
 
     def _warn_dropped(self, modules: Sequence[str]) -> None:
         if not self._warned_dropped:
@@ -124,3 +168,8 @@ class ParameterTracker(ABC):
                 self.describe(new),
                 instead,
             )
+
+
+def _class_name(region: nn.Module) -> str:
+    """The class of a compiled module, which torch may have wrapped."""
+    return type(getattr(region, "_orig_mod", region)).__name__

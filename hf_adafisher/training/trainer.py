@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_adafisher.optimizers.compilation import due_steps_run_eagerly
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
 from hf_adafisher.optimizers.recording import RecordingOptimizer
 from hf_adafisher.training.arguments import (
@@ -39,10 +40,11 @@ class AdaFisherTrainer(Trainer):
     ``optimizers=`` or ``optimizer_cls_and_kwargs=`` come first, as in Trainer, and so does an overridden
     ``get_decay_parameter_names``.
 
-    With AdaFisher(W) the steps that refresh the factors run eagerly where ``torch_compile`` is on (compiled graphs do
-    not run hooks), statistics of steps that a loss scaler skips are dropped, and the scale of the loss is taken out of
-    the factors: they are those of each position's own loss, whatever the batch size, the accumulation, the number of
-    processes and the loss scale.
+    With AdaFisher(W) the steps that refresh the factors run eagerly, whatever of the model is compiled in whatever way
+    (compiled graphs do not run hooks), statistics of steps that a loss scaler skips are dropped, and the scale of the
+    loss is taken out of the recorded factors: they are those of each position's own loss, whatever the batch size, the
+    accumulation, the number of processes and the loss scale. Gradient factors and those of position tables are taken
+    from the gradient as the optimizer gets it, scaled back and clipped.
 
     K-FAC is treated alike, and told how many terms the loss has. With AdaHessian and Sophia the backward passes of the
     steps that estimate the Hessian keep their graph. Optimizers that train other weights than those they evaluate
@@ -52,6 +54,12 @@ class AdaFisherTrainer(Trainer):
     ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
     shows them; with K-FAC ``kfac/plain_share``, ``kl_factor`` and ``dropped_refreshes``.
     """
+
+    @functools.wraps(Trainer.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not any(isinstance(callback, AdaFisherCallback) for callback in self.callback_handler.callbacks):
+            self.add_callback(AdaFisherCallback())
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
         """Build ``args.optim`` on ``model`` (default: ``self.model``) unless an optimizer was given; returns it.
@@ -72,7 +80,8 @@ class AdaFisherTrainer(Trainer):
         if not given and ours:
             _warn_of_a_foreign_default(name, args.learning_rate)
         if given or not ours or name not in available_optimizers():
-            return super().create_optimizer(model)
+            with due_steps_run_eagerly():
+                return super().create_optimizer(model)
         assert isinstance(args, AdaFisherTrainingArguments)
         if args.n_gpu > 1 and "DataParallel" in optimizer_record(name).refuses:
             raise ValueError(
@@ -81,8 +90,6 @@ class AdaFisherTrainer(Trainer):
             )
         model = self.model if model is None else model
         assert model is not None
-        if not any(isinstance(callback, AdaFisherCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(AdaFisherCallback())
         self.optimizer = create_optimizer(
             name,
             model,
@@ -174,8 +181,8 @@ class AdaFisherTrainer(Trainer):
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
             if hasattr(optimizer, "loss_terms"):
                 optimizer.loss_terms = self._loss_terms(num_items_in_batch)
-            if self.args.torch_compile or is_compiled_module(model) or is_compiled_module(optimizer.model):
-                stance = torch.compiler.set_stance("force_eager")
+            optimizer._curvature.runs_eagerly = True
+            stance = torch.compiler.set_stance("force_eager")  # whoever compiled what, it would not run the hooks
         with stance, second_derivatives(self.accelerator, optimizer, model):
             return super().training_step(model, inputs, num_items_in_batch)
 

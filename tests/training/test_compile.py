@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW, OptimizerFactory
+from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.cases import mlp
+from tests.equivalence import assert_same_training
 from tests.model_zoo import family
 
 RECORD = family("gpt2")
@@ -52,12 +55,16 @@ class GraphCount(TrainerCallback):
         self.graphs.append(counters["stats"]["unique_graphs"])
 
 
-def train(folder: Path, **options: Any) -> tuple[AdaFisherTrainer, GraphCount]:
+def train(
+    folder: Path, *, model: Any = None, resume: Path | None = None, **options: Any
+) -> tuple[AdaFisherTrainer, GraphCount]:
     arguments = AdaFisherTrainingArguments(str(folder), **{**OPTIONS, "update_interval": 3, **options})
     count = GraphCount()
     data = RECORD.dataset(16, seq=8)
-    trainer = AdaFisherTrainer(RECORD.build(), arguments, train_dataset=data, callbacks=[count])
-    trainer.train()
+    trainer = AdaFisherTrainer(
+        RECORD.build() if model is None else model, arguments, train_dataset=data, callbacks=[count]
+    )
+    trainer.train(None if resume is None else str(resume))
     return trainer, count
 
 
@@ -118,19 +125,199 @@ def test_a_model_compiled_before_its_optimizer_is_an_error_not_a_silent_fallback
     compiled(torch.randn(5, 4)).sum().backward()
     optimizer = AdaFisherW(model)
     compiled(torch.randn(5, 4)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"no layer recorded anything.*set_stance"):
+    with pytest.raises(RuntimeError, match=r"no layer in a compiled Sequential recorded anything.*set_stance"):
         optimizer.step()
 
 
+def compile_blocks(model: Any) -> Any:
+    """Every block by itself, in place."""
+    for block in model.transformer.h:
+        block.compile(backend="aot_eager")
+    return model
+
+
+def compile_model(model: Any) -> Any:
+    """The whole model in place."""
+    model.compile(backend="aot_eager")
+    return model
+
+
+def compile_forwards(model: Any) -> Any:
+    """The method of each block."""
+    for block in model.transformer.h:
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+    return model
+
+
+def compile_wrapper(model: Any) -> Any:
+    """A wrapper of the model, of which the model knows nothing."""
+    return torch.compile(model, backend="aot_eager")
+
+
+@pytest.mark.parametrize("how", [compile_blocks, compile_model, compile_forwards])
+def test_layers_compiled_in_place_record_also_after_a_resume(how: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Resumed in the middle of an interval, what is compiled first are graphs without hooks, which would stay so."""
+    eager, _ = train(tmp_path / "eager", save_strategy="steps", save_steps=4)
+    compiled, count = train(tmp_path / "compiled", model=how(RECORD.build()))
+    assert count.graphs[0] == 0 < count.graphs[1] and set(count.graphs[1:]) == {count.graphs[1]}
+    assert_same_training(compiled, eager, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+    counters.clear()
+    resumed, count = train(tmp_path / "resumed", model=how(RECORD.build(1)), resume=tmp_path / "eager" / "checkpoint-4")
+    assert count.due == [False, False, True, False]
+    assert 0 < count.graphs[0] == count.graphs[-1]
+    assert_same_training(resumed, eager, rtol=1e-4, atol=1e-5)
+    assert resumed.optimizer.optimizer.param_groups[0]["refreshes"] == 3
+
+
+def test_regional_compilation_equals_eager_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's, from its environment variable: new containers around the same layers."""
+    eager, _ = train(tmp_path)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+    compiled, count = train(tmp_path, **COMPILED)
+    assert type(compiled.model_wrapped.transformer.h[0]).__name__ == "OptimizedModule"
+    assert count.graphs[0] == 0 < count.graphs[1] and set(count.graphs[1:]) == {count.graphs[1]}
+    assert_same_training(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
 def test_a_compiled_model_given_to_our_trainer_records(tmp_path: Path) -> None:
-    model: Any = torch.compile(RECORD.build(), backend="aot_eager")
-    arguments = AdaFisherTrainingArguments(str(tmp_path), remove_unused_columns=False, update_interval=3, **OPTIONS)
-    trainer = AdaFisherTrainer(model, arguments, train_dataset=RECORD.dataset(16, seq=8))
-    trainer.train()
+    trainer, count = train(tmp_path, model=compile_wrapper(RECORD.build()), remove_unused_columns=False)
     optimizer = trainer.optimizer.optimizer
     assert optimizer.param_groups[0]["refreshes"] == 3
     assert "gradient factors" not in {row.rule for row in optimizer.coverage()}
-    assert counters["stats"]["unique_graphs"] >= 1
+    assert count.graphs[0] == 0 < count.graphs[1] and set(count.graphs[1:]) == {count.graphs[1]}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adafisherw", AdaFisherW), ("kfac", KFAC)])
+def test_the_factory_may_build_optimizers_for_our_trainer_that_compiles(name: str, kind: type, tmp_path: Path) -> None:
+    trainer = AdaFisherTrainer(
+        RECORD.build(),
+        TrainingArguments(str(tmp_path), **{**OPTIONS, "max_steps": 2}, **COMPILED),
+        train_dataset=RECORD.dataset(16, seq=8),
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": name, "lr": 0.02}),
+    )
+    trainer.train()
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer) is kind and optimizer.param_groups[0]["refreshes"] == 1
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("trainer", [Trainer, AdaFisherTrainer])
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_second_derivatives_and_compilation_are_refused_by_the_factory(
+    name: str, trainer: type[Trainer], tmp_path: Path
+) -> None:
+    run = trainer(
+        RECORD.build(),
+        TrainingArguments(str(tmp_path), **OPTIONS, **COMPILED),
+        train_dataset=RECORD.dataset(4, seq=8),
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": name, "lr": 0.02}),
+    )
+    with pytest.raises(ValueError, match=f"{name} needs second derivatives.*unset torch_compile"):
+        run.train()
+
+
+@pytest.mark.parametrize("kind", [AdaFisherW, KFAC])
+def test_a_stock_trainer_that_compiles_is_refused_with_an_optimizer_older_than_its_arguments(
+    kind: type, tmp_path: Path
+) -> None:
+    """At the first step, before anything has moved."""
+    model = RECORD.build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = kind(model, lr=0.02)
+    data = RECORD.dataset(16, seq=8)
+    compiling = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **{**OPTIONS, **COMPILED}),
+        train_dataset=data,
+        optimizers=(optimizer, None),
+    )
+    message = f"{kind.__name__} records its statistics with hooks.*use AdaFisherTrainer"
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match=message):
+        compiling.train()  # eagerly, since hooks take long to compile
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+class Block(nn.Module):
+    """A layer in a class of its own: torch does not compile its own containers and layers in place."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(inputs, outputs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).tanh()
+
+
+class Blocks(nn.Module):
+    """Two of them, the second compiled in place or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Block(4, 6), Block(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x))
+
+
+def resumed_in_an_interval(model: nn.Module, call: Callable[[torch.Tensor], torch.Tensor]) -> AdaFisherW:
+    """An optimizer with a state from elsewhere, three steps before its next refresh; the model is compiled in them."""
+    other = Blocks()
+    writer = AdaFisherW(other, lr=0.01, damping=0.1, update_interval=4)
+    optimizer = AdaFisherW(model, lr=0.01, damping=0.1, update_interval=4)
+    other(torch.randn(5, 4)).square().mean().backward()
+    writer.step()
+    optimizer.load_state_dict(writer.state_dict())
+    for _ in range(3):
+        call(torch.randn(5, 4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.refresh_due and counters["stats"]["unique_graphs"] > 0
+    call(torch.randn(5, 4)).square().mean().backward()
+    return optimizer
+
+
+@pytest.mark.parametrize("part", ["whole", "wrapper", "block"])
+def test_stale_statistics_are_an_error_in_a_loop_without_a_stance(part: str) -> None:
+    """All blocks were compiled without hooks, or one alone: its averages would stay what they are for good."""
+    torch.manual_seed(0)
+    model: Any = Blocks()
+    call: Any = model
+    if part == "wrapper":
+        call = torch.compile(model, backend="eager")
+    else:
+        (model if part == "whole" else model.second).compile(backend="eager")
+    optimizer = resumed_in_an_interval(model, call)
+    with pytest.raises(RuntimeError, match=r"compiled Blocks? recorded anything.*set_stance"):
+        optimizer.step()
+
+
+def test_what_a_compiled_function_hides_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """torch does not tell which models a compiled function calls: a warning, and the averages stay."""
+    torch.manual_seed(0)
+    model = Blocks()
+    optimizer = resumed_in_an_interval(model, torch.compile(lambda x: model(x), backend="eager"))
+    before = {p: optimizer.fisher_diagonal(p).clone() for p in model.parameters()}
+    optimizer.step()
+    optimizer.step()
+    assert caplog.text.count("recorded nothing") == 1 and "their averages stay as they are" in caplog.text
+    for p, diagonal in before.items():
+        assert_close(optimizer.fisher_diagonal(p), diagonal, rtol=0, atol=0)
+
+
+def test_another_model_that_is_compiled_makes_no_error_of_layers_that_are_not_called(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The layers record nothing because they are used without being called, beside a model that is compiled."""
+    other = torch.compile(nn.Linear(4, 4), backend="eager")
+    other(torch.randn(1, 4))
+    assert counters["stats"]["unique_graphs"] == 1
+    model = nn.Sequential(nn.Linear(4, 3))
+    optimizer = AdaFisherW(model)
+    nn.functional.linear(torch.randn(5, 4), model[0].weight, model[0].bias).sum().backward()
+    optimizer.step()
+    assert {row.rule for row in optimizer.coverage()} == {"gradient factors"}
+    assert caplog.text.count("recorded nothing") == 1 and "gradient factors are used instead" in caplog.text
 
 
 def test_compiling_every_step_away_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

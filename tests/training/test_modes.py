@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_adafisher import AdaFisher, AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
 from tests.cases import CASES, WORDS
@@ -125,6 +127,84 @@ def test_d15_accumulation_in_trainer(name: str, tmp_path: Path) -> None:
         assert trainer.state.global_step == group["steps"] == group["refreshes"] == steps == 6
         for weight in weights_of_averages(optimizer):
             assert weight == pytest.approx(1 - gamma**steps)
+
+
+def mean_over_items(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
+    """A language model's own loss, written as a user of `compute_loss_func` would."""
+    logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    total = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    return total / num_items_in_batch
+
+
+@pytest.mark.parametrize("loss", ["compute_loss_func", "label_smoothing_factor"])
+def test_accumulation_with_another_loss(loss: str, tmp_path: Path) -> None:
+    """Both divide by the items of the whole window, as the model's own loss does, which the first equals."""
+    record, k = family("llama"), 4
+    examples, runs = half_masked(record, 12), []
+    given = {"label_smoothing_factor": 0.3} if loss == "label_smoothing_factor" else {}
+    func = mean_over_items if loss == "compute_loss_func" else None
+    for rows, parts, function in ((k, 1, func), (1, k, func), (1, k, None)):
+        options = {"max_steps": 3, "per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, **given}
+        arguments = AdaFisherTrainingArguments(str(tmp_path), **{**OPTIONS, **options})
+        runs.append(AdaFisherTrainer(record.build(), arguments, train_dataset=examples, compute_loss_func=function))
+        runs[-1].train()
+    assert_same_training(runs[1], runs[0])
+    assert_same_training(runs[2], runs[1])
+    assert moved(runs[0], record.build())
+    own = trained(tmp_path, record, examples, max_steps=3, per_device_train_batch_size=k)
+    difference = max(
+        float((p - q).detach().abs().max())
+        for p, q in zip(runs[0].model.parameters(), own.model.parameters(), strict=True)
+    )
+    assert (difference > 1e-4) == bool(given), "label smoothing changes the run, the same loss does not"
+
+
+def test_accumulation_in_an_accelerate_loop() -> None:
+    """`accelerator.accumulate`: k micro-batches are one batch in a plain loop, in weights and in factors."""
+    case, steps, k = BY_NAME["mlp"], 5, 4
+    batches = [
+        torch.randn(2 * k, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for step in range(steps)
+    ]
+    plain = case.build().double()
+    optimizer = AdaFisherW(plain, lr=0.05, damping=0.1, update_interval=2)
+    for batch in batches:
+        optimizer.zero_grad()
+        plain(batch).square().mean().backward()
+        optimizer.step()
+    model = case.build().double()
+    raw = AdaFisherW(model, lr=0.05, damping=0.1, update_interval=2)
+    try:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k)
+        prepared, wrapped = accelerator.prepare(model, raw)
+        for batch in batches:
+            for part in batch.chunk(k):
+                with accelerator.accumulate(prepared):
+                    accelerator.backward(prepared(part).square().mean())
+                    wrapped.step()
+                    wrapped.zero_grad()
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    assert raw.param_groups[0]["steps"] == steps and raw.param_groups[0]["refreshes"] == 3
+    assert_same_training(Training(model, raw), Training(plain, optimizer))
+    assert moved(Training(model, raw), case.build().double())
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_the_scale_of_the_loss_where_each_process_counts_its_own_items(
+    averaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three processes with 16 items each: in the loss averaged over them each position weighs 1/48.
+
+    Trainer says 48 where it counts over all processes, and 16 where each counts its own.
+    """
+    trainer = trainer_of(tmp_path, family("gpt2"), [], average_tokens_across_devices=averaged)
+    optimizer: Any = trainer.create_optimizer()
+    monkeypatch.setattr(Trainer, "training_step", lambda *args: torch.zeros(()))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
+    trainer.training_step(trainer.model, {}, torch.tensor(48 if averaged else 16))
+    assert optimizer.gradient_scale == pytest.approx(1 / 48)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adafisher import (
     AdaFisher,
+    AdaFisherCallback,
     AdaFisherTrainer,
     AdaFisherTrainingArguments,
     AdaFisherW,
@@ -223,3 +224,18 @@ def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
         trainer.train()
         runs.append(trainer.model.state_dict())
     assert_close(runs[0], runs[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("given", ["none", "callback", "optimizers", "optimizer_cls_and_kwargs"])
+def test_every_trainer_of_ours_has_one_callback(given: str, tmp_path: Path) -> None:
+    model, kwargs = RECORD.build(), {}
+    if given == "callback":
+        kwargs = {"callbacks": [AdaFisherCallback]}
+    elif given == "optimizers":
+        kwargs = {"optimizers": (AdaFisherW(model), None)}
+    elif given == "optimizer_cls_and_kwargs":
+        kwargs = {"optimizer_cls_and_kwargs": (OptimizerFactory, {"lr": 0.02})}
+    trainer = AdaFisherTrainer(model, AdaFisherTrainingArguments(str(tmp_path), **OPTIONS), **kwargs)
+    for _ in range(2):
+        assert sum(isinstance(found, AdaFisherCallback) for found in trainer.callback_handler.callbacks) == 1
+        trainer.create_optimizer()

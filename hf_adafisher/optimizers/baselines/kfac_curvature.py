@@ -35,6 +35,7 @@ class KroneckerCurvature(ParameterTracker):
     """
 
     max_factor_dim: int
+    _silent: set[int]
 
     def _new_recorder(self) -> FactorRecorder:
         rules = moment_rules(self.model, self._params, self.max_factor_dim)
@@ -76,19 +77,20 @@ class KroneckerCurvature(ParameterTracker):
         if sample.non_finite:
             self._warn_dropped(sample.non_finite)
             return None
-        silent = not sample.factors and self.blocks and self.model.training
-        if silent and any(bool(grad.any()) for *_, grad in gradients):  # distributed checkpoints make steps of zeros
-            self._check_not_compiled()
+        self._silent = self._check_not_compiled(sample, ((p, grad) for _, p, grad in gradients))
         return sample
 
     def note_bypassed(self, gradients: Sequence[tuple[Any, Tensor, Tensor]], known: Container[int]) -> None:
         """Say once which parameters of blocks have a gradient, but no statistics (``known`` are ids of weights)."""
-        bypassed = []
+        bypassed, kept = [], []
         for _, p, grad in gradients:
             block = self.block_of(p)
             if block is not None and id(block.weight) not in known and bool(grad.any()):
                 bypassed.append(p)
+            elif block is not None and id(p) in self._silent:
+                kept.append(p)
         self._warn_bypassed(bypassed, "plain SGD is used")
+        self._warn_bypassed(kept, "their averages stay as they are")
 
 
 def check_kfac_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
