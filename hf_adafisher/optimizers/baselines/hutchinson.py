@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_adafisher.fisher.reduce import num_ranks, sum_over_ranks
+
+logger = logging.getLogger(__name__)
 
 _MISSING = ("derivative for aten::_", "is not implemented")
 
@@ -24,11 +27,19 @@ class Hutchinson:
         >>> optimizer.step()  # doctest: +SKIP
 
     With DistributedDataParallel, whose own averaging does not work on such gradients, run these forward and backward
-    passes within ``model.no_sync()`` and call :meth:`average_gradients` after the last of a step.
+    passes within ``model.no_sync()`` and call :meth:`average_gradients` after the last of a step. With several
+    micro-batches each of their backward passes needs ``create_graph``: one without it has no part in the estimate.
+
+    A parameter that is first used between two estimates waits for the next one, and a warning says so: without any
+    curvature its first steps would be divided by next to nothing.
     """
 
     param_groups: list[dict[str, Any]]
+    state: Any
     update_period: int
+    _estimating = True
+    _from_others: frozenset[int] = frozenset()
+    _warned: frozenset[str] = frozenset()
 
     @property
     def needs_graph(self) -> bool:
@@ -48,11 +59,41 @@ class Hutchinson:
         Raises:
             RuntimeError: The gradients have no graph, or a layer has no second derivative; the message says what to do.
         """
-        loss = super().step(closure, hessian=hessian)  # type: ignore[misc]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._estimating = hessian is None and self.needs_graph
+        waiting = [] if hessian is not None or self._estimating else self._without_estimate()
+        held = [(p, p.grad) for p in waiting]
+        for p in waiting:
+            p.grad = None
+        self._library_step(hessian)
+        for p, grad in held:
+            p.grad = grad
         for p in self._params():
             if p.grad is not None and p.grad.requires_grad:
                 p.grad = p.grad.detach()
+        self._from_others = frozenset()
         return loss
+
+    def _library_step(self, hessian: list[Tensor] | None) -> None:
+        super().step(None, hessian=hessian)  # type: ignore[misc]
+
+    def _without_estimate(self) -> list[Tensor]:
+        """Parameters with a gradient whose curvature has never been estimated."""
+        found = [p for p in self._params() if p.grad is not None and "hessian" not in self.state.get(p, {})]
+        self._warn_once(
+            "waiting", found, f"wait for the next estimate of the Hessian (every {self.update_period} steps)"
+        )
+        return found
+
+    def _warn_once(self, what: str, params: list[Tensor], text: str) -> None:
+        if params and what not in self._warned:
+            self._warned |= {what}
+            shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
+            more = f" and {len(params) - 3} more" if len(params) > 3 else ""
+            logger.warning("%s: parameters of shape %s%s %s.", type(self).__name__, shapes, more, text)
 
     @torch.no_grad()
     def average_gradients(self) -> None:
@@ -72,6 +113,7 @@ class Hutchinson:
                 p.grad.copy_(part)
             elif flag > 0:  # used by another process only
                 p.grad = part.clone()
+                self._from_others |= {id(p)}
 
     @torch.no_grad()
     def compute_hutchinson_hessian(
@@ -89,6 +131,13 @@ class Hutchinson:
                 f"{type(self).__name__} needs second derivatives, but the gradients have no graph: call "
                 "loss.backward(create_graph=True), or train with AdaFisherTrainer, which does (a stock Trainer cannot)"
             )
+        silent = [p for p, grad in grads if not grad.requires_grad and id(p) not in self._from_others]
+        self._warn_once(
+            "silent",
+            silent,
+            "have gradients without a graph, which count as a Hessian of zero; right only where the loss is linear in "
+            "them. Otherwise use activation checkpointing with use_reentrant=False",
+        )
         for sample in range(num_samples if used else 0):
             vectors = [_random(p, distribution) for p in used]
             for p, z, product in zip(used, vectors, _products(used, vectors, sample + 1 < num_samples), strict=True):
@@ -124,6 +173,10 @@ def _products(params: list[Tensor], vectors: list[Tensor], again: bool) -> tuple
                 f"a layer of the model has no second derivative ({error}): use attn_implementation='eager', or "
                 "torch.nn.attention.sdpa_kernel(SDPBackend.MATH) around the model's forward"
             ) from error
+        if "use_reentrant" in str(error):
+            raise RuntimeError(
+                "reentrant activation checkpointing has no second derivatives: set use_reentrant=False in its call"
+            ) from error
         raise
 
 
@@ -133,7 +186,27 @@ def _unflatten(buffer: Tensor, params: list[Tensor]) -> Iterator[Tensor]:
 
 
 class AdaHessian(Hutchinson, pytorch_optimizer.AdaHessian):
-    """pytorch_optimizer's AdaHessian; see :class:`Hutchinson` for what its gradients need."""
+    """pytorch_optimizer's AdaHessian; see :class:`Hutchinson` for what its gradients need.
+
+    With ``update_period`` > 1 the latest estimate enters the average at every step, as in the authors' code. (The
+    library averages at estimates only, but corrects the bias by steps, so that steps grow with the period.)
+    """
+
+    def _library_step(self, hessian: list[Tensor] | None) -> None:
+        period, self.update_period = self.update_period, 1
+        try:
+            super()._library_step(hessian)
+        finally:
+            self.update_period = period
+
+    def zero_hessian(self, param_groups: Any, state: Any, pre_zero: bool = True) -> None:  # type: ignore[override]
+        """Make room for an estimate; on the other steps, keep the latest."""
+        super().zero_hessian(param_groups, state, pre_zero and self._estimating)
+
+    def compute_hutchinson_hessian(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """A new estimate on the steps that make one."""
+        if self._estimating:
+            super().compute_hutchinson_hessian(*args, **kwargs)
 
 
 class Sophia(Hutchinson, pytorch_optimizer.SophiaH):

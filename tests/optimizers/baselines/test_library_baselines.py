@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import set_seed
@@ -341,18 +342,76 @@ def test_lars_makes_the_papers_steps_on_matrices_and_sgds_on_vectors() -> None:
         assert_close(getattr(model, name).detach(), w)
 
 
-def test_adahessian_makes_the_papers_steps() -> None:
+@pytest.mark.parametrize("period", [1, 2, 3])
+def test_adahessian_makes_the_papers_steps(period: int) -> None:
+    """The curvature is the same everywhere here, so how often it is estimated makes no difference."""
     model = Bowl()
     expected = model.start()
-    run(model, create_optimizer("adahessian", model, lr=0.1, weight_decay=0.2, decay_names=["x"], eps=0.01), 4)
+    options = {"weight_decay": 0.2, "decay_names": ["x"], "eps": 0.01, "update_period": period}
+    run(model, create_optimizer("adahessian", model, lr=0.1, **options), 5)
     for name, w in expected.items():
         m, v = torch.zeros_like(w), torch.zeros_like(w)
-        for t in range(1, 5):
+        for t in range(1, 6):
             grad, h = model.curvature[name] * w + 1.0, model.curvature[name]
             m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * h**2
             step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 0.01)
             w = w - 0.1 * (step + (0.2 * w if name == "x" else 0.0))
         assert_close(getattr(model, name).detach(), w)
+
+
+def test_adahessian_averages_the_latest_estimate_between_two() -> None:
+    """A curvature that changes at every step is seen at every second: the average holds those, each twice."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    module = nn.ParameterList([p])
+    optimizer = create_optimizer("adahessian", module, lr=0.0, update_period=2)
+    seen = torch.zeros(3, dtype=torch.float64)
+    for step in range(5):
+        optimizer.zero_grad()
+        curvature = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64) + step
+        (0.5 * curvature * p.square()).sum().backward(create_graph=optimizer.needs_graph)
+        optimizer.step()
+        if step % 2 == 0:
+            latest = curvature
+        seen = 0.999 * seen + 0.001 * latest**2
+    assert_close(optimizer.state[p]["exp_hessian_diag_sq"], seen)
+
+
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_a_parameter_first_used_between_two_estimates_waits_for_one(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, late = nn.Linear(3, 1), nn.Linear(3, 1)
+    model = nn.ModuleList([first, late])
+    optimizer = create_optimizer(name, model, update_period=2)
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    start = late.weight.detach().clone()
+    for step in range(3):
+        optimizer.zero_grad()
+        out = first(x) if step == 0 else first(x) + late(x)
+        (out - 1).square().mean().backward(create_graph=optimizer.needs_graph)
+        optimizer.step()
+        assert late.weight.grad is None or step > 0
+        if step == 1:
+            assert_close(late.weight.detach(), start, rtol=0, atol=0)
+            assert late.weight.grad is not None and "wait for the next estimate" in caplog.text
+    moved = (late.weight.detach() - start).abs().max()
+    assert 0 < moved < 5
+
+
+def test_gradients_without_a_graph_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Reentrant checkpointing of a leaf hides its layer from the second derivative without an error."""
+    inner, outer = nn.Linear(3, 3), nn.Linear(3, 1)
+    model = nn.ModuleList([inner, outer])
+    optimizer = create_optimizer("adahessian", model)
+    x = torch.randn(4, 3, requires_grad=True)
+    outer(checkpoint(inner, x, use_reentrant=True)).square().mean().backward(create_graph=True)
+    optimizer.step()
+    assert "shape (3, 3), (3,) have gradients without a graph" in caplog.text
+    model = nn.ModuleList([nn.Linear(3, 3), inner, outer])
+    optimizer = create_optimizer("adahessian", model)
+    outer(checkpoint(inner, model[0](x), use_reentrant=True)).square().mean().backward(create_graph=True)
+    with pytest.raises(RuntimeError, match="reentrant activation checkpointing has no second derivatives"):
+        optimizer.step()
 
 
 def test_sophia_makes_the_papers_steps() -> None:

@@ -1,0 +1,84 @@
+"""ResNet and Swin for images of 32 to 64 pixels; transformers' own are made for 224.
+
+Both are registered with transformers' auto classes, so that a saved model loads wherever this package is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinForImageClassification,
+)
+from transformers.models.resnet.modeling_resnet import ResNetConvLayer
+from transformers.models.swin.modeling_swin import SwinAttention
+
+
+class SmallImageResNetConfig(ResNetConfig):
+    """A ResNet whose stem is one 3x3 convolution with stride 1, without pooling."""
+
+    model_type = "small_image_resnet"
+
+
+class SmallImageResNetForImageClassification(ResNetForImageClassification):
+    """The customary ResNet for CIFAR: the first stage works at the full resolution of the image.
+
+    The 7x7 stem with stride 2 and max pooling of ImageNet's would leave 8x8 of 32x32 pixels for the first stage.
+    """
+
+    config_class = SmallImageResNetConfig
+
+    def __init__(self, config: SmallImageResNetConfig) -> None:
+        super().__init__(config)
+        stem = self.resnet.embedder
+        stem.embedder = ResNetConvLayer(
+            config.num_channels, config.embedding_size, kernel_size=3, stride=1, activation=config.hidden_act
+        )
+        stem.pooler = cast(Any, nn.Identity())
+        self.post_init()  # initialises the new layer
+
+
+class SmallImageSwinConfig(SwinConfig):
+    """A Swin whose windows are never larger than a stage's grid of patches."""
+
+    model_type = "small_image_swin"
+
+
+class SmallImageSwinForImageClassification(SwinForImageClassification):
+    """Swin with each stage's window cut to its grid, as in the paper's code.
+
+    Transformers' Swin cuts the window when it runs but not the table of relative positions, and so fails where the
+    last stage's grid is smaller than the window.
+    """
+
+    config_class = SmallImageSwinConfig
+
+    def __init__(self, config: SmallImageSwinConfig) -> None:
+        super().__init__(config)
+        for stage in self.swin.encoder.layers:
+            for block in stage.blocks:
+                side = min(block.input_resolution)
+                if side < config.window_size:
+                    dim, heads = stage.blocks[0].layernorm_before.normalized_shape[0], _heads(config, stage)
+                    block.attention = SwinAttention(config, dim, heads, window_size=side)
+                    block.window_size, block.shift_size = side, 0
+        self.post_init()
+
+
+def _heads(config: SwinConfig, stage: Any) -> int:
+    width = stage.blocks[0].layernorm_before.normalized_shape[0]
+    return cast(Any, config.num_heads)[(width // config.embed_dim).bit_length() - 1]
+
+
+for _config, _model in (
+    (SmallImageResNetConfig, SmallImageResNetForImageClassification),
+    (SmallImageSwinConfig, SmallImageSwinForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModelForImageClassification.register(_config, _model)
