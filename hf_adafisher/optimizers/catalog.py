@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hf_adafisher.optimizers.baselines import groups
-from hf_adafisher.optimizers.checks import ADAFISHER_KEYS
+from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, KFAC_KEYS
 from hf_adafisher.optimizers.records import RECORDS, SECOND_ORDER, SHARDS, OptimizerRecord, Setting, did_you_mean
 
 ADAFISHER_LEARNING_RATE = 0.04
@@ -108,7 +108,7 @@ _add(
     learning_rate=Setting(0.03, _TINY),
     momentum="momentum",
     memory="4 + 8 (r^2 + c^2) / (r c), 4 for norms; sides above max_factor_dim count once, not squared",
-    checkpoint_keys=frozenset({"damping", "stat_decay", "inverse_interval", "kl_clip"}),
+    checkpoint_keys=KFAC_KEYS,
     needs_model=True,
     refuses=_WHOLE | {"DataParallel"},
 )
@@ -130,7 +130,7 @@ _add(
 )
 _add(
     "lamb",
-    "pytorch_optimizer:Lamb",
+    "hf_adafisher.optimizers.baselines.lamb:Lamb",
     library=_PO,
     paper="You et al., ICLR 2020, arXiv 1904.00962",
     lr=Setting(1e-2, _TINY),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.sharding import is_sharded
 
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
 """Options that the saved groups of AdaFisher(W) have and those of other optimizers lack."""
+
+KFAC_KEYS = frozenset({"damping", "stat_decay", "inverse_interval", "kl_clip"})
+"""The same of K-FAC."""
 
 
 def _number(name: str, value: Any) -> float:
@@ -210,13 +214,14 @@ def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterab
             )
 
 
-def warn_changed_options(optimizer: RecordingOptimizer, state_dict: Mapping[str, Any]) -> None:
-    """Say which options a checkpoint is about to change from what the optimizer was built with."""
+def warn_changed_options(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Say which of these options a checkpoint is about to change from what the optimizer was built with."""
+    names = list(names)
     changed = {
         f"{name}: {group[name]} -> {saved.get(name)}"
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
-        for name in optimizer.compared_on_load
-        if group[name] != saved.get(name)
+        for name in names
+        if name in group and group[name] != saved.get(name)
     }
     if changed:
         logger.warning(

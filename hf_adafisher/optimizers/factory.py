@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
 from hf_adafisher.optimizers.catalog import available_optimizers, optimizer_record
-from hf_adafisher.optimizers.checks import accelerate_state
+from hf_adafisher.optimizers.checks import accelerate_state, warn_changed_options
 from hf_adafisher.optimizers.compilation import refuse_compilation
 from hf_adafisher.optimizers.param_groups import decay_groups
 from hf_adafisher.optimizers.records import OptimizerRecord, did_you_mean
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
+_NOT_COMPARED = frozenset({"fused", "foreach", "capturable"})
+"""How a step is computed; what it computes is the same."""
 _FUSED_WHOLE = frozenset({"sgd"})
 """Whose fused kernel does not know FSDP2's sharded parameters."""
 
@@ -69,8 +72,9 @@ def create_optimizer(
     """
     record = optimizer_record(name)
     record.check_names(options)
-    groups = decay_groups(model, weight_decay, decay_names)
     arguments = record.arguments({**options, **({} if lr is None else {"lr": lr})})
+    record.check_values({**arguments, "weight_decay": weight_decay})
+    groups = decay_groups(model, weight_decay, decay_names)
     if record.create_graph:
         prepare_model(model, name)
     params = [p for group in groups for p in group["params"]]
@@ -88,8 +92,23 @@ def create_optimizer(
         groups = record.groups(model, groups, arguments)
     build: Callable[..., Optimizer] = record.cls
     optimizer = build(model, groups, **arguments) if record.needs_model else build(groups, **arguments)
-    optimizer.register_load_state_dict_pre_hook(lambda _, state: record.check_groups(state["param_groups"]))
+    optimizer.register_load_state_dict_pre_hook(functools.partial(_check_checkpoint, record))
     return optimizer
+
+
+def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Before a state is loaded: is it this optimizer's, and what will it change?"""
+    if not record.resumable:
+        raise ValueError(f"{record.name} cannot go on from a checkpoint: start without the optimizer state")
+    record.check_groups(state["param_groups"])
+    saved, own = len(state["param_groups"]), len(optimizer.param_groups)
+    if saved != own:
+        raise ValueError(
+            f"the checkpoint has {saved} parameter groups, this {record.name} has {own}: it was written with other "
+            "options that decide the groups, for another model or by another optimizer; resume with those that wrote it"
+        )
+    if not record.needs_model:  # those do it themselves
+        warn_changed_options(optimizer, state, {"weight_decay", *record.options()} - _NOT_COMPARED)
 
 
 class OptimizerFactory:

@@ -72,10 +72,14 @@ def embedding_tables(model: nn.Module) -> set[int]:
 
 
 def output_embeddings(model: nn.Module) -> set[int]:
-    """Ids of the weights of a language model's head, tied or not, by its ``get_output_embeddings``."""
-    find = getattr(model, "get_output_embeddings", None)
-    weight = getattr(find() if callable(find) else None, "weight", None)
-    return {id(weight)} if isinstance(weight, Tensor) else set()
+    """Ids of the weights of language model heads, tied or not, by ``get_output_embeddings``, also inside a wrapper."""
+    heads = set()
+    for module in model.modules():
+        find = getattr(module, "get_output_embeddings", None)
+        weight = getattr(find() if callable(find) else None, "weight", None)
+        if isinstance(weight, Tensor):
+            heads.add(id(weight))
+    return heads
 
 
 class Matrix(NamedTuple):
@@ -89,8 +93,8 @@ def hidden_matrices(model: nn.Module) -> list[Matrix]:
     """The weights between a model's input and its output layer: of Linear, transformers' Conv1D, and convolutions.
 
     Left out: embeddings and what is tied to them; the heads, which are a language model's output embeddings and
-    layers outside the base model with ``config.num_labels`` outputs, or, where there are none of these, the last
-    matrix of the model; the first convolution, which reads pixels or sound; convolutions with several groups, which
+    layers outside the base model with ``config.num_labels`` outputs, or, in a model without a ``config``, the last
+    matrix; the first convolution, which reads pixels or sound; convolutions with several groups, which
     are many small matrices; parameters that no such layer owns (class tokens, position tables, fused experts).
     """
     matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
@@ -119,7 +123,7 @@ def _heads(model: nn.Module, matrices: Iterable[tuple[str, Any]]) -> Iterator[Te
         if id(module.weight) in known
         or (base and base not in name.split(".") and _outputs(module) == labels and hasattr(model, base))
     ]
-    if not heads and not known:
+    if not heads and not known and not hasattr(model, "config"):
         heads = [module.weight for _, module in matrices[-1:]]
     yield from heads
 

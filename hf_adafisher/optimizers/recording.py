@@ -247,7 +247,7 @@ class RecordingOptimizer(Optimizer, ABC):
             ValueError: The checkpoint is another optimizer's, or another model's.
         """
         check_checkpoint(self, state_dict)
-        warn_changed_options(self, state_dict)
+        warn_changed_options(self, state_dict, self.compared_on_load)
         super().load_state_dict(state_dict)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         members = [(group, p) for group in self.param_groups for p in group["params"]]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.param_groups import Groups
+from hf_adafisher.optimizers.values import check_values
 
 EXTRA = 'pip install "hf_adafisher[baselines]"'
 _OWN_ARGUMENTS = ("lr", "learning_rate", "weight_decay")
@@ -111,6 +112,11 @@ class OptimizerRecord:
                     f"{self.name} has no option {name!r}{did_you_mean(name, known)}; "
                     f"its options: lr, weight_decay, {', '.join(known)}"
                 )
+
+    def check_values(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError for an option of the wrong type or out of its range, which libraries often let pass."""
+        if not self.needs_model:  # this package's optimizers say more about theirs
+            check_values(self.name, self.cls, {name: s.value for name, s in self.defaults.items()}, options)
 
     def check_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Check that saved parameter groups were written by this optimizer; torch loads any without a word.

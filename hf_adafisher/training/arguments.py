@@ -119,6 +119,8 @@ class AdaFisherTrainingArguments(TrainingArguments):
             if name in _ADAFISHER:
                 group = {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay, "params": ()}
                 check_options(group, group, f"optim={name}")
+            own = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+            optimizer_record(name).check_values({**options, **own})
             self._refuse_unsupported(optimizer_record(name))
             self._warn_of_schedules()
         self._warn_ignored()
@@ -223,14 +225,18 @@ def _parse_optim_args(text: str | None) -> dict[str, Any]:
         call = ast.parse(f"f({text})", mode="eval").body
         if not isinstance(call, ast.Call) or call.args:
             raise ValueError("not of the form key=value")
+        names = [keyword.arg for keyword in call.keywords]
+        if None in names or len(set(names)) < len(names):
+            raise ValueError("not of the form key=value, or one key twice")
         return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
-            f'optim_args must look like "key=value,key=value" with numbers or booleans, got {text!r}'
+            'optim_args must look like "key=value,key=value", each key once, with numbers, words, true, false, none or '
+            f"(tuples), got {text!r}"
         ) from None
 
 
 def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name) and node.id.lower() in ("true", "false"):
-        return node.id.lower() == "true"
+    if isinstance(node, ast.Name):  # a shell has eaten the quotes
+        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
     return ast.literal_eval(node)

@@ -7,6 +7,7 @@ their initial values (https://github.com/huggingface/transformers/issues/43701).
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,11 +31,20 @@ def load_renamed_weights(model: Any, checkpoint: Path) -> None:
     """Load the checkpoint into the model by way of ``from_pretrained``, which translates the names.
 
     Raises:
-        ValueError: Some of the model's weights are not in the checkpoint.
+        ValueError: Some of the model's weights are not in the checkpoint, or its class cannot be built from its
+            configuration alone.
     """
-    loaded, info = type(model).from_pretrained(
-        checkpoint, config=model.config, dtype=model.dtype, output_loading_info=True
-    )
+    # The widest dtype: a model may keep its head in float32 and the rest in bfloat16.
+    dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))
+    try:
+        loaded, info = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=dtype, output_loading_info=True
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"the weights in {checkpoint} have other names than the model's, and {type(model).__name__}, which could "
+            f"translate them, cannot be built from its configuration alone ({error}): load them yourself"
+        ) from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{checkpoint} lacks weights of this model: {', '.join(missing)}")

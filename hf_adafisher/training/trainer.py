@@ -236,7 +236,8 @@ class AdaFisherTrainer(Trainer):
 def _warn_of_a_foreign_default(name: str, learning_rate: float) -> None:
     """``dataclasses.replace(args, optim=...)`` keeps the learning rate, and the defaults are 800 times apart."""
     right = default_learning_rate(name)
-    if learning_rate != right and learning_rate in (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE):
+    telling = (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE, optimizer_record("lars").learning_rate.value)
+    if learning_rate != right and learning_rate in telling:  # others may well have been chosen
         logger.warning(
             "optim=%s runs with learning_rate=%s, the default of other optimizers; its own is %s.",
             name,

@@ -27,6 +27,15 @@ def test_fsdp_updates_of_sharded_parameters_equal_one_process(two: Results, name
     )
 
 
+def test_fsdp_every_optimizer_that_is_said_to_work_equals_one_process(two: Results) -> None:
+    alone = worker.others_sharded()
+    assert {"adafisherw", "adamw", "muon", "sgd"} <= alone.keys()
+    for result in two:
+        for name, weights in alone.items():
+            rounding = {"rtol": 1e-2, "atol": 1e-3} if name == "muon" else {}  # its iteration is in bfloat16
+            assert_close(result["others_sharded"][name], weights, **rounding)
+
+
 def test_fsdp_norms_that_are_units_of_their_own_equal_one_process(two: Results) -> None:
     """Their weight is sharded again when a hook that comes after FSDP2's looks at it."""
     alone = worker.data_parallel("llama")

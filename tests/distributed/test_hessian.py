@@ -67,4 +67,4 @@ def test_buffers_are_those_of_the_first_process(both: Results) -> None:
 def test_the_trainer_keeps_the_processes_together(name: str, both: Results) -> None:
     first, second = (result[f"trainer {name}"] for result in both)
     assert_close(first["weights"], second["weights"], rtol=0, atol=0)
-    assert first["losses"][-1] < 0.95 * first["losses"][0]
+    assert first["losses"][-1] < 0.97 * first["losses"][0]

@@ -20,9 +20,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW
+from hf_adafisher import (
+    AdaFisherTrainer,
+    AdaFisherTrainingArguments,
+    AdaFisherW,
+    available_optimizers,
+    create_optimizer,
+)
 from hf_adafisher.fisher import reduce
 from hf_adafisher.optimizers import sharding
+from hf_adafisher.optimizers.catalog import optimizer_record
 from tests.model_zoo import family
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}
@@ -276,6 +283,29 @@ def grouped_convolution() -> dict[str, Any]:
     return {"weights": weights_of(model), "state": state_of(model, optimizer)}
 
 
+SHARDABLE = [name for name in available_optimizers() if "FSDP2" not in optimizer_record(name).refuses]
+
+
+def others_sharded() -> dict[str, Any]:
+    """Every other optimizer that is said to work on sharded parameters; whole ones in a single process."""
+    found = {}
+    for name in SHARDABLE:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+        if dist.is_initialized():
+            shard(model)
+        optimizer = create_optimizer(name, model, lr=0.02, weight_decay=0.1)
+        getattr(optimizer, "train", lambda: None)()  # schedule-free
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            x = torch.randn(GLOBAL_BATCH, 6, generator=torch.Generator().manual_seed(step))
+            model(my_rows({"x": x})["x"]).square().mean().backward()
+            optimizer.step()
+        getattr(optimizer, "eval", lambda: None)()
+        found[name] = weights_of(model)
+    return found
+
+
 def factor_of_an_offloaded_shard() -> dict[str, Any]:
     """A factor goes where the shard is, which with CPUOffloadPolicy is not the mesh's device: `meta` stands for it."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -378,6 +408,7 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fully_sharded_vit": lambda: fully_sharded("vit"),
         "fully_sharded_llama": lambda: fully_sharded("llama"),
         "grouped_convolution": grouped_convolution,
+        "others_sharded": others_sharded,
         "factor_of_an_offloaded_shard": factor_of_an_offloaded_shard,
         "distributed_checkpoint": lambda: distributed_checkpoint(folder),
         "under_trainer": lambda: under_trainer(folder / "trainer"),

@@ -76,7 +76,10 @@ def test_optim_args_are_read_as_python_values(tmp_path: Path) -> None:
     assert options("adafisherw", "damping=0.5")["damping"] == 0.5
     assert options("muon", "adamw_lr=1e-3, nesterov=false") == {"adamw_lr": 1e-3, "nesterov": False}
     assert options("soap", "betas=(0.9, 0.95)") == {"betas": (0.9, 0.95)}
-    for wrong in ("momentum", "momentum=", "0.9", "momentum=f(1)"):
+    # The quotes of a word are easily lost to the shell.
+    assert options("adahessian", "hessian_distribution=gaussian") == {"hessian_distribution": "gaussian"}
+    assert options("kfac", "kl_clip=none") == {"kl_clip": None}
+    for wrong in ("momentum", "momentum=", "0.9", "momentum=f(1)", "momentum=.5,momentum=.7", "**{'momentum': 1}"):
         with pytest.raises(ValueError, match="key=value,key=value"):
             options("sgd", wrong)
 

@@ -131,6 +131,30 @@ def test_renamed_weights_are_loaded_whole_also_in_several_files(name: str, size:
     assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
 
 
+def test_a_head_of_another_precision_is_restored_exactly(tmp_path: Path) -> None:
+    model, other = family("vit").build().bfloat16(), family("vit").build(seed=1).bfloat16()
+    model.classifier.float()
+    torch.nn.init.normal_(model.classifier.weight)
+    other.classifier.float()
+    model.save_pretrained(tmp_path)
+    load_renamed_weights(other, tmp_path)
+    assert_close(dict(other.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_a_class_that_its_configuration_does_not_build_is_named(tmp_path: Path) -> None:
+    kind = type(family("vit").build())
+
+    class Wider(kind):  # type: ignore[misc, valid-type]
+        def __init__(self, config: Any, width: int) -> None:
+            super().__init__(config)
+            self.width = width
+
+    model = Wider(family("vit").build().config, 3)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Wider, which could translate them, cannot be built from its configuration"):
+        load_renamed_weights(model, tmp_path)
+
+
 def test_missing_weights_are_named(tmp_path: Path) -> None:
     model = family("vit").build()
     model.save_pretrained(tmp_path)

@@ -35,7 +35,7 @@ def muon_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Group
     Muon scales its steps by sqrt(max(1, outputs / inputs)), for a weight stored as (outputs, inputs); those that are
     stored the other way round get groups with a learning rate (and a decay) that makes up for it.
     """
-    lr, adamw_lr = arguments["lr"], arguments["adamw_lr"]
+    lr, adamw_lr, decoupled = arguments["lr"], arguments["adamw_lr"], arguments.get("weight_decouple", True)
     hidden = {id(weight): _correction(weight.shape, transposed) for weight, transposed in hidden_matrices(model)}
     if arguments.get("use_adjusted_lr"):  # a scale that knows no direction
         hidden = dict.fromkeys(hidden, 1.0)
@@ -44,7 +44,8 @@ def muon_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Group
     for factor in sorted(set(hidden.values()), key=lambda factor: (factor != 1.0, factor)):
         chosen = {key for key, value in hidden.items() if value == factor}
         for part in chosen_groups(groups, chosen, {"use_muon": True, "lr": lr * factor}):
-            split.append({**part, "weight_decay": part["weight_decay"] / factor})
+            # A decay that is part of the gradient is not multiplied by the learning rate.
+            split.append({**part, "weight_decay": part["weight_decay"] / (factor if decoupled else 1.0)})
     rest = {id(p) for group in groups for p in group["params"]} - hidden.keys()
     return split + chosen_groups(groups, rest, {"use_muon": False, "lr": adamw_lr})
 

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.optimizers.baselines.kfac_blocks import READY, Block
 from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerCurvature, check_kfac_options
-from hf_adafisher.optimizers.checks import refuse_shards
+from hf_adafisher.optimizers.checks import KFAC_KEYS, refuse_shards
 from hf_adafisher.optimizers.coverage import ParameterCoverage, owner_names
 from hf_adafisher.optimizers.recording import ParamsT, RecordingOptimizer
-
-KFAC_KEYS = frozenset({"damping", "stat_decay", "inverse_interval", "kl_clip"})
-"""Options that the saved groups of K-FAC have and those of other optimizers lack."""
 
 PLAIN = "plain SGD"
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import accelerate.state
 import pytest
 import pytorch_optimizer
 import torch
+import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -27,6 +30,7 @@ import hf_adafisher.optimizers.factory as factory
 from hf_adafisher import available_optimizers, create_optimizer, optimizer_state_bytes
 from hf_adafisher.optimizers.catalog import optimizer_record
 from hf_adafisher.optimizers.param_groups import hidden_matrices
+from hf_adafisher.optimizers.records import RECORDS
 from tests.cases import mlp
 from tests.model_zoo import family
 
@@ -181,7 +185,7 @@ class Stacked(nn.Module):
         return self.head(self.narrow(self.wide(self.first(x).tanh()).tanh()).tanh())
 
 
-@pytest.mark.parametrize("options", [{}, {"use_adjusted_lr": True}, {"foreach": False}])
+@pytest.mark.parametrize("options", [{}, {"use_adjusted_lr": True}, {"foreach": False}, {"weight_decouple": False}])
 def test_muon_treats_conv1d_as_the_linear_layer_that_it_is(options: dict[str, Any]) -> None:
     set_seed(0)
     transposed, linear = Stacked(Conv1D), Stacked(nn.Linear)
@@ -311,9 +315,12 @@ def run(model: Bowl, optimizer: Any, steps: int) -> None:
         optimizer.step()
 
 
-def test_lamb_makes_the_papers_steps() -> None:
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_lamb_makes_the_papers_steps(size: float) -> None:
     """Algorithm 2, without bias correction: the ratio takes any factor of the moment out again."""
     model = Bowl()
+    for p in model.parameters():
+        p.data.mul_(size)
     expected = model.start()
     run(model, create_optimizer("lamb", model, lr=0.05, weight_decay=0.2, decay_names=["x"]), 4)
     for name, w in expected.items():
@@ -674,3 +681,130 @@ def test_a_large_vocabulary_costs_no_matrix_of_its_size(name: str, tied: bool) -
     optimizer = create_optimizer(name, model, lr=0.01, **limits.get(name, {}))
     train(name, model, optimizer, 2)
     assert optimizer_state_bytes(optimizer) < 20 * sum(p.numel() for p in model.parameters())
+
+
+# --- option values --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("lars", {"vector_lr": -1.0}, "vector_lr must be a finite number >= 0, got -1.0"),
+        ("muon", {"lr": math.nan}, "lr must be a finite number >= 0, got nan"),
+        ("muon", {"adamw_lr": math.nan}, "adamw_lr must be a finite number"),
+        ("soap", {"weight_decay": -0.1}, "weight_decay must be a finite number >= 0, got -0.1"),
+        ("schedule_free_adamw", {"lr": -1.0}, "lr must be a finite number"),
+        ("schedule_free_adamw", {"warmup_steps": -3}, "warmup_steps must be a whole number >= 0, got -3"),
+        ("adahessian", {"hessian_distribution": "foo"}, "must be one of 'gaussian', 'rademacher', got 'foo'"),
+        ("adahessian", {"num_samples": 0}, "num_samples must be a whole number >= 1, got 0"),
+        ("sophia", {"update_period": 0}, "update_period must be a whole number >= 1, got 0"),
+        ("shampoo", {"max_side": 2.5}, "max_side must be a whole number >= 1, got 2.5"),
+        ("shampoo", {"max_side": "a"}, "max_side must be a whole number"),
+        ("soap", {"precondition_frequency": 2.5}, "precondition_frequency must be a whole number"),
+        ("lion", {"betas": 0.9}, r"betas must be 2 numbers, as \(0.9, 0.99\), got 0.9"),
+        ("muon", {"momentum": "0.9"}, "muon: option momentum must be a number, got '0.9'"),
+        ("sgd", {"nesterov": "no"}, "nesterov must be True or False, got 'no'"),
+    ],
+)
+def test_values_that_a_library_would_let_pass_are_named(name: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        create_optimizer(name, mlp(3, 2), **options)
+
+
+def test_shampoo_passes_its_options_on_to_both_parts() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3))
+    options = {
+        "momentum": 0.7,
+        "matrix_eps": 0.2,
+        "preconditioning_compute_steps": 3,
+        "weight_decouple": True,
+        "fixed_decay": True,
+        "maximize": True,
+        "adamw_lr": 0.02,
+        "adamw_betas": (0.7, 0.8),
+        "adamw_eps": 1e-3,
+    }
+    optimizer = create_optimizer("shampoo", model, lr=0.3, **options)
+    full = next(group for group in optimizer.param_groups if group["use_shampoo"])
+    rest = next(group for group in optimizer.param_groups if not group["use_shampoo"])
+    for key in ("momentum", "matrix_eps", "weight_decouple", "fixed_decay"):
+        assert full[key] == options[key]
+    assert (rest["lr"], rest["betas"], rest["eps"], rest["maximize"]) == (0.02, (0.7, 0.8), 1e-3, True)
+    assert (optimizer._parts[True].maximize, optimizer._parts[True].preconditioning_compute_steps) == (True, 3)
+
+
+# --- which weights are what -----------------------------------------------------------------
+
+
+def test_soap_keeps_the_width_of_the_widest_table() -> None:
+    """BERT's table of two segments must not make a cap of 2 for the tokens."""
+    model = nn.ModuleList([nn.Embedding(50, 8), nn.Embedding(2, 8), nn.Linear(8, 8)])
+    groups = create_optimizer("soap", model).param_groups
+    assert {group["max_precondition_dim"] for group in groups} == {10000, 8}
+
+
+def test_bags_of_embeddings_are_tables_too() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(9, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    matrices = [matrix.weight for matrix in hidden_matrices(model)]
+    assert matrices == [model[1].weight]
+    bags = [p for g in create_optimizer("shampoo", model).param_groups if not g["use_shampoo"] for p in g["params"]]
+    assert bags == [model[0].weight]
+
+
+def test_every_head_of_a_classifier_is_left_out_and_nothing_else() -> None:
+    """DeiT with a teacher has two; a transposed one counts its outputs along the other axis."""
+    config = transformers.DeiTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, image_size=8, patch_size=4
+    )
+    config.num_labels = 5
+    model = transformers.DeiTForImageClassificationWithTeacher(config)
+    hidden = {id(matrix.weight) for matrix in hidden_matrices(model)}
+    linear = {name: id(m.weight) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {name for name, key in linear.items() if key not in hidden} == {"cls_classifier", "distillation_classifier"}
+    model.cls_classifier = Conv1D(5, 16)
+    assert id(model.cls_classifier.weight) not in {id(matrix.weight) for matrix in hidden_matrices(model)}
+
+
+def test_a_head_inside_a_wrapper_is_a_head() -> None:
+    class WithValue(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.value = family("llama").build(), nn.Linear(32, 1)
+
+    wrapper = WithValue()
+    hidden = {id(matrix.weight) for matrix in hidden_matrices(wrapper)}
+    assert id(wrapper.model.lm_head.weight) not in hidden
+    widths = {g["max_precondition_dim"] for g in create_optimizer("soap", wrapper).param_groups}
+    assert widths == {10000, 32}
+
+
+def test_a_model_without_a_head_has_no_weight_taken_for_one() -> None:
+    model = family("gpt2").build().transformer
+    hidden = {id(matrix.weight) for matrix in hidden_matrices(model)}
+    assert id(model.h[-1].mlp.c_proj.weight) in hidden
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def test_changed_options_are_named_when_a_checkpoint_replaces_them(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(3, 2)
+    saved = create_optimizer("lion", model, betas=(0.5, 0.6), weight_decay=0.1).state_dict()
+    create_optimizer("lion", model, betas=(0.5, 0.6), weight_decay=0.1).load_state_dict(saved)
+    assert not caplog.records
+    create_optimizer("lion", model, weight_decay=0.3).load_state_dict(saved)
+    assert "betas: (0.9, 0.99) -> (0.5, 0.6)" in caplog.text and "weight_decay: 0.3 -> 0.1" in caplog.text
+
+
+def test_other_groups_than_the_checkpoints_get_advice() -> None:
+    model = family("gpt2").build()
+    saved = create_optimizer("shampoo", model, max_side=1).state_dict()
+    with pytest.raises(ValueError, match=r"written with other options .* or by another optimizer"):
+        create_optimizer("shampoo", model).load_state_dict(saved)
+
+
+def test_what_is_not_resumable_refuses_to_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECORDS, "lion", dataclasses.replace(optimizer_record("lion"), resumable=False))
+    optimizer = create_optimizer("lion", mlp(3, 2))
+    with pytest.raises(ValueError, match="lion cannot go on from a checkpoint"):
+        optimizer.load_state_dict(optimizer.state_dict())
