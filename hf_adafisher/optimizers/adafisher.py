@@ -12,11 +12,12 @@ from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.fisher.uses import new_state
 from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_options
 from hf_adafisher.optimizers.checks import momentum_dtype as momentum_dtype_of
+from hf_adafisher.optimizers.compiled import CompiledUpdate
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
 from hf_adafisher.optimizers.recording import ParamsT, RecordingOptimizer
-from hf_adafisher.optimizers.sharding import local_part
-from hf_adafisher.optimizers.update import update_parameter
+from hf_adafisher.optimizers.sharding import is_sharded, local_part
+from hf_adafisher.optimizers.update import Scratch, Vectors, update_parameter
 
 
 class AdaFisher(RecordingOptimizer):
@@ -48,6 +49,9 @@ class AdaFisher(RecordingOptimizer):
         weight_decay: kappa, >= 0. Default 0.
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own;
             ``"float32"`` is worth its memory where the weights are bfloat16. Factors are float32 in any case.
+        compiled: Update large parameters with kernels made by ``torch.compile``: faster steps, after some seconds of
+            compiling in the first one. Default False. Where no compiler works, one warning says so, and the update is
+            the same as without; so it is for parameters that FSDP2 has sharded.
 
     Raises:
         TypeError: ``model`` is not a module (``AdaFisherW(model.parameters())``).
@@ -82,7 +86,11 @@ class AdaFisher(RecordingOptimizer):
         update_interval: int = 100,  # T_cov
         weight_decay: float = 0.0,  # kappa
         momentum_dtype: torch.dtype | str | None = None,
+        compiled: bool = False,
     ) -> None:
+        if not isinstance(compiled, bool):
+            raise ValueError(f"compiled must be True or False, got {compiled!r}")
+        self._compiled = CompiledUpdate() if compiled else None
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -114,24 +122,34 @@ class AdaFisher(RecordingOptimizer):
         return bool(updates)
 
     def _update_parameters(self) -> None:
+        scratch = Scratch()
+        vectors: dict[tuple[int, int], Vectors] = {}
         for group, p, grad in self._with_gradient():
-            self._update(group, p, grad)
+            state = self._state_of(group, p)
+            step, terms = int(state["step"].add_(1).item()), self._curvature.local_terms(p, state, grad)
+            alike = vectors.get((id(group), step))
+            if alike is None:
+                alike = vectors[id(group), step] = Vectors(self._numbers(group, step))
+            tensors = (p, grad, state["exp_avg"])
+            if is_sharded(p):
+                local = (local_part(p), local_part(grad), local_part(state["exp_avg"]))
+                update_parameter(*local, terms, **alike.numbers, scratch=scratch)
+            elif alike.take(*tensors, terms):
+                continue  # updated below, with its like
+            elif self._compiled is None or not self._compiled(*tensors, terms, alike.numbers):
+                update_parameter(*tensors, terms, **alike.numbers, scratch=scratch)
+        for alike in vectors.values():
+            alike.update_()
 
-    def _update(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> None:
-        state = self._state_of(group, p)
-        state["step"] += 1
-        update_parameter(
-            local_part(p),
-            local_part(grad),
-            local_part(state["exp_avg"]),
-            self._curvature.local_terms(p, state, grad),
-            step=int(state["step"].item()),
-            lr=float(group["lr"]),
-            beta=group["beta"],
-            damping=group["damping"],
-            weight_decay=group["weight_decay"],
-            decoupled=bool(self.decoupled),
-        )
+    def _numbers(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
+        return {
+            "step": step,
+            "lr": float(group["lr"]),
+            "beta": group["beta"],
+            "damping": group["damping"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": bool(self.decoupled),
+        }
 
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""

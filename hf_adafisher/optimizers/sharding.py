@@ -16,10 +16,12 @@ from hf_adafisher.fisher.forms import Term
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
+_SHARDED = (DTensor,) if torch.distributed.is_available() else ()
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a DTensor."""
-    return torch.distributed.is_available() and isinstance(tensor, DTensor)
+    return isinstance(tensor, _SHARDED)
 
 
 def local_part(tensor: Tensor) -> Any:

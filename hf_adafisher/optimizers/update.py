@@ -2,11 +2,93 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.forms import Term, diagonal_of
+from hf_adafisher.fisher.factors import statistics_dtype
+from hf_adafisher.fisher.forms import Term
+from hf_adafisher.optimizers.layout import Tensors, aligned, blocks
+
+# Blocks of this many values stay in a core's cache between the operations on them, so that memory is read and written
+# about as often as by one fused kernel. Elsewhere a block only bounds the temporary: more kernels would cost more.
+CPU_BLOCK = 1 << 19
+DEVICE_BLOCK = 1 << 24
+
+
+class Scratch:
+    """Memory for the diagonal of one block, shared by the parameters of one step and dropped with it."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+        self._block: Tensor | None = None
+        self._row: Tensor | None = None
+        self._value = 0.0
+
+    def like(self, block: Tensor, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor of the block's shape; the next call takes the memory back."""
+        last = self._block  # most blocks are as large as the one before
+        if last is not None and last.shape == block.shape and last.dtype == dtype and last.device == block.device:
+            return last
+        size, flat = block.numel(), self._flat
+        if flat is None or flat.dtype != dtype or flat.device != block.device or flat.numel() < size:
+            flat = self._flat = torch.empty(size, dtype=dtype, device=block.device)
+        self._block = flat[:size].view(block.shape)
+        return self._block
+
+    def row(self, like: Tensor, value: float) -> Tensor:
+        """A tensor like ``like`` full of ``value``: loops over a 0-dimensional one would not be vectorised."""
+        row = self._row
+        same = row is not None and self._value == value and row.shape == like.shape
+        if row is None or not same or row.dtype != like.dtype or row.device != like.device:
+            row = torch.full_like(like, value, memory_format=torch.contiguous_format)
+            self._row, self._value = row, value
+        return row
+
+
+class Vectors:
+    """Biases and norm weights, updated together: a call an operation for all of them, instead of one for each.
+
+    Args:
+        numbers: The keyword arguments of :func:`update_parameter` that they share.
+    """
+
+    def __init__(self, numbers: dict[str, Any]) -> None:
+        self.numbers = numbers
+        self._members: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
+
+    def take(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> bool:
+        """Take a parameter in if it is a vector whose tensors are all alike; :meth:`update_` then updates it."""
+        if param.dim() != 1 or len(terms) != 1 or len(terms[0]) != 1:
+            return False
+        factor, dtype = terms[0][0], param.dtype
+        if not (dtype == grad.dtype == exp_avg.dtype == factor.dtype and factor.shape == param.shape):
+            return False
+        members = self._members.setdefault((param.device, dtype), ([], [], [], []))
+        for tensors, tensor in zip(members, (param, grad, exp_avg, factor), strict=True):
+            tensors.append(tensor)
+        return True
+
+    def update_(self) -> None:
+        """What :func:`update_parameter` does to each of them."""
+        beta, damping, weight_decay = (self.numbers[name] for name in ("beta", "damping", "weight_decay"))
+        shrink, rate, decay = scalars(**self.numbers)
+        for params, grads, exp_avgs, factors in self._members.values():
+            if decay:
+                grads = list(torch._foreach_add(grads, params, alpha=weight_decay))
+            torch._foreach_lerp_(exp_avgs, grads, 1.0 - beta)
+            if shrink != 1.0:
+                torch._foreach_mul_(params, shrink)
+            torch._foreach_addcdiv_(params, exp_avgs, torch._foreach_add(factors, damping), value=rate)
+
+
+def scalars(*, step: int, lr: float, beta: float, weight_decay: float, decoupled: bool, **_: Any) -> tuple[float, ...]:
+    """What the parameter is multiplied by, what ``m / F`` is, and what of the parameter is added to the gradient."""
+    shrink = 1.0 - lr * weight_decay if decoupled else 1.0
+    return shrink, -lr / (1.0 - beta**step), 0.0 if decoupled else weight_decay
 
 
 def update_parameter(
@@ -21,6 +103,7 @@ def update_parameter(
     damping: float,
     weight_decay: float,
     decoupled: bool,
+    scratch: Scratch | None = None,
 ) -> None:
     """One step of AdaFisher (``decoupled=False``) or AdaFisherW (``decoupled=True``), in place.
 
@@ -28,18 +111,53 @@ def update_parameter(
     diagonal. AdaFisher adds ``weight_decay * theta`` to ``g``; AdaFisherW subtracts ``lr * weight_decay * theta``.
     There is no square root over F.
 
+    Large parameters are updated block by block, with F for one block at a time. Everything is computed in float32
+    (float64 where the parameter or the momentum is) and rounded once, when it is stored.
+
     Args:
         param: The parameter, updated in place.
         grad: Its gradient; left as it is.
         exp_avg: First moment ``m``, updated in place.
         terms: The parameter's factors, normalised and spread (see :mod:`hf_adafisher.fisher.forms`).
         step: Number of updates of this parameter, this one included.
+        scratch: Memory that the updates of a step share. Default: new memory.
     """
-    grad = grad.to(exp_avg.dtype)
-    if weight_decay and not decoupled:
-        grad = grad.add(param.to(exp_avg.dtype), alpha=weight_decay)
-    exp_avg.lerp_(grad, 1.0 - beta)
-    diagonal = diagonal_of(terms, param, damping)
-    if weight_decay and decoupled:
-        param.mul_(1.0 - lr * weight_decay)
-    param.addcdiv_(exp_avg, diagonal, value=-lr / (1.0 - beta**step))
+    if param.numel() == 0:
+        return
+    scratch = Scratch() if scratch is None else scratch
+    shrink, rate, decay = scalars(step=step, lr=lr, beta=beta, weight_decay=weight_decay, decoupled=decoupled)
+    dtype = torch.promote_types(statistics_dtype(param.dtype), exp_avg.dtype)
+    limit = CPU_BLOCK if param.device.type == "cpu" else DEVICE_BLOCK
+    for block in blocks(aligned(param, grad, exp_avg, terms), limit):
+        p, g, m = (tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in block[:3])
+        m.lerp_(g.add(p, alpha=decay) if decay else g, 1.0 - beta)
+        diagonal = _diagonal(block, damping, scratch)
+        if shrink != 1.0:
+            p.mul_(shrink)
+        p.addcdiv_(m, diagonal, value=rate)
+        if m is not block.exp_avg:
+            block.exp_avg.copy_(m)
+        if p is not block.param:
+            block.param.copy_(p)
+
+
+def _diagonal(block: Tensors, damping: float, scratch: Scratch) -> Tensor:
+    """``sum of the products of the terms + damping``, in the shape of the block's parameter."""
+    param, terms = block.param, block.terms
+    if len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].shape == param.shape:
+        return terms[0][0].add(damping)
+    out = scratch.like(param, statistics_dtype(param.dtype))
+    for i, term in enumerate(terms):
+        if len(term) < 2:
+            one = term[0] if term else 1.0
+            if i:
+                out.add_(one)
+            else:
+                out.fill_(damping).add_(one)
+            continue
+        left = math.prod(term[1:-1], start=term[0])
+        if i:
+            out.addcmul_(left, term[-1])
+        else:
+            torch.addcmul(scratch.row(term[-1], damping).expand(param.shape), left, term[-1], out=out)
+    return out

@@ -1,0 +1,113 @@
+"""One parameter's tensors brought into the form that its update runs over: same axes, memory order, blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_adafisher.fisher.forms import Term, diagonal_of
+
+
+class Tensors(NamedTuple):
+    """What one update reads and writes. All have the same axes; factors have length 1 where they are constant."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    terms: tuple[Term, ...]
+
+    def factors(self) -> list[Tensor]:
+        """The factors of all terms in a row."""
+        return [factor for term in self.terms for factor in term]
+
+
+def aligned(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Tensors:
+    """Views of the same memory with as many axes as the factors have, the outermost in memory first.
+
+    Grouped convolutions have one axis more (see :data:`hf_adafisher.fisher.forms.Term`). Where two uses group a weight
+    in different ways the diagonal is formed as a whole.
+    """
+    axes = param.dim()
+    tensors = Tensors(param, grad, exp_avg, tuple(terms))
+    if any(factor.dim() != axes for factor in tensors.factors()):
+        tensors = _with_group_axis(tensors)
+    if not tensors.param.is_contiguous():
+        strides = tensors.param.stride()
+        tensors = _each(tensors, "permute", sorted(range(len(strides)), key=lambda i: -strides[i]))
+    return tensors
+
+
+def _each(tensors: Tensors, method: str, *args: object) -> Tensors:
+    """The same view of every tensor."""
+    param, grad, exp_avg = (getattr(t, method)(*args) for t in tensors[:3])
+    return Tensors(param, grad, exp_avg, tuple(tuple(getattr(f, method)(*args) for f in t) for t in tensors.terms))
+
+
+def _with_group_axis(tensors: Tensors) -> Tensors:
+    param, grad, exp_avg, terms = tensors
+    groups = {factor.shape[0] for factor in tensors.factors() if factor.dim() > param.dim()}
+    if len(groups) > 1:
+        return Tensors(param, grad, exp_avg, ((diagonal_of(terms, param, 0.0),),))
+    if not groups:  # fewer axes than the parameter
+        return Tensors(
+            param, grad, exp_avg, tuple(tuple(f[(None,) * (param.dim() - f.dim())] for f in t) for t in terms)
+        )
+    sizes, axes = (groups.pop(), -1), param.dim()
+
+    def split(factor: Tensor) -> Tensor:
+        if factor.dim() > axes:
+            return factor
+        return factor[None] if factor.shape[0] == 1 else factor.unflatten(0, sizes)
+
+    split_terms = tuple(tuple(split(factor) for factor in term) for term in terms)
+    param, grad, exp_avg = (tensor.unflatten(0, sizes) for tensor in tensors[:3])
+    return Tensors(param, grad, exp_avg, split_terms)
+
+
+def blocks(tensors: Tensors, limit: int) -> Iterator[Tensors]:
+    """Cut the tensors along their first axes into parts of at most ``limit`` values; all parts are views."""
+    param = tensors.param
+    if param.numel() <= limit:
+        yield tensors
+        return
+    axis = next(i for i, size in enumerate(param.shape) if size > 1)
+    rows = max(1, limit * param.shape[axis] // param.numel())
+    parts = [tensor.split(rows, axis) for tensor in tensors[:3]]
+    count = len(parts[0])
+    terms = [[f.split(rows, axis) if f.shape[axis] > 1 else (f,) * count for f in term] for term in tensors.terms]
+    for i in range(count):
+        part = Tensors(parts[0][i], parts[1][i], parts[2][i], tuple(tuple(f[i] for f in term) for term in terms))
+        if part.param.numel() <= limit:
+            yield part
+        else:
+            yield from blocks(part, limit)
+
+
+def merged(tensors: Tensors) -> Tensors:
+    """The same with as few axes as possible: those of length 1 dropped, neighbours joined that no factor tells apart.
+
+    A convolution then looks like a Linear, so that they share one compiled kernel.
+    """
+    shape = tensors.param.shape
+    if len(shape) == 2 and 1 not in shape:
+        return tensors
+    kept = [i for i, size in enumerate(shape) if size != 1]
+    tensors = _by_shape(tensors, lambda t: tuple(t.shape[i] for i in kept))
+    if not kept or not all(tensor.is_contiguous() for tensor in tensors[:3]):
+        return tensors
+    varies = [tuple(f.shape[i] > 1 for f in tensors.factors()) for i in range(len(kept))]
+    starts = [i for i in range(len(kept)) if i == 0 or varies[i] != varies[i - 1]]
+    runs = list(zip(starts, [*starts[1:], len(kept)], strict=True))
+    return _by_shape(tensors, lambda t: tuple(t.shape[a:b].numel() for a, b in runs))
+
+
+def _by_shape(tensors: Tensors, shape_of: Callable[[Tensor], tuple[int, ...]]) -> Tensors:
+    param, grad, exp_avg = (_reshaped(tensor, shape_of(tensor)) for tensor in tensors[:3])
+    terms = tuple(tuple(_reshaped(factor, shape_of(factor)) for factor in term) for term in tensors.terms)
+    return Tensors(param, grad, exp_avg, terms)
+
+
+def _reshaped(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return tensor if tensor.shape == shape else tensor.reshape(shape)

@@ -1,0 +1,75 @@
+"""Times AdaFisherW's step against AdamW's, a training iteration, and how both grow.
+
+    python scripts/benchmark_step.py --model gpt2-20m --rounds 15 --json out/step.json
+    python scripts/benchmark_step.py --model gpt2-20m --compiled --rounds 15
+    python scripts/benchmark_step.py --all-optimizers --rounds 15
+    python scripts/benchmark_step.py --whole-iteration --rounds 15
+    python scripts/benchmark_step.py --scaling --plot out/scaling.png
+
+All that is compared runs alternately in this one process; medians are shown, with quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hf_adafisher.experiments import benchmark, benchmark_scaling
+from hf_adafisher.experiments.report import hardware, software_versions, write_json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run it; returns 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(benchmark.MODELS), default="gpt2-20m", help="default gpt2-20m")
+    parser.add_argument("--rounds", type=int, default=15, help="alternating rounds (default 15, at least 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, which is timed by CUDA events (default cpu)")
+    parser.add_argument("--compiled", action="store_true", help="also AdaFisherW(compiled=True)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--all-optimizers", action="store_true", help="step() of every installed optimizer")
+    mode.add_argument("--whole-iteration", action="store_true", help="due and idle steps, whole training iterations")
+    mode.add_argument("--scaling", action="store_true", help="growth with width, depth, vocabulary and batch")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--plot", type=Path, help="picture for --scaling")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 2:
+        parser.error(f"--rounds must be at least 2, got {arguments.rounds}")
+    if arguments.plot and not arguments.scaling:
+        parser.error("--plot belongs to --scaling")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    load, rounds, device = os.getloadavg()[0], arguments.rounds, arguments.device
+    if arguments.scaling:
+        result = benchmark_scaling.measure_scaling(rounds, device)
+    elif arguments.whole_iteration:
+        result = benchmark.measure_iteration(rounds, device, arguments.compiled)
+    elif arguments.all_optimizers:
+        result = benchmark.measure_optimizers(arguments.model, rounds, device)
+    else:
+        result = benchmark.measure_step(arguments.model, rounds, device, arguments.compiled)
+    if "rows" in result:
+        print(benchmark.as_table(result["rows"]))
+    for name, points in result.get("points", {}).items():
+        for point in points:
+            print(name, ", ".join(f"{key} {value:.4g}" for key, value in point.items()))
+    print(", ".join(f"{key}: {value:.4g}" for key, value in result.items() if isinstance(value, float | int)))
+    print(f"load average before the run: {load:.2f}; threads: {torch.get_num_threads()}; device: {device}")
+    result |= {"rounds": rounds, "load": load, "hardware": hardware(), "software": software_versions()}
+    for path in (arguments.json, arguments.plot):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.json:
+        write_json(arguments.json, result)
+    if arguments.plot:
+        benchmark_scaling.write_scaling(arguments.plot, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

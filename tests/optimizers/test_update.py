@@ -1,0 +1,286 @@
+"""The eager and the compiled update against the formula written out, and against each other."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+
+from hf_adafisher import AdaFisher, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
+from hf_adafisher.fisher.forms import Term
+from hf_adafisher.optimizers import compiled as compiled_module
+from hf_adafisher.optimizers import update as update_module
+from hf_adafisher.optimizers.compiled import CompiledUpdate
+from hf_adafisher.optimizers.update import Scratch, update_parameter
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "beta": 0.9, "damping": 1e-2, "weight_decay": 0.1}
+FORMS = pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "l2"])
+
+
+@pytest.fixture(autouse=True)
+def fresh_kernels() -> Iterator[None]:
+    """No kernel of another test, and none left behind."""
+    torch._dynamo.reset()
+    compiled_module._kernel.cache_clear()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    compiled_module._kernel.cache_clear()
+    counters.clear()
+
+
+class Example:
+    """A parameter with its gradients and factors, in one layout of memory."""
+
+    def __init__(
+        self, shape: Sequence[int], spreads: Sequence[Sequence[Sequence[int]]], order: Sequence[int] = ()
+    ) -> None:
+        self.shape, self.order = tuple(shape), order
+        self.generator = torch.Generator().manual_seed(0)
+        self.terms: list[Term] = [tuple(self.random(shape).abs() for shape in term) for term in spreads]
+
+    def random(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
+
+    def tensor(self) -> Tensor:
+        """Random numbers of the parameter's shape, whose axes lie in memory in ``order``."""
+        if not self.order:
+            return self.random(self.shape)
+        inverse = [list(self.order).index(i) for i in range(len(self.order))]
+        return self.random([self.shape[i] for i in self.order]).permute(inverse)
+
+
+EXAMPLES = {
+    "scalar": Example((), [[()]]),
+    "scalar without factors": Example((), [[]]),
+    "one": Example((1,), [[]]),
+    "empty": Example((0, 3), [[(0, 1), (1, 3)]]),
+    "vector": Example((37,), [[(37,)]]),
+    "matrix": Example((23, 17), [[(23, 1), (1, 17)]]),
+    "square": Example((19, 19), [[(19, 1), (1, 19)]]),
+    "transposed": Example((23, 17), [[(23, 1), (1, 17)]], order=(1, 0)),
+    "tied": Example((23, 17), [[(23, 1), (1, 17)], [(23, 1), (1, 17)]]),
+    "tied to a constant": Example((23, 17), [[(23, 1), (1, 17)], [], [(23, 17)]]),
+    "experts": Example((3, 11, 7), [[(3, 1, 1), (1, 11, 1), (1, 1, 7)]]),
+    "table": Example((1, 11, 7), [[(1, 11, 1), (1, 1, 7)]]),
+    "rows only": Example((11, 7), [[(11, 1)]]),
+    "convolution": Example((8, 5, 3, 3), [[(8, 1, 1, 1), (1, 5, 3, 3)]]),
+    "channels last": Example((8, 5, 3, 3), [[(8, 1, 1, 1), (1, 5, 3, 3)]], order=(0, 2, 3, 1)),
+    "groups": Example((8, 5, 3), [[(2, 4, 1, 1), (2, 1, 5, 3)]]),
+    "groups and none": Example((8, 5, 3), [[(2, 4, 1, 1), (2, 1, 5, 3)], [(8, 1, 1), (1, 5, 3)]]),
+    "other groups": Example((8, 5, 3), [[(2, 4, 1, 1), (2, 1, 5, 3)], [(4, 2, 1, 1), (4, 1, 5, 3)]]),
+}
+SHAPES = pytest.mark.parametrize("name", EXAMPLES)
+
+
+def by_definition(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], *, step: int, decoupled: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The new parameter and moment from Eq. 4 and the update rule, out of place, over whole tensors."""
+    lr, beta, decay = options["lr"], options["beta"], options["weight_decay"]
+    diagonal = torch.full(param.shape, options["damping"], dtype=torch.float64)
+    for term in terms:
+        product = torch.ones(max((f.shape for f in term), key=len, default=()), dtype=torch.float64)
+        for factor in term:
+            product = product * factor
+        diagonal = diagonal + (product.reshape(param.shape) if product.numel() == param.numel() else product)
+    moment = beta * exp_avg + (1 - beta) * (grad if decoupled else grad + decay * param)
+    move = moment / (1 - beta**step) / diagonal
+    return param - lr * (move + decay * param if decoupled else move), moment
+
+
+@SHAPES
+@FORMS
+@pytest.mark.parametrize("block", [1 << 18, 40, 3, 1])
+def test_eager_follows_the_definition_in_blocks_of_any_size(
+    name: str, decoupled: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_module, "CPU_BLOCK", block)
+    example, scratch = EXAMPLES[name], Scratch()
+    param, exp_avg = example.tensor(), example.tensor()
+    for step in range(1, 4):
+        grad = example.tensor()
+        before, moment_before, grad_before = param.clone(), exp_avg.clone(), grad.clone()
+        update_parameter(
+            param, grad, exp_avg, example.terms, step=step, decoupled=decoupled, scratch=scratch, **OPTIONS
+        )
+        expected, moment = by_definition(
+            before, grad, moment_before, example.terms, step=step, decoupled=decoupled, **OPTIONS
+        )
+        assert_close(param, expected)
+        assert_close(exp_avg, moment)
+        assert torch.equal(grad, grad_before)
+
+
+def test_scratch_serves_parameters_of_other_shapes_dtypes_and_dampings() -> None:
+    scratch = Scratch()
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        for name in ("matrix", "square", "tied", "matrix"):
+            for damping in (0.5, 0.01):
+                example, options = EXAMPLES[name], {**OPTIONS, "damping": damping, "step": 2, "decoupled": True}
+                tensors = [example.tensor().to(dtype) for _ in range(3)]
+                terms = [tuple(factor.to(dtype) for factor in term) for term in example.terms]
+                expected, _ = by_definition(*(t.double() for t in tensors), example.terms, **options)
+                update_parameter(*tensors, terms, scratch=scratch, **options)
+                tolerance = {"rtol": 1e-5, "atol": 1e-4} if dtype == torch.float32 else {}
+                assert_close(tensors[0].double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("momentum", [torch.bfloat16, torch.float32])
+def test_low_precision_is_rounded_once(momentum: torch.dtype) -> None:
+    """bfloat16 weights are the float64 result rounded, except where float32 rounding decides a tie."""
+    example, options = EXAMPLES["matrix"], {**OPTIONS, "step": 1, "decoupled": True}
+    param, grad = (example.tensor().bfloat16() for _ in range(2))
+    exp_avg = torch.zeros_like(param, dtype=momentum)
+    terms = [tuple(factor.float() for factor in term) for term in example.terms]
+    expected, moment = by_definition(param.double(), grad.double(), exp_avg.double(), example.terms, **options)
+    update_parameter(param, grad, exp_avg, terms, **options)
+    assert exp_avg.dtype == momentum
+    assert (param != expected.bfloat16()).float().mean() < 0.01
+    assert_close(exp_avg, moment.to(momentum))
+
+
+def compare(
+    examples: Sequence[str], steps: int, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Run both updates side by side with options that change at every step; the graphs there are after each."""
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
+    run, graphs = CompiledUpdate(), []
+    pairs = []
+    for name in examples:
+        example = EXAMPLES[name]
+        terms = [
+            tuple(f.to(torch.float64 if dtypes[0] == torch.float64 else torch.float32) for f in t)
+            for t in example.terms
+        ]
+        param, exp_avg = example.tensor().to(dtypes[0]), torch.zeros_like(example.tensor(), dtype=dtypes[1])
+        pairs.append((example, terms, (param, exp_avg), (param.clone(), exp_avg.clone())))
+    for step in range(1, steps + 1):
+        decoupled = step % 2 == 0
+        options = {**OPTIONS, "lr": 0.05 / step, "step": step, "decoupled": decoupled, "weight_decay": 0.01 * step}
+        for example, terms, (p, m), (q, n) in pairs:
+            grad = example.tensor().to(dtypes[0])
+            update_parameter(p, grad, m, terms, **options)
+            done = run(q, grad, n, terms, options)
+            assert done == (q.numel() > 0) and run.works
+            size = float(p.abs().max()) if p.numel() else 0.0
+            tolerance = (
+                {"rtol": 1e-5, "atol": 1e-6 * size} if dtypes[0] != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
+            )
+            assert_close(q, p, **tolerance, msg=lambda text, e=example, s=step: f"{e.shape}, step {s}: {text}")
+            assert_close(n, m, **tolerance)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+def test_compiled_equals_eager_for_fifty_steps_without_compiling_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape, with other numbers at every step; nothing is compiled after the first."""
+    graphs = compare(list(EXAMPLES), 50, (torch.float32, torch.float32), monkeypatch)
+    assert graphs[-1] == graphs[0]
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["float64", "bfloat16 with float32", "bfloat16"],
+)
+def test_compiled_equals_eager_in_other_precisions(
+    dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(["matrix", "vector"], 4, dtypes, monkeypatch)
+
+
+def test_one_kernel_serves_all_sizes_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of many shapes and convolutions, which are matrices once their axes are joined, share a graph."""
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
+    run = CompiledUpdate()
+    shapes = [(23, 17), (16, 16), (64, 32), (5, 120), (8, 5, 3, 3), (33, 33)]
+    for shape in shapes:
+        left, right = (shape[0], *[1] * (len(shape) - 1)), (1, *shape[1:])
+        tensors = [torch.randn(shape), torch.randn(shape), torch.zeros(shape)]
+        assert run(*tensors, [(torch.rand(left), torch.rand(right))], {"step": 1, "decoupled": True, **OPTIONS})
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def train(kind: type[AdaFisher], compiled: bool, steps: int, **options: Any) -> tuple[nn.Module, AdaFisher, list[int]]:
+    """A model with large and small parameters and a schedule; the graphs after each step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(130, 140), nn.Tanh(), nn.Linear(140, 150), nn.LayerNorm(150), nn.Linear(150, 3))
+    optimizer = kind(model, lr=1e-3, damping=0.1, update_interval=7, compiled=compiled, weight_decay=0.01, **options)
+    graphs = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
+        x = torch.randn(16, 130, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return model, optimizer, graphs
+
+
+@pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+def test_a_compiled_optimizer_equals_an_eager_one_for_fifty_steps(kind: type[AdaFisher]) -> None:
+    model, optimizer, graphs = train(kind, True, 50)
+    assert graphs == [1] * 50
+    twin, other, _ = train(kind, False, 50)
+    assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
+    assert_close(optimizer.state_dict()["state"], other.state_dict()["state"], rtol=1e-4, atol=1e-6)
+
+
+def test_autograd_notices_a_compiled_update() -> None:
+    """A graph built before the step must not run backward after it, as with every in-place change."""
+    model, optimizer, _ = train(AdaFisherW, True, 1)
+    loss = model(torch.randn(4, 130)).square().sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_where_no_compiler_works_it_warns_once_and_is_eager(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        def call(*args: Any) -> None:
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.WARNING, "hf_adafisher"):
+        model, _, _ = train(AdaFisherW, True, 5)
+    warnings = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
+    assert len(warnings) == 1 and "(RuntimeError: no C++ compiler)" in warnings[0]
+    twin, _, _ = train(AdaFisherW, False, 5)
+    assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+def test_the_option_is_reached_by_name_and_checked(tmp_path: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimizer: Any = create_optimizer("adafisherw", model, compiled=True)
+    assert optimizer._compiled is not None
+    assert create_optimizer("adafisherw", model)._compiled is None  # type: ignore[attr-defined]
+    assert "compiled" not in optimizer.state_dict()["param_groups"][0]
+    arguments = AdaFisherTrainingArguments(str(tmp_path), optim_args="compiled=true", use_cpu=True)
+    assert arguments.optimizer_options()["compiled"] is True
+    with pytest.raises(ValueError, match="compiled must be True or False, got 'yes'"):
+        AdaFisherW(model, compiled="yes")  # type: ignore[arg-type]
+
+
+def test_a_step_holds_no_temporary_of_the_size_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_adafisher.experiments.benchmark import peak_extra_bytes
+
+    monkeypatch.setattr(update_module, "CPU_BLOCK", 1 << 12)
+    model = nn.Linear(300, 400)
+    optimizer = AdaFisherW(model, weight_decay=0.1)
+    model(torch.randn(4, 300)).sum().backward()
+    optimizer.step()
+    assert peak_extra_bytes(optimizer.step, "cpu") < 2 * 4 * (1 << 12) < 4 * model.weight.numel() // 10
+    held = peak_extra_bytes(lambda: torch.ones(1000).add(1).add(1), "cpu")
+    assert math.isclose(held, 8000, rel_tol=0.1)  # two of them at a time
