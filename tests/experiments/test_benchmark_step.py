@@ -64,7 +64,7 @@ def test_step_to_json(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_scaling_draws_a_picture(main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     series = {"width": (64, 128), "batch": (1, 2)}
-    monkeypatch.setattr(benchmark, "BASE", {"width": 64, "depth": 1, "vocabulary": 99, "batch": 1})
+    monkeypatch.setattr(benchmark_scaling, "BASE", {"width": 64, "depth": 1, "vocabulary": 99, "batch": 1})
     monkeypatch.setattr(benchmark_scaling.measure_scaling, "__defaults__", ("cpu", series))
     assert main(["--scaling", "--rounds", "2", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "s")]) == 0
     points = json.loads((tmp_path / "s").read_text())["points"]
