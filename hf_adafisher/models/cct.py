@@ -6,6 +6,7 @@ pooling) stands where other vision transformers have a class token.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,7 +82,7 @@ class CctTokenizer(nn.Module):
         widths = [config.num_channels, *[config.conv_width] * (config.num_conv_layers - 1), config.hidden_size]
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, config.kernel_size, padding=config.kernel_size // 2, bias=False)
-            for before, after in zip(widths, widths[1:], strict=False)
+            for before, after in pairwise(widths)
         )
         self.activation = nn.ReLU()
         self.pooling = nn.MaxPool2d(3, stride=2, padding=1)
@@ -169,8 +170,8 @@ class CctPreTrainedModel(PreTrainedModel):
     config_class = CctConfig
     base_model_prefix = "cct"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _no_split_modules = ("CctLayer",)
+    input_modalities = ["image"]  # noqa: RUF012
+    _no_split_modules = ["CctLayer"]  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -219,9 +220,9 @@ class CctForImageClassification(CctPreTrainedModel):
 
     def __init__(self, config: CctConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = int(config.num_labels or 2)
         self.cct = CctModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, self.num_labels)
         self.loss_function = image_classification_loss
         self.post_init()
 
@@ -235,5 +236,5 @@ class CctForImageClassification(CctPreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
-AutoConfig.register(CctConfig.model_type, CctConfig)
-AutoModelForImageClassification.register(CctConfig, CctForImageClassification)
+AutoConfig.register(CctConfig.model_type, CctConfig, exist_ok=True)
+AutoModelForImageClassification.register(CctConfig, CctForImageClassification, exist_ok=True)

@@ -61,19 +61,13 @@ class SmallImageSwinForImageClassification(SwinForImageClassification):
 
     def __init__(self, config: SmallImageSwinConfig) -> None:
         super().__init__(config)
-        for stage in self.swin.encoder.layers:
-            for block in stage.blocks:
+        for stage, heads in zip(self.swin.encoder.layers, cast(Any, config.num_heads), strict=True):
+            for block in cast(Any, stage).blocks:
                 side = min(block.input_resolution)
                 if side < config.window_size:
-                    dim, heads = stage.blocks[0].layernorm_before.normalized_shape[0], _heads(config, stage)
-                    block.attention = SwinAttention(config, dim, heads, window_size=side)
-                    block.window_size, block.shift_size = side, 0
-        self.post_init()
-
-
-def _heads(config: SwinConfig, stage: Any) -> int:
-    width = stage.blocks[0].layernorm_before.normalized_shape[0]
-    return cast(Any, config.num_heads)[(width // config.embed_dim).bit_length() - 1]
+                    width = block.layernorm_before.normalized_shape[0]
+                    block.attention = SwinAttention(config, width, heads, window_size=side)
+        self.post_init()  # initialises the new layers
 
 
 for _config, _model in (
