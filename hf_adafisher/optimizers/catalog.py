@@ -124,7 +124,7 @@ _add(
     },
     momentum="momentum",
     memory="4 + 8 (r^2 + c^2) / (r c); 8 for embeddings and where a side is above max_side",
-    checkpoint_keys=frozenset({"use_shampoo", "max_side", "weight_decay"}),
+    checkpoint_keys=frozenset({"use_shampoo", "max_side", "weight_decay", "lr"}),  # one more than Lion has
     refuses=_WHOLE,
     groups=groups.shampoo_groups,
 )
@@ -143,6 +143,8 @@ _add(
     bytes_per_parameter=8.0,
     checkpoint_keys=_ADAM_LIKE | {"grad_averaging"},
     refuses=_WHOLE,
+    # Other algorithms' ways (RAdam, clipping by the global norm), some of them without effect until others are set.
+    hidden=frozenset({"rectify", "degenerated_to_sgd", "n_sma_threshold", "pre_norm", "max_grad_norm"}),
 )
 _add(
     "lars",

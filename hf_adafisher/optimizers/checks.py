@@ -206,12 +206,18 @@ def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterab
     for group in groups:
         saved = group.get("decoupled_weight_decay", decoupled)
         if not group.keys() >= keys or saved != decoupled:
-            options = {k: v for k, v in sorted(group.items()) if k not in ("params", "param_names", "initial_lr")}
-            shown = ", ".join(f"{key}={value}" for key, value in options.items())
-            raise ValueError(
-                f"this checkpoint was not written by {kind} (its options are {shown}): resume with the optimizer that "
-                "wrote it, or start without the optimizer state"
-            )
+            raise foreign_checkpoint(kind, group)
+
+
+def foreign_checkpoint(kind: str, options: Mapping[str, Any], writers: str = "") -> ValueError:
+    """The error about a checkpoint with these options, which are not those of ``kind``."""
+    hidden = ("params", "param_names", "initial_lr")
+    shown = ", ".join(f"{key}={value}" for key, value in sorted(options.items()) if key not in hidden)
+    looks = f"; they are {writers}'s" if writers else ""
+    return ValueError(
+        f"this checkpoint was not written by {kind} (its options are {shown}{looks}): resume with the optimizer that "
+        "wrote it, or start without the optimizer state"
+    )
 
 
 def warn_changed_options(optimizer: Optimizer, state_dict: Mapping[str, Any], names: Iterable[str]) -> None:

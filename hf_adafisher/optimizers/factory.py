@@ -100,14 +100,15 @@ def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict
     """Before a state is loaded: is it this optimizer's, and what will it change?"""
     if not record.resumable:
         raise ValueError(f"{record.name} cannot go on from a checkpoint: start without the optimizer state")
-    record.check_groups(state["param_groups"])
+    if not record.needs_model:  # those do it themselves, as with what changes
+        record.check_groups(state["param_groups"])
     saved, own = len(state["param_groups"]), len(optimizer.param_groups)
     if saved != own:
         raise ValueError(
             f"the checkpoint has {saved} parameter groups, this {record.name} has {own}: it was written with other "
             "options that decide the groups, for another model or by another optimizer; resume with those that wrote it"
         )
-    if not record.needs_model:  # those do it themselves
+    if not record.needs_model:
         warn_changed_options(optimizer, state, {"weight_decay", *record.options()} - _NOT_COMPARED)
 
 

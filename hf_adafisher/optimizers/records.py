@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from hf_adafisher.optimizers.checks import foreign_checkpoint
 from hf_adafisher.optimizers.param_groups import Groups
 from hf_adafisher.optimizers.values import check_values
 
 EXTRA = 'pip install "hf_adafisher[baselines]"'
 _OWN_ARGUMENTS = ("lr", "learning_rate", "weight_decay")
-_NOT_OPTIONS = ("params", "param_names", "initial_lr")
 _NO_OPTIONS = frozenset({"self", "model", "params", "lr", "weight_decay", "kwargs"})
 
 # What training may do that some optimizers cannot work with; each word is also how the table names it.
@@ -57,7 +57,7 @@ class OptimizerRecord:
         refuses: What it does not work with; AdaFisherTrainer and its arguments say so.
         decoupled: Its ``decoupled_weight_decay``, by which Adam differs from AdamW; None without such an option.
         groups: Makes its parameter groups from those with and without weight decay, where it needs others.
-        hidden: Options of the class that have no effect here.
+        hidden: Options of the class that have no effect here, or make another algorithm of it.
     """
 
     name: str
@@ -124,16 +124,10 @@ class OptimizerRecord:
         Raises:
             ValueError: They were not; the message says what they look like.
         """
-        groups = list(groups)
-        writers = _written_by(groups)
+        options = {key: value for group in groups for key, value in group.items()}
+        writers = _written_by(options)
         if self.name not in writers:
-            shown = {key: value for group in groups for key, value in sorted(group.items()) if key not in _NOT_OPTIONS}
-            looks = f"; they are {' or '.join(writers)}'s" if writers else ""
-            raise ValueError(
-                f"this checkpoint was not written by {self.name} (its options are "
-                f"{', '.join(f'{key}={value}' for key, value in shown.items())}{looks}): resume with the optimizer "
-                "that wrote it, or start without the optimizer state"
-            )
+            raise foreign_checkpoint(self.name, options, " or ".join(writers))
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """``options`` over this record's defaults."""
@@ -162,9 +156,8 @@ RECORDS: dict[str, OptimizerRecord] = {}
 """All of them by name, filled by ``catalog``."""
 
 
-def _written_by(groups: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The optimizers whose options the groups have: those that explain most of them."""
-    options = {key: value for group in groups for key, value in group.items()}
+def _written_by(options: Mapping[str, Any]) -> list[str]:
+    """The optimizers whose options these are: those that explain most of them."""
     fitting = [
         record
         for record in RECORDS.values()

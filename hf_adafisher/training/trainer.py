@@ -213,15 +213,21 @@ class AdaFisherTrainer(Trainer):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with the optimizer and the options that were really used."""
-        optimizer, previous = adafisher_in(self.optimizer), self.args.optim_args
+        optimizer, used = adafisher_in(self.optimizer), {}
+        group = self.optimizer.param_groups[0] if self.optimizer is not None else {}
         if optimizer is not None:
             shown = ("lr", "beta", "damping", "ema_decay", "update_interval")
             options = {**optimizer.param_groups[0], "lr": self.args.learning_rate}
-            self.args.optim_args = ", ".join(f"{key}={options[key]}" for key in shown)
+            used["optim_args"] = ", ".join(f"{key}={options[key]}" for key in shown)
+        elif isinstance(group.get("betas"), (tuple, list)):  # the card shows the arguments' for all of Adam's kin
+            used["adam_beta1"], used["adam_beta2"] = group["betas"][:2]
+            used["adam_epsilon"] = group.get("eps", self.args.adam_epsilon)
+        previous = {key: getattr(self.args, key) for key in used}
+        vars(self.args).update(used)
         try:
             super().create_model_card(*args, **kwargs)
         finally:
-            self.args.optim_args = previous
+            vars(self.args).update(previous)
         card = Path(self.args.output_dir or ".") / "README.md"
         if optimizer is not None and self.is_world_process_zero() and card.is_file():
             kind = type(optimizer).__name__
@@ -234,10 +240,12 @@ class AdaFisherTrainer(Trainer):
 
 
 def _warn_of_a_foreign_default(name: str, learning_rate: float) -> None:
-    """``dataclasses.replace(args, optim=...)`` keeps the learning rate, and the defaults are 800 times apart."""
-    right = default_learning_rate(name)
-    telling = (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE, optimizer_record("lars").learning_rate.value)
-    if learning_rate != right and learning_rate in telling:  # others may well have been chosen
+    """``dataclasses.replace(args, optim=...)`` keeps the learning rate, and defaults are up to 60,000 times apart."""
+    right, defaults = default_learning_rate(name), [default_learning_rate(other) for other in available_optimizers()]
+    # Most defaults are numbers that one may well choose, so they are told by being the very object of the record.
+    kept = any(learning_rate is default for default in defaults)
+    telling = (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE, max(defaults))
+    if learning_rate != right and (kept or learning_rate in telling):
         logger.warning(
             "optim=%s runs with learning_rate=%s, the default of other optimizers; its own is %s.",
             name,

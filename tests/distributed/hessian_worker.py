@@ -79,11 +79,11 @@ def unused_on_one_rank() -> dict[str, Any]:
     return {"weights": moved, "untouched": unused.weight.grad is None and not optimizer.state.get(unused.weight)}
 
 
-def buffers() -> float:
+def buffers(broadcast: bool) -> float:
     """A running mean that differs between the processes, after a step that keeps the gradients' graph."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     optimizer = create_optimizer("adahessian", model, decay_names=[])
-    wrapped = DistributedDataParallel(model)  # which shares buffers once, here
+    wrapped = DistributedDataParallel(model, broadcast_buffers=broadcast)  # which shares buffers once, here
     model[1].running_mean.fill_(1.0 + dist.get_rank())
     with second_derivatives(Accelerator(cpu=True), optimizer, wrapped):
         return float(model[1].running_mean.mean())
@@ -117,7 +117,7 @@ def main(folder: Path) -> None:
     results = {
         **{f"plain {name} {parts}": plain_loop(name, parts) for name in RATES for parts in (1, 2)},
         "unused": unused_on_one_rank(),
-        "buffers": buffers(),
+        "buffers": {broadcast: buffers(broadcast) for broadcast in (True, False)},
         **{f"trainer {name}": trainer(name, folder) for name in RATES},
     }
     torch.save(results, folder / f"rank{dist.get_rank()}.pt")

@@ -58,9 +58,9 @@ def test_a_layer_that_one_process_uses_moves_in_both(both: Results) -> None:
 
 
 def test_buffers_are_those_of_the_first_process(both: Results) -> None:
-    """DistributedDataParallel shares them only where it averages gradients."""
-    for result in both:
-        assert result["buffers"] == 1.0
+    """DistributedDataParallel shares them only where it averages gradients, and not at all if so told."""
+    for rank, result in enumerate(both):
+        assert result["buffers"] == {True: 1.0, False: 1.0 + rank}
 
 
 @pytest.mark.parametrize("name", ["adahessian", "sophia"])

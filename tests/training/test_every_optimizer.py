@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +84,39 @@ def test_it_trains_moves_every_parameter_and_resumes_exactly(name: str, model: s
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{MIDDLE}"))
     assert_equal(dict(resumed.model.state_dict()), dict(whole.model.state_dict()))
     assert_equal(states(resumed), states(whole))
+
+
+def test_the_model_card_shows_the_optimizers_own_betas(tmp_path: Path) -> None:
+    """Trainer's card fills in the arguments of Adam, which schedule-free has no part in."""
+    options = {"adam_beta1": 0.5, "optim_args": "betas=(0.8, 0.95),eps=1e-6", "max_steps": 1}
+    run = trainer("schedule_free_adamw", family("gpt2"), tmp_path, **options)
+    run.train()
+    run.create_model_card()
+    assert "schedule_free_adamw with betas=(0.8,0.95) and epsilon=1e-06" in (tmp_path / "README.md").read_text()
+    assert (run.args.adam_beta1, run.args.adam_epsilon) == (0.5, 1e-8)
+
+
+@pytest.mark.parametrize(("first", "then"), [("lars", "adamw"), ("adahessian", "adamw_torch"), ("adafisherw", "sgd")])
+def test_a_default_learning_rate_that_went_along_to_another_optimizer_is_pointed_out(
+    first: str, then: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = AdaFisherTrainingArguments(str(tmp_path), optim=first, use_cpu=True, report_to="none")
+    replaced = dataclasses.replace(arguments, optim=then)
+    assert replaced.learning_rate == optimizer_record(first).learning_rate.value
+    AdaFisherTrainer(family("gpt2").build(), replaced).create_optimizer()
+    assert (
+        caplog.text.count(f"optim={then} runs with learning_rate={replaced.learning_rate}, the default of other") == 1
+    )
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("sgd", "0.1"), ("adamw", "0.003"), ("lion", "0.0001")])
+def test_a_learning_rate_that_was_chosen_is_not(
+    name: str, chosen: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it is the default of another."""
+    assert any(optimizer_record(other).learning_rate.value == float(chosen) for other in available_optimizers())
+    trainer(name, family("gpt2"), tmp_path, learning_rate=float(chosen)).create_optimizer()
+    assert "the default of other" not in caplog.text
 
 
 def test_kfac_is_told_the_terms_of_the_loss_and_logs_its_curvature(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ takes what only the groups need.
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -20,12 +21,23 @@ from hf_adafisher.optimizers.param_groups import (
     split_groups,
 )
 
+logger = logging.getLogger(__name__)
+
 Arguments = dict[str, Any]
 
 
 def lars_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
-    """Matrices, whose steps LARS scales by their norms, and vectors (biases, norms), which take plain SGD steps."""
+    """Matrices, whose steps LARS scales by their norms, and vectors (biases, norms), which take plain SGD steps.
+
+    A matrix of zeros, as one of a LoRA pair is at its start, has no norm to scale by: its first step is ``lr`` times
+    the gradient. The decay is part of what the norms scale, so vectors have none; a warning names those that should.
+    """
     lr, vector_lr = arguments["lr"], arguments.pop("vector_lr")
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"] if p.dim() <= 1}
+    if decayed:
+        names = [name for name, p in model.named_parameters() if id(p) in decayed]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        logger.warning("LARS has no weight decay for vectors: %s%s are not decayed.", ", ".join(names[:3]), more)
     return split_groups(groups, lambda p: p.dim() > 1, {"lr": lr}, {"lr": vector_lr})
 
 

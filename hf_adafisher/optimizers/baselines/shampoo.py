@@ -17,7 +17,8 @@ class Shampoo(Optimizer):
 
     Shampoo keeps, and decomposes at every step, a full matrix for each side of a weight. Along a vocabulary that is
     neither affordable nor useful, so embeddings and large sides belong to groups with ``use_shampoo=False``, whose
-    learning rate is ``adamw_lr``.
+    learning rate is ``adamw_lr``. One ``weight_decay`` acts in two ways: in Shampoo's groups it is added to the
+    gradient (unless ``weight_decouple``), in AdamW's it is always decoupled.
 
     Args:
         params: Parameter groups, each with ``use_shampoo``.
@@ -28,8 +29,8 @@ class Shampoo(Optimizer):
             first of these steps. More than one needs ``matrix_eps >= 1e-4``: directions first seen between two
             decompositions are otherwise multiplied by up to 1000.
         weight_decay: For groups that name none.
-        weight_decouple: Decay the weights themselves instead of adding the decay to the gradient.
-        fixed_decay: Decoupled decay that is not scaled by the learning rate.
+        weight_decouple: In Shampoo's groups, decay the weights themselves instead of adding the decay to the gradient.
+        fixed_decay: With ``weight_decouple``, in Shampoo's groups: decay that is not scaled by the learning rate.
         maximize: Maximize the objective instead of minimizing it.
         adamw_lr: Learning rate of AdamW's groups.
         adamw_betas: Decay rates of their moments.

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_adafisher import AdaFisherW
 from hf_adafisher.optimizers.baselines.kfac import KFAC
+from hf_adafisher.optimizers.baselines.kfac_blocks import Block
 from hf_adafisher.optimizers.recording import RecordingOptimizer
 from tests.cases import CASES, Case, mlp, next_token, regression
 from tests.model_zoo import FAMILIES, Family, family
@@ -112,6 +113,23 @@ def test_clipped_steps_have_the_size_that_was_asked_for() -> None:
         factor = optimizer.curvature_summary()["kl_factor"]
         size = factor * sum(products)  # the step is nu times lr times the preconditioned gradient
         assert (factor < 1.0 and size == pytest.approx(clip)) if clip < 1 else (factor == 1.0 and size < clip)
+
+
+def test_an_inverse_that_rounding_made_indefinite_is_clipped_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product with the gradient may then be negative; the step is as large as one in the right direction."""
+    case, precondition = BY_NAME["mlp"], Block.precondition
+
+    def reversed_direction(self: Block, *args: Any) -> Any:
+        return tuple(None if part is None else -part for part in precondition(self, *args))
+
+    factors = []
+    for method in (precondition, reversed_direction):
+        monkeypatch.setattr(Block, "precondition", method)
+        model = case.build().double()
+        optimizer = KFAC(model, lr=0.3, damping=1e-2, kl_clip=1e-4)
+        train(model, case, optimizer, 1)
+        factors.append(optimizer.curvature_summary()["kl_factor"])
+    assert factors[0] == factors[1] and 0.0 < factors[0] < 1.0
 
 
 # ------------------------------------------------------------------------------ training

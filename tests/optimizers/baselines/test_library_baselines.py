@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -124,6 +125,8 @@ def test_options_and_defaults_reach_the_groups() -> None:
     assert create_optimizer("adahessian", model).param_groups[0]["eps"] == 1e-4
     with pytest.raises(ValueError, match="muon has no option 'adamw_wd'"):
         create_optimizer("muon", model, adamw_wd=0.1)
+    with pytest.raises(ValueError, match="lamb has no option 'max_grad_norm'"):
+        create_optimizer("lamb", model, max_grad_norm=0.5)
 
 
 # --- groups ---------------------------------------------------------------------------------
@@ -515,6 +518,44 @@ def test_parameters_without_curvature_are_told_from_those_without_a_graph() -> N
     assert model["line"].max() < 1  # moves all the same
 
 
+def test_a_gradient_whose_graph_leads_elsewhere_has_no_curvature() -> None:
+    """Here to the input, which requires a gradient too: the second derivative by the weight is zero, not an error."""
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = create_optimizer("sophia", model)
+    model(torch.ones(2, 3, requires_grad=True)).sum().backward(create_graph=True)
+    assert model.weight.grad is not None and model.weight.grad.requires_grad
+    optimizer.step()
+    assert optimizer.state[model.weight]["hessian"].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_a_stock_trainers_factory_refuses_a_model_that_will_be_compiled(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = {"dynamo_plugin": SimpleNamespace(backend="INDUCTOR")}
+    monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", fake)
+    with pytest.raises(ValueError, match=f"{name} needs second derivatives, which compiled graphs do not have: unset"):
+        factory.OptimizerFactory()(mlp(3, 2), name=name, lr=0.1)
+    factory.OptimizerFactory()(mlp(3, 2), name="lion", lr=0.1)
+
+
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_it_resumes_between_two_estimates(name: str) -> None:
+    """The latest estimate is part of the state, and so is the step that the next is made at."""
+    model, bowls = Bowl(), []
+    optimizer = create_optimizer(name, model, lr=0.1, update_period=3)
+    run(model, optimizer, 2)
+    other = Bowl()
+    other.load_state_dict(model.state_dict())
+    resumed = create_optimizer(name, other, lr=0.1, update_period=3)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for bowl, its in ((model, optimizer), (other, resumed)):
+        torch.manual_seed(0)
+        run(bowl, its, 4)
+        bowls.append(bowl.start())
+    assert_close(bowls[0], bowls[1], rtol=0, atol=0)
+
+
 def test_attention_without_second_derivatives_is_named() -> None:
     class Fused(nn.Module):
         def __init__(self) -> None:
@@ -701,14 +742,52 @@ def test_a_large_vocabulary_costs_no_matrix_of_its_size(name: str, tied: bool) -
         ("shampoo", {"max_side": 2.5}, "max_side must be a whole number >= 1, got 2.5"),
         ("shampoo", {"max_side": "a"}, "max_side must be a whole number"),
         ("soap", {"precondition_frequency": 2.5}, "precondition_frequency must be a whole number"),
-        ("lion", {"betas": 0.9}, r"betas must be 2 numbers, as \(0.9, 0.99\), got 0.9"),
-        ("muon", {"momentum": "0.9"}, "muon: option momentum must be a number, got '0.9'"),
+        ("lion", {"betas": 0.9}, r"betas must be 2 numbers in \[0, 1\), as \(0.9, 0.99\), got 0.9"),
+        ("schedule_free_adamw", {"betas": (2.0, 0.9)}, r"betas must be 2 numbers in \[0, 1\), .*got \(2.0, 0.9\)"),
+        ("schedule_free_adamw", {"eps": -1.0}, "eps must be a finite number >= 0, got -1.0"),
+        ("soap", {"shampoo_beta": 1.5}, r"shampoo_beta must be a number in \[0, 1\), got 1.5"),
+        ("soap", {"shampoo_beta": "x"}, "shampoo_beta must be a number in"),
+        ("sgd", {"momentum": 1.5}, r"momentum must be a number in \[0, 1\), got 1.5"),
+        ("lars", {"trust_coefficient": math.inf}, "trust_coefficient must be a number, got inf"),
+        ("lion", {"foreach": "no"}, "foreach must be True or False, got 'no'"),
+        ("muon", {"ns_reset_steps": (0.5,)}, r"ns_reset_steps must be whole numbers, as \(2,\)"),
+        ("muon", {"ns_coeffs": 1.5}, "ns_coeffs must be a word, as 'original', got 1.5"),
+        ("adafactor", {"eps": (1e-30,)}, r"eps must be 2 numbers, as \(None, 0.001\)"),
+        ("muon", {"momentum": "0.9"}, r"muon: option momentum must be a number in \[0, 1\), got '0.9'"),
         ("sgd", {"nesterov": "no"}, "nesterov must be True or False, got 'no'"),
     ],
 )
 def test_values_that_a_library_would_let_pass_are_named(name: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         create_optimizer(name, mlp(3, 2), **options)
+
+
+def test_unusual_values_that_are_right_are_let_through() -> None:
+    for name, options in (
+        ("muon", {"ns_reset_steps": (1, 3), "ns_coeffs": ((3.4, -4.7, 2.0),) * 5}),
+        ("adafactor", {"eps": (1e-30, 1e-3), "lr": torch.tensor(0.1)}),
+        ("lion", {"betas": [0.9, 0.99], "foreach": None}),
+        ("lars", {"vector_lr": 0, "momentum": 0}),
+        ("schedule_free_adamw", {"warmup_steps": 0, "r": -1}),
+    ):
+        group = create_optimizer(name, mlp(3, 2), **options).param_groups[0]
+        assert all(group[key] == value for key, value in options.items() if key in group and key != "lr")
+
+
+def test_lars_says_which_vectors_it_does_not_decay(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(3, 2)
+    create_optimizer("lars", model, weight_decay=0.1)
+    create_optimizer("lars", model, weight_decay=0.0, decay_names=["0.weight", "0.bias"])
+    assert not caplog.records
+    create_optimizer("lars", model, weight_decay=0.1, decay_names=["0.weight", "0.bias"])
+    assert "no weight decay for vectors: 0.bias are not decayed" in caplog.text
+
+
+def test_lars_moves_a_matrix_of_zeros_by_lr_times_its_gradient() -> None:
+    model = Bowl()
+    model.x.data.zero_()
+    run(model, create_optimizer("lars", model, lr=0.5, weight_decay=0.1, decay_names=["x"]), 1)
+    assert_close(model.x.detach(), torch.full_like(model.x, -0.5))  # the gradient there is 1
 
 
 def test_shampoo_passes_its_options_on_to_both_parts() -> None:
@@ -794,6 +873,15 @@ def test_changed_options_are_named_when_a_checkpoint_replaces_them(caplog: pytes
     assert not caplog.records
     create_optimizer("lion", model, weight_decay=0.3).load_state_dict(saved)
     assert "betas: (0.9, 0.99) -> (0.5, 0.6)" in caplog.text and "weight_decay: 0.3 -> 0.1" in caplog.text
+
+
+@pytest.mark.parametrize("writer", [name for name in NAMES if name != "lion"])
+def test_every_checkpoint_names_its_writer(writer: str) -> None:
+    """Also of a model for which Shampoo has as many groups as Lion, some of them AdamW's."""
+    for model in (nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3, bias=False)), mlp(3, 4, 2), nn.LayerNorm(4)):
+        saved = create_optimizer(writer, model).state_dict()
+        with pytest.raises(ValueError, match=f"not written by lion .*they are {writer}'s"):
+            create_optimizer("lion", model).load_state_dict(saved)
 
 
 def test_other_groups_than_the_checkpoints_get_advice() -> None:
