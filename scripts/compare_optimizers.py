@@ -1,57 +1,113 @@
-"""Compares optimizers: runs every cell of a configuration with run_clm.py, then prints a table and draws pictures.
+"""Compares optimizers: runs every cell of a configuration, then writes tables and pictures.
 
     python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo
-    python scripts/compare_optimizers.py --config scripts/configs/wikitext2-sweep.json --jobs 2 --output_dir out/sweep
+    python scripts/compare_optimizers.py --config scripts/configs/python-docs-small.json --optimizers adamw sgd \\
+        --seeds 0 1 --budget steps=400 --jobs 2 --output_dir out/small
 
-Cells that have a result are not run again, so a killed comparison goes on where it was. The output directory gets
-one folder a cell, comparison.json, comparison.md, curves.png and learning_rates.png.
+A cell is one optimizer with one setting and one seed; it is a process of its own and leaves one results.json. Cells
+that have a result are not run again, so a killed comparison goes on where it was. A budget is steps=800, seconds=600 or
+like=adafisherw:epochs=5 (the seconds that AdaFisherW needs for five epochs, for everybody); the step time of each
+optimizer is then measured first. The output directory gets one folder a cell, report.html, report.md, cells.csv and
+the report's pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
+import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from hf_adafisher.experiments.compare import expand_cells, local_files, run_cells
-from hf_adafisher.experiments.summary import summarize
+from hf_adafisher.experiments.backends import BACKENDS
+from hf_adafisher.experiments.cells import local_files
+from hf_adafisher.experiments.compare import Comparison, create_comparison
+from hf_adafisher.experiments.forecast import forecast
+from hf_adafisher.experiments.summary import describe_step_times, summarize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns 0, or 1 if a cell failed, or 2 for bad input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with the cells")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the comparison")
-    parser.add_argument(
-        "--local_data", type=Path, help="folder with train.txt, valid.txt, test.txt, instead of the dataset"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, with the cores divided (default 1)")
-    parser.add_argument("--dry_run", action="store_true", help="only list the cells")
-    parser.add_argument("--report_only", action="store_true", help="only report what is there")
-    parser.add_argument("--verbose", action="store_true", help="show each run's own output")
-    arguments = parser.parse_args(argv)
-    failures = []
+    """Run it; returns 0, 1 if a cell failed or has no result, 2 for bad input, or 130 after Ctrl-C."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    arguments = _parser().parse_args(argv)
+    given = [str(item) for item in (sys.argv[1:] if argv is None else argv) if item != "--report_only"]
+    arguments.typed = ["scripts/compare_optimizers.py", *given]
+    listing = arguments.dry_run or arguments.list_commands
+    if arguments.output_dir is None and not listing:
+        print("ERROR: --output_dir is needed for everything but --dry_run and --list_commands", file=sys.stderr)
+        return 2
     try:
-        config = json.loads(arguments.config.read_text(encoding="utf-8"))
-        if arguments.local_data is not None:
-            common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
-            config["common"] = {**common, **local_files(arguments.local_data)}
-        cells = expand_cells(config)
+        comparison = _comparison(arguments)
         if arguments.dry_run:
-            print("\n".join(cell.name for cell in cells))
+            print(forecast(comparison))
             return 0
-        if not arguments.report_only:
-            program = Path(__file__).resolve().parent / "run_clm.py"
-            failures = run_cells(cells, program, arguments.output_dir, arguments.jobs, arguments.verbose)
-        print(summarize(cells, arguments.output_dir))
-    except (ValueError, OSError) as error:
+        if arguments.list_commands:
+            print("\n".join(comparison.commands()))
+            return 0
+        return _run(comparison, arguments)
+    except (ValueError, OSError, ImportError) as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on where it was", file=sys.stderr)
+        return 130
+
+
+def _run(comparison: Comparison, arguments: argparse.Namespace) -> int:
+    failures: list[str] = []
+    if arguments.measure_only:
+        failures = comparison.measure(arguments.retry_failed)
+        print(describe_step_times(comparison))
+    else:
+        if not arguments.report_only:
+            failures = comparison.run(arguments.verbose, arguments.retry_failed)
+        print(summarize(comparison, shlex.join(["python", *arguments.typed])))
     print("\n".join(failures), end="\n" if failures else "")
     return 1 if failures else 0
 
 
+def _comparison(arguments: argparse.Namespace) -> Comparison:
+    config: dict[str, Any] = json.loads(arguments.config.read_text(encoding="utf-8"))
+    if arguments.local_data is not None:
+        common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
+        config["common"] = {**common, **local_files(arguments.local_data)}
+    return create_comparison(
+        config,
+        Path(__file__).resolve().parent,
+        arguments.output_dir or Path("out") / arguments.config.stem,
+        optimizers=arguments.optimizers,
+        seeds=arguments.seeds,
+        budget=arguments.budget,
+        jobs=arguments.jobs,
+        backend=arguments.backend,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="JSON file with the cells")
+    add("--output_dir", type=Path, help="folder of the comparison")
+    add("--optimizers", nargs="+", metavar="NAME", help="only these of the configuration")
+    add("--seeds", nargs="+", type=int, metavar="N", help="instead of the configuration's")
+    add("--budget", help="steps=800, seconds=600 or like=adafisherw:epochs=5, instead of the configuration's")
+    add("--local_data", type=Path, help="folder with train.txt, valid.txt, test.txt, instead of the dataset")
+    add("--jobs", type=int, default=1, help="runs at a time, with the cores divided (default 1)")
+    add("--backend", choices=BACKENDS, default="local", help="where the cells run (default local)")
+    add("--retry_failed", action="store_true", help="run failed cells again")
+    add("--verbose", action="store_true", help="show each run's own output")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry_run", action="store_true", help="only list the cells, and say about how long they take")
+    instead.add_argument("--list_commands", action="store_true", help="only print the commands of the cells to run")
+    instead.add_argument("--measure_only", action="store_true", help="only measure the step times")
+    instead.add_argument("--report_only", action="store_true", help="only report what is there")
+    return parser
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's way of saying Ctrl-C
     sys.exit(main())

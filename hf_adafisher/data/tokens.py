@@ -17,6 +17,8 @@ END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end-of-text token: with these any text can be written."""
 
+GPT1_NEWLINE = "\n</w>"
+
 _CHUNK_LINES = 1000  # one string per chunk: a whole corpus as one string costs a tokenizer gigabytes
 
 
@@ -62,13 +64,26 @@ def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
+def line_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Returns the id to put after each line where a tokenizer drops newlines but has a token for them.
+
+    GPT-1's does: its vocabulary has a newline, its pre-tokenizer splits at white space. Without it, line ends would not
+    be predicted, and a perplexity per word that counts them would be too low. None for any other tokenizer.
+    """
+    if tokenizer.encode("a\n", add_special_tokens=False) != tokenizer.encode("a", add_special_tokens=False):
+        return None
+    return tokenizer.get_vocab().get(GPT1_NEWLINE)
+
+
 def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that stands before a text, so that its first token is predicted too: bos, or else eos.
+    """Returns the id that stands before a text, so that its first token is predicted too.
+
+    It is bos, or else eos, or else the newline of GPT-1's tokenizer, which has neither (`line_end_id`).
 
     Raises:
-        ValueError: the tokenizer has neither.
+        ValueError: the tokenizer has none of them.
     """
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, line_end_id(tokenizer)):
         if token_id is not None:
             return int(token_id)
     raise ValueError(
@@ -93,9 +108,15 @@ def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Te
     Raises:
         ValueError: the tokenizer has no start token.
     """
-    ids = [start_token_id(tokenizer)]
-    for chunk in _chunks(lines):
-        ids.extend(tokenizer.encode(chunk, add_special_tokens=False, verbose=False))
+    ids, line_end = [start_token_id(tokenizer)], line_end_id(tokenizer)
+    if line_end is None:
+        for chunk in _chunks(lines):
+            ids.extend(tokenizer.encode(chunk, add_special_tokens=False, verbose=False))
+    else:
+        for start in range(0, len(lines), _CHUNK_LINES):
+            batch = list(lines[start : start + _CHUNK_LINES])
+            for line in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                ids.extend([*line, line_end])
     return torch.tensor(ids, dtype=torch.long)
 
 

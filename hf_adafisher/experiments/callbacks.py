@@ -18,13 +18,26 @@ class StepTimer(TrainerCallback):
     """Times every optimizer step: forward, backward and update of all its micro-batches; no evaluation,
     logging or saving.
 
+    Every entry of Trainer's log history gets the training seconds so far (`train_seconds`), which checkpoints keep: a
+    resumed run counts on from there.
+
     Attributes:
         seconds: duration of each step taken, in order.
+        total: seconds of all steps, those before a resume included.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.total = 0.0
         self._start = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes up the total of the run that is resumed."""
+        self.total = next(
+            (entry["train_seconds"] for entry in state.log_history[::-1] if "train_seconds" in entry), 0.0
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -35,6 +48,14 @@ class StepTimer(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops the clock."""
         self.seconds.append(_now() - self._start)
+        self.total += self.seconds[-1]
+        if control.should_save and not control.should_log:  # a checkpoint must hold the total of its own step
+            state.log_history.append({"step": state.global_step, "train_seconds": self.total})
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Adds the total to the entry just made; Trainer passes callbacks a copy of it."""
+        if state.log_history:
+            state.log_history[-1]["train_seconds"] = self.total
 
     def summary(self, warmup: int = 5) -> dict[str, float | int | None]:
         """Returns the durations in milliseconds.

@@ -36,7 +36,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     Returns:
         What `results.json` in the output directory holds (there, numbers that are not finite are null).
         `status` is "completed", or "diverged" if a loss was not finite; a diverged model is neither evaluated
-        nor saved.
+        nor saved. With `timing_only` nothing is evaluated, saved or drawn, and `step_seconds` has every step.
     """
     timer, watch, validation = StepTimer(), StopOnDivergence(), run.datasets["validation"]
     trainer = AdaFisherTrainer(
@@ -51,6 +51,8 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's files
         (Path(run.training_args.output_dir or ".") / RESULTS_FILE).unlink(missing_ok=True)
     outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
+    if run.training_args.timing_only:
+        return _write_times(trainer, run, timer, watch)
     evaluations = _evaluate(trainer, run, diverged=watch.diverged_at is not None)
     train_loss = _last_loss(trainer.state.log_history)
     losses = [train_loss, *(evaluation["loss"] for evaluation in evaluations.values() if evaluation)]
@@ -60,13 +62,14 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         "optimizer": str(getattr(run.training_args.optim, "value", run.training_args.optim)),
         "seed": run.training_args.seed,
         "steps": trainer.state.global_step,
+        "steps_per_epoch": _steps_per_epoch(trainer),
         "diverged_at_step": watch.diverged_at,
         "resumed_from": run.checkpoint,
         "train": {"loss": train_loss},
         **evaluations,
-        # Optimizer steps alone, where wall_seconds has evaluations and checkpoints as well. After a resume
-        # both count from there.
-        "train_seconds": sum(timer.seconds),
+        # Optimizer steps alone, those before a resume included, where wall_seconds has evaluations and checkpoints as
+        # well and counts from a resume.
+        "train_seconds": timer.total,
         "wall_seconds": outcome.metrics.get("train_runtime"),
         "step_time": timer.summary(),
         "optimizer_state_bytes": optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
@@ -116,6 +119,33 @@ def _describe(run: PreparedRun) -> dict[str, Any]:
             "training": run.training_args.to_dict(),
         },
     }
+
+
+def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:
+    """Optimizer steps, those of this process: each step takes a batch on every process."""
+    batches = len(trainer.callback_handler.train_dataloader)
+    return max(math.ceil(batches / trainer.args.gradient_accumulation_steps), 1)
+
+
+def _write_times(
+    trainer: AdaFisherTrainer, run: PreparedRun, timer: StepTimer, watch: StopOnDivergence
+) -> dict[str, Any]:
+    results = {
+        "status": "completed" if watch.diverged_at is None else "diverged",
+        "validation": None,
+        "test": None,
+        "steps": trainer.state.global_step,
+        "steps_per_epoch": _steps_per_epoch(trainer),
+        "train_seconds": timer.total,
+        "step_seconds": timer.seconds,
+        "optimizer_state_bytes": optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
+        **_describe(run),
+    }
+    if trainer.is_world_process_zero():
+        output_dir = Path(run.training_args.output_dir or ".")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / RESULTS_FILE, results)
+    return results
 
 
 def _last_loss(log_history: list[dict[str, Any]]) -> float | None:

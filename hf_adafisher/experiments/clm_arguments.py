@@ -24,7 +24,8 @@ class ModelArguments:
 
     Raises:
         ValueError: sizes below 1, `n_embd` not a multiple of `n_head`, `vocab_size` below 257, `dropout`
-            outside [0, 1), or both a pretrained model and a configuration.
+            outside [0, 1), both a pretrained model and a configuration, `embeddings_from` beside one of these, or
+            `freeze_embeddings` without it.
     """
 
     model_name_or_path: str | None = field(
@@ -39,6 +40,16 @@ class ModelArguments:
         default=None,
         metadata={"help": "Tokenizer (Hub id or directory). Default: the model's, or a BPE trained on the text."},
     )
+    embeddings_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start a GPT-2 with the tokenizer, token and position embeddings of this GPT or GPT-2 "
+            "(Hub id or directory), of the same width."
+        },
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "Do not train these embeddings, nor the head that is tied to them."}
+    )
     n_layer: int = field(default=4, metadata={"help": "Layers of the GPT-2."})
     n_embd: int = field(default=192, metadata={"help": "Width of the GPT-2."})
     n_head: int = field(default=4, metadata={"help": "Attention heads of the GPT-2; they divide the width."})
@@ -48,6 +59,12 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.model_name_or_path is not None and self.config_name is not None:
             raise ValueError("give --model_name_or_path (fine-tune) or --config_name (from scratch), not both")
+        if self.embeddings_from is not None and (self.model_name_or_path or self.config_name or self.tokenizer_name):
+            raise ValueError("--embeddings_from gives a new GPT-2 its tokenizer and embeddings: give no other model")
+        if self.freeze_embeddings and self.embeddings_from is None:
+            raise ValueError(
+                "--freeze_embeddings needs --embeddings_from: embeddings that start random must be trained"
+            )
         for name in ("n_layer", "n_embd", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -122,6 +139,9 @@ class ClmTrainingArguments(AdaFisherTrainingArguments):
         metadata={"help": "Pin memory for faster copies to a device."},
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    timing_only: bool = field(
+        default=False, metadata={"help": "Only train, to time the steps: nothing is evaluated or saved at the end."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,6 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_adafisher.data.text import TextCorpus, count_words, load_corpus
 from hf_adafisher.data.tokens import TokenWindows, encode_lines, train_tokenizer
 from hf_adafisher.experiments.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from hf_adafisher.experiments.clm_embeddings import copy_embeddings
 from hf_adafisher.optimizers.factory import available_optimizers, optimizer_record
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 
@@ -152,7 +153,7 @@ def check_checkpoint(checkpoint: Path, training_args: ClmTrainingArguments) -> N
 
 def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:
     """Loads the tokenizer named, or the pretrained model's, or trains one on the training split."""
-    name = model_args.tokenizer_name or model_args.model_name_or_path
+    name = model_args.tokenizer_name or model_args.model_name_or_path or model_args.embeddings_from
     if name is not None:
         return AutoTokenizer.from_pretrained(name)
     tokenizer = train_tokenizer(corpus.train, model_args.vocab_size)
@@ -183,6 +184,8 @@ def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, b
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_config(_new_config(model_args, tokenizer, block_size), dtype=torch.float32)
+    if model_args.embeddings_from is not None:
+        copy_embeddings(model_args.embeddings_from, model, freeze=model_args.freeze_embeddings)
     if getattr(model, "loss_type", "") is None:  # GPT-2's: it then falls back to this one, with a warning
         model.loss_type = "ForCausalLM"
     return model

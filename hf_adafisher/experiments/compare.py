@@ -1,183 +1,194 @@
-"""Several runs that differ in optimizer and settings: each a process of its own with a folder of its own."""
+"""A comparison from its configuration to its cells: measured step times, the budget, and what is left to do."""
 
 from __future__ import annotations
 
-import itertools
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from hf_adafisher.experiments.backends import run_cells, threads_for
+from hf_adafisher.experiments.budget import Budget, StepTime, plan_cell, read_step_time, timing_cell, window
+from hf_adafisher.experiments.cells import PROGRAMS, Cell, expand_cells, select_optimizers
 from hf_adafisher.experiments.clm_setup import RESULTS_FILE
+from hf_adafisher.experiments.processes import is_done, load_result
+from hf_adafisher.experiments.report import write_json
 
-LOG_FILE = "log.txt"
-COMMAND_FILE = "command.json"
+logger = logging.getLogger(__name__)
+
+TIMES_FOLDER = "step_times"
+_NOT_MEASURED = "step time not measured"
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One run of a comparison.
+class Comparison:
+    """Cells, their budget, and where they run.
 
     Attributes:
-        settings: Arguments of the run that make it this cell, ``optim`` among them.
-        common: Arguments that all cells of the comparison share.
-    """
-
-    settings: Mapping[str, Any]
-    common: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """Folder name: ``adamw,learning_rate=0.001``."""
-        rest = [f"{key}={value}" for key, value in self.settings.items() if key != "optim"]
-        return ",".join([str(self.settings["optim"]), *rest])
-
-    def arguments(self) -> list[str]:
-        """Command line arguments of the run, without the program and the output directory."""
-        pairs = []
-        for key, value in {**self.common, **self.settings}.items():
-            values = value if isinstance(value, list) else [value]
-            pairs += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
-        return pairs
-
-
-def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a configuration.
-
-    Args:
-        config: ``{"common": {argument: value}, "cells": [{"optim": name, argument: value or list of values}]}``;
-            the lists of one entry are combined with each other.
-
-    Raises:
-        ValueError: A missing or an unknown key, an entry without ``optim``, or the same cell twice.
-    """
-    unknown = sorted(set(config) - {"common", "cells", "description"})
-    if unknown or not config.get("cells"):
-        raise ValueError(
-            f'a comparison needs "cells" and may have "common" and "description"; unknown: {unknown or "none"}'
-        )
-    cells = []
-    for entry in config["cells"]:
-        if "optim" not in entry:
-            raise ValueError(f'each entry of "cells" names an "optim", this one does not: {entry}')
-        lists = {key: value if isinstance(value, list) else [value] for key, value in entry.items()}
-        for values in itertools.product(*lists.values()):
-            cells.append(Cell(dict(zip(lists, values, strict=True)), config.get("common", {})))
-    names = [cell.name for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"these cells stand in the configuration twice: {twice}")
-    return cells
-
-
-def local_files(folder: Path) -> dict[str, str]:
-    """Arguments that read a corpus from ``train.txt``, ``valid.txt`` and ``test.txt`` in a folder.
-
-    Raises:
-        FileNotFoundError: One of them is missing.
-    """
-    files = {f"{split}_file": folder / f"{split[:5]}.txt" for split in ("train", "validation", "test")}
-    for path in files.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: a local corpus needs train.txt, valid.txt and test.txt")
-    return {key: str(path) for key, path in files.items()}
-
-
-def run_cells(
-    cells: Sequence[Cell], program: Path, output_dir: Path, jobs: int = 1, verbose: bool = False
-) -> list[str]:
-    """Run every cell that has no result yet, ``jobs`` at a time with the cores divided among them.
-
-    A cell's folder below ``output_dir`` gets the run's files, its output (``log.txt``) and its command. Diverged runs
-    are results too. Killed at any time, the same call goes on where it was.
-
-    Args:
-        cells: What to run, in this order.
+        config: The configuration, with what the command line overrides.
+        cells: All cells, not yet planned.
+        budget: Of every cell, or None: then the configuration says itself how long they train.
+        like: A cell of the optimizer whose epochs are the budget, for such a budget.
         program: The script that runs one cell.
         output_dir: Folder of the comparison.
-        jobs: Cells at a time, >= 1.
-        verbose: Show the runs' own output (only with one job) instead of keeping it in ``log.txt``.
+        jobs: Cells at a time.
+        backend: ``local`` or ``ray``.
+    """
 
-    Returns:
-        One message for each cell that failed.
+    config: Mapping[str, Any]
+    cells: Sequence[Cell]
+    budget: Budget | None
+    like: Cell | None
+    program: Path
+    output_dir: Path
+    jobs: int = 1
+    backend: str = "local"
+
+    def step_times(self) -> dict[str, StepTime]:
+        """What has been measured so far, by the name of the measurement."""
+        times = {}
+        for cell in self._timing_cells():
+            folders = [self._times / copy.name for copy in self._copies(cell)]
+            results = [load_result(folder) for folder in folders if (folder / RESULTS_FILE).is_file()]
+            if len(results) == len(folders):
+                times[cell.name] = read_step_time(results, window(cell))
+                _warn_of_threads(cell, results[0], threads_for(self.jobs))
+        return times
+
+    def measure(self, retry_failed: bool = False) -> list[str]:
+        """Measure the step time of each optimizer, unless it has been; returns messages of failures.
+
+        A measurement runs under the conditions of the cells: with ``jobs`` copies of itself side by side.
+        """
+        failures = []
+        for cell in self._timing_cells():
+            copies = self._copies(cell)
+            if not all(is_done(copy, self._times / copy.name, retry_failed) for copy in copies):
+                print(f"measuring the step time of {cell.name}")
+                failures += run_cells(
+                    copies, self.program, self._times, self.jobs, backend=self.backend, retry_failed=retry_failed
+                )
+        return failures
+
+    def plan(self) -> list[Cell]:
+        """The cells with their steps, as far as these are known; those whose step time failed are left out."""
+        if self.budget is None:
+            return list(self.cells)
+        times = self.step_times() if self.budget.needs_times else {}
+        like = times.get(timing_cell(self.like).name) if self.like is not None else None
+        planned = []
+        for cell in self.cells:
+            time = times.get(timing_cell(cell).name)
+            known = time is not None and time.seconds is not None and (self.like is None or _seconds(like) is not None)
+            if known or not self.budget.needs_times:
+                planned.append(plan_cell(cell, self.budget, time, like))
+        return planned
+
+    def unplanned(self) -> dict[str, str]:
+        """Cells that ``plan`` leaves out, by name, and why."""
+        if self.budget is None or not self.budget.needs_times:
+            return {}
+        names, times = {cell.name for cell in self.plan()}, self.step_times()
+        like = times.get(timing_cell(self.like).name) if self.like is not None else None
+        reasons = {}
+        for cell in self.cells:
+            if cell.name not in names:
+                time = times.get(timing_cell(cell).name)
+                failed = next((one.reason for one in (time, like) if one is not None and one.reason), "")
+                reasons[cell.name] = f"step time: {failed}" if failed else _NOT_MEASURED
+        return reasons
+
+    def run(self, verbose: bool = False, retry_failed: bool = False) -> list[str]:
+        """Measure what the budget needs, then run every cell without a result; returns messages of failures."""
+        failures = self.measure(retry_failed) if self.budget is not None and self.budget.needs_times else []
+        for name, reason in self.unplanned().items():
+            folder = self.output_dir / name
+            if reason != _NOT_MEASURED and not (folder / RESULTS_FILE).is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason})
+        return failures + run_cells(
+            self.plan(),
+            self.program,
+            self.output_dir,
+            self.jobs,
+            verbose,
+            backend=self.backend,
+            retry_failed=retry_failed,
+        )
+
+    def commands(self) -> list[str]:
+        """One shell line for each cell that has no result.
+
+        Raises:
+            ValueError: The steps of a cell are not known yet.
+        """
+        reasons = self.unplanned()
+        if _NOT_MEASURED in reasons.values():
+            raise ValueError("the budget needs step times: run the same with --measure_only first, on the same machine")
+        cells = [cell for cell in self.plan() if not is_done(cell, self.output_dir / cell.name)]
+        threads = threads_for(self.jobs)
+        return [cell.shell_line(self.program, self.output_dir / cell.name, threads) for cell in cells]
+
+    @property
+    def _times(self) -> Path:
+        return self.output_dir / TIMES_FOLDER
+
+    def _timing_cells(self) -> list[Cell]:
+        cells = [*([self.like] if self.like is not None else []), *self.cells]
+        return list({cell.name: cell for cell in map(timing_cell, cells)}.values())
+
+    def _copies(self, cell: Cell) -> list[Cell]:
+        return [cell, *(replace(cell, label=f"{cell.name},copy={n}") for n in range(2, self.jobs + 1))]
+
+
+def create_comparison(
+    config: Mapping[str, Any],
+    scripts: Path,
+    output_dir: Path,
+    *,
+    optimizers: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    budget: str | None = None,
+    jobs: int = 1,
+    backend: str = "local",
+) -> Comparison:
+    """Reads a configuration; ``optimizers``, ``seeds`` and ``budget`` override what it says.
+
+    Args:
+        config: See :func:`~hf_adafisher.experiments.cells.expand_cells`; besides, ``budget``.
+        scripts: Folder of the scripts that run cells.
+        output_dir: Folder of the comparison.
+        optimizers: Only these.
+        seeds: Instead of the configuration's.
+        budget: Instead of the configuration's.
+        jobs: Cells at a time, >= 1.
+        backend: ``local`` or ``ray``.
 
     Raises:
-        ValueError: ``jobs`` below 1, or a folder whose result was made with other arguments.
+        ValueError: The configuration, or what overrides it, makes no sense.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
-    todo = [cell for cell in cells if not _is_done(cell, output_dir / cell.name)]
-    failures = []
-    with (
-        ThreadPoolExecutor(jobs) as pool,
-        tqdm(total=len(cells), initial=len(cells) - len(todo), unit="run") as bar,
-    ):
-        run: Callable[[Cell], str | None] = lambda cell: _run_cell(cell, program, output_dir / cell.name, jobs, verbose)  # noqa: E731
-        futures = {pool.submit(run, cell): cell for cell in todo}
-        try:
-            for future in as_completed(futures):
-                failure = future.result()
-                if failure is not None:
-                    failures.append(failure)
-                bar.update()
-                bar.write(failure or _one_line(futures[future], output_dir))
-        except BaseException:  # Ctrl-C above all: what waits must not start
-            pool.shutdown(cancel_futures=True)
-            raise
-    return failures
+    threads_for(jobs)
+    whole = {**config, **({"seeds": list(seeds)} if seeds else {}), **({"budget": budget} if budget else {})}
+    selected = select_optimizers(whole, optimizers) if optimizers else whole
+    cells = expand_cells(selected)
+    parsed = Budget.parse(whole["budget"]) if whole.get("budget") else None
+    like = None
+    if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
+        like = expand_cells(select_optimizers(whole, [parsed.optim]))[0]
+    program = scripts / PROGRAMS[whole.get("task", "clm")]
+    return Comparison(selected, cells, parsed, like, program, output_dir, jobs, backend)
 
 
-def _is_done(cell: Cell, folder: Path) -> bool:
-    if not (folder / RESULTS_FILE).is_file():
-        return False
-    command = folder / COMMAND_FILE
-    if command.is_file() and json.loads(command.read_text()) != cell.arguments():
-        raise ValueError(
-            f"{folder} holds a result made with other arguments ({command} lists them): use another output "
-            "directory, or delete the folder to run it again"
-        )
-    return True
+def _seconds(time: StepTime | None) -> float | None:
+    return None if time is None else time.seconds
 
 
-def _run_cell(cell: Cell, program: Path, folder: Path, jobs: int, verbose: bool) -> str | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMMAND_FILE).write_text(json.dumps(cell.arguments(), indent=2))
-    threads = max(available_cores() // jobs, 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(program), *cell.arguments(), "--output_dir", str(folder)]
-    started = time.perf_counter()
-    if verbose and jobs == 1:
-        code = subprocess.run(command, env=environment).returncode
-    else:
-        with (folder / LOG_FILE).open("w", encoding="utf-8") as log:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
-    if (folder / RESULTS_FILE).is_file():
-        return None
-    seconds = time.perf_counter() - started
-    where = f", see {folder / LOG_FILE}" if (folder / LOG_FILE).is_file() else ""
-    return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s{where}"
-
-
-def _one_line(cell: Cell, output_dir: Path) -> str:
-    result = load_result(output_dir / cell.name)
-    loss = (result.get("validation") or {}).get("loss")
-    shown = "diverged" if loss is None else f"validation loss {loss:.4f}"
-    return f"{cell.name}: {shown}, {result['steps']} steps, {result['train_seconds']:.0f} s"
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def load_result(folder: Path) -> dict[str, Any]:
-    """The result of one finished cell."""
-    return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+def _warn_of_threads(cell: Cell, result: Mapping[str, Any], threads: int) -> None:
+    measured = result.get("hardware", {}).get("torch_threads", threads)
+    if measured != threads:
+        logger.warning(
+            "the step time of %s was measured with %d threads, the cells now get %d: delete the folder %s to measure "
+            "again, or use the same --jobs",
+            cell.name, measured, threads, TIMES_FOLDER,
+        )  # fmt: skip

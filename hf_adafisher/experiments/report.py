@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -103,21 +102,6 @@ def write_learning_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]],
             label=f"{label}, validation",
         )
     axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    return _save(axes, path)
-
-
-def write_lines(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], xlabel: str, ylabel: str) -> bool:
-    """Draws curves of points (x > 0 on a logarithmic axis, y) with a marker at each point.
-
-    Returns:
-        False if matplotlib is not installed: then nothing is drawn, and a warning says so.
-    """
-    axes = _new_axes(path)
-    if axes is None:
-        return False
-    for (label, points), marker in zip(curves.items(), itertools.cycle("osD^v"), strict=False):
-        axes.plot(*zip(*points, strict=True), marker=marker, label=label)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
     return _save(axes, path)
 
 

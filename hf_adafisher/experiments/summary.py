@@ -1,119 +1,106 @@
-"""The table and the pictures of a comparison."""
+"""The report of a comparison: every table and picture, in files and, in short, as text to print."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from hf_adafisher.experiments.clm_setup import RESULTS_FILE
-from hf_adafisher.experiments.compare import Cell, load_result
-from hf_adafisher.experiments.report import write_json, write_learning_curves, write_lines
+from hf_adafisher.experiments.cells import Cell
+from hf_adafisher.experiments.compare import Comparison
+from hf_adafisher.experiments.facts import settings_table, software_table, step_time_table, unfinished
+from hf_adafisher.experiments.pictures import draw_pictures
+from hf_adafisher.experiments.report_html import Section, as_html, as_markdown
+from hf_adafisher.experiments.rows import Row, Setting, best_settings, group_settings, read_rows, write_csv
+from hf_adafisher.experiments.tables import best_table, cell_table, failure_table
 
-_COLUMNS = (
-    "run",
-    "steps",
-    "validation loss",
-    "token perplexity",
-    "word perplexity",
-    "test loss",
-    "ms per step",
-    "optimizer MiB",
+TITLE = "Comparison of optimizers"
+_HOW = (
+    "Each optimizer at the setting with the lowest mean validation loss over the seeds (of its settings with the most "
+    "seeds; one with a diverged or failed seed is none of them). Means over the seeds, ± the standard deviation "
+    "(divisor n - 1). Losses are in nats per token over the whole text; seconds are those of optimizer "
+    "steps alone, evaluation and start excluded."
 )
 
 
-def summarize(cells: Sequence[Cell], output_dir: Path) -> str:
-    """Write ``comparison.json``, ``comparison.md``, ``curves.png`` and, for a sweep, ``learning_rates.png``.
+def summarize(comparison: Comparison, command: str = "") -> str:
+    """Write ``report.html``, ``report.md``, ``cells.csv`` and the pictures into the comparison's folder.
 
-    Of each optimizer the run with the lowest validation loss is marked and drawn; perplexities are those of the
-    validation split.
+    Args:
+        comparison: Some of its cells have results.
+        command: What was typed, for the report.
 
     Returns:
-        The table (Markdown) and the paths of the pictures, as text to print.
+        The tables in short and the paths, as text to print.
 
     Raises:
         ValueError: No cell has a result yet.
     """
-    rows = [_row(cell, output_dir) for cell in cells if (output_dir / cell.name / RESULTS_FILE).is_file()]
+    folder = comparison.output_dir
+    rows = read_rows([*comparison.plan(), *_left_out(comparison)], folder)
     if not rows:
-        raise ValueError(f"no run in {output_dir} has a result yet: run the comparison first")
-    best = _best(rows)
-    table = _markdown(rows, {row["run"] for row in best})
-    missing = len(cells) - len(rows)
-    if missing:
-        table += f"\n{missing} of {len(cells)} runs have no result yet.\n"
-    write_json(output_dir / "comparison.json", rows)
-    (output_dir / "comparison.md").write_text(table, encoding="utf-8")
-    histories = {row["run"]: load_result(output_dir / row["run"])["log_history"] for row in best}
-    pictures = []
-    if write_learning_curves(output_dir / "curves.png", histories, "best run of each optimizer"):
-        pictures.append(output_dir / "curves.png")
-    curves = _loss_by_learning_rate(rows)
-    if any(len(points) > 1 for points in curves.values()) and write_lines(
-        output_dir / "learning_rates.png", curves, "learning rate", "validation loss (nats per token)"
-    ):
-        pictures.append(output_dir / "learning_rates.png")
-    return "\n".join([table, *(f"picture: {path}" for path in pictures)])
+        raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
+    order = {cell.name: index for index, cell in enumerate(comparison.cells)}
+    rows.sort(key=lambda row: order[row.cell])
+    settings = group_settings(rows)
+    best = best_settings(settings)
+    pictures = draw_pictures(folder, settings, best)
+    sections = _sections(comparison, rows, best, pictures, command)
+    (folder / "report.html").write_text(as_html(TITLE, sections), encoding="utf-8")
+    (folder / "report.md").write_text(as_markdown(TITLE, sections), encoding="utf-8")
+    write_csv(folder / "cells.csv", rows)
+    return _printed(comparison, rows, best, list(map(str, pictures)))
 
 
-def _row(cell: Cell, output_dir: Path) -> dict[str, Any]:
-    result = load_result(output_dir / cell.name)
-    validation, test = result.get("validation") or {}, result.get("test") or {}
-    return {
-        "run": cell.name,
-        **cell.settings,
-        "status": result["status"],
-        "seed": result["seed"],
-        "steps": result["steps"],
-        "validation loss": validation.get("loss"),
-        "token perplexity": validation.get("token_perplexity"),
-        "word perplexity": validation.get("word_perplexity"),
-        "test loss": test.get("loss"),
-        "test token perplexity": test.get("token_perplexity"),
-        "test word perplexity": test.get("word_perplexity"),
-        "ms per step": result["step_time"]["mean_ms"],
-        "optimizer MiB": result["optimizer_state_bytes"] / 2**20,
-        "seconds": result["train_seconds"],
-    }
+def describe_step_times(comparison: Comparison) -> str:
+    """The measured step times, to print."""
+    return step_time_table(comparison).markdown()
 
 
-def _best(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The row of each optimizer with the lowest validation loss; optimizers that only diverged are left out."""
-    best: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        loss = row["validation loss"]
-        if loss is not None and loss < best.get(row["optim"], {}).get("validation loss", math.inf):
-            best[row["optim"]] = row
-    return list(best.values())
+def _left_out(comparison: Comparison) -> list[Cell]:
+    names = comparison.unplanned()
+    return [cell for cell in comparison.cells if cell.name in names]
 
 
-def _markdown(rows: Sequence[dict[str, Any]], best: set[str]) -> str:
-    lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
-    for row in rows:
-        cells = [_shown(row[column], column) for column in _COLUMNS]
-        if row["run"] in best:
-            cells[0] = f"**{cells[0]}**"
-        if row["status"] != "completed":
-            cells[0] += f" ({row['status']})"
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def _sections(
+    comparison: Comparison,
+    rows: list[Row],
+    best: list[Setting],
+    pictures: dict[Path, str],
+    command: str,
+) -> list[Section]:
+    lead = str(comparison.config.get("description", ""))
+    failures, times = failure_table(rows), step_time_table(comparison)
+    sections = [
+        Section("", " ".join(part for part in (lead, _missing(comparison)) if part)),
+        Section("Best of each optimizer", _HOW, best_table(best)) if best else Section("", "No run ended well."),
+        Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures),
+        Section("Every run", "Those of the best settings stand out.", cell_table(rows, best)),
+    ]
+    if failures.rows:
+        sections.append(Section("Runs that did not end well", table=failures, facts=True))
+    if times.rows:
+        text = "Measured before the runs: median over windows of steps, the first steps left out."
+        sections.append(Section("Step times for the budget", text, times))
+    sections.append(Section("Settings", "What all runs share.", settings_table(comparison), facts=True))
+    sections.append(Section("Software and hardware", table=software_table(comparison, rows), facts=True))
+    if command:
+        sections.append(Section("Command", command=command))
+    return sections
 
 
-def _shown(value: Any, column: str) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, str):
-        return value.replace(",", ", ")
-    digits = {"steps": 0, "ms per step": 0, "validation loss": 4, "test loss": 4}.get(column, 1)
-    return f"{value:.{digits}f}"
+def _missing(comparison: Comparison) -> str:
+    missing = unfinished(comparison)
+    return f"{missing} of {len(comparison.cells)} runs have no result yet." if missing else ""
 
 
-def _loss_by_learning_rate(rows: Sequence[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """Points (learning rate, validation loss) of each optimizer and its other settings, sorted."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        if row["validation loss"] is not None and "learning_rate" in row:
-            parts = [part for part in row["run"].split(",") if not part.startswith("learning_rate=")]
-            curves.setdefault(", ".join(parts), []).append((float(row["learning_rate"]), row["validation loss"]))
-    return {label: sorted(points) for label, points in curves.items()}
+def _printed(comparison: Comparison, rows: list[Row], best: list[Setting], pictures: list[str]) -> str:
+    parts = [cell_table(rows, best).markdown()]
+    if len(rows) > len(best) and best:
+        parts.append(best_table(best).markdown())
+    missing = _missing(comparison)
+    parts += [missing + "\n"] if missing else []
+    lost = sum(not math.isfinite(row.loss) for row in rows)
+    parts += [f"{lost} of {len(rows)} runs diverged or failed; the report says why.\n"] if lost else []
+    parts += [f"picture: {path}" for path in pictures]
+    parts += [f"report: {comparison.output_dir / name}" for name in ("report.html", "report.md", "cells.csv")]
+    return "\n".join(parts)

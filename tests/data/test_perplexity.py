@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    OpenAIGPTTokenizer,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_adafisher.data import (
     PerplexityResult,
@@ -238,3 +245,18 @@ def test_the_start_token_is_bos_or_else_eos() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="neither a bos nor an eos"):
         start_token_id(tokenizer)
+
+
+@pytest.mark.parametrize("newline", ["\n</w>", "x</w>"])
+def test_line_ends_are_predicted_with_the_tokenizer_of_gpt1_too(newline: str) -> None:
+    """It drops newlines, has a token for them, and neither bos nor eos."""
+    words = ["<unk>", newline, "a</w>", "b</w>"]
+    tokenizer = OpenAIGPTTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    assert tokenizer.encode("a\nb\n") == [2, 3]
+    if newline == "\n</w>":
+        assert encode_lines(tokenizer, ["A b", "", "a <unk>"]).tolist() == [1, 2, 3, 1, 1, 2, 0, 1]
+        many = encode_lines(tokenizer, ["a b"] * 2500)
+        assert many.tolist() == [1, *[2, 3, 1] * 2500]
+    else:
+        with pytest.raises(ValueError, match="neither a bos nor an eos token"):
+            start_token_id(tokenizer)

@@ -134,6 +134,46 @@ def test_hub_corpora_ask_for_the_pinned_text(name: str, monkeypatch: pytest.Monk
         assert calls == [(("Salesforce/wikitext", config), {"revision": revision})]
 
 
+PTB = {
+    "train": ["mr. <unk> is chairman of <unk> n.v. the dutch publishing group", "pierre N years old"],
+    "validation": ["consumers may want to move their telephones a little closer to the tv set"],
+    "test": ["no it was n't black monday", "but while N"],
+}
+"""A few made-up lines in the form that Mikolov gave Penn Treebank."""
+
+
+def test_ptb_is_read_from_parquet_files_in_the_form_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library itself reads files laid out as the Hub's converter lays them out, at a folder in the Hub's place."""
+    import datasets
+
+    for split, lines in PTB.items():
+        path = tmp_path / "penn_treebank" / split / "0000.parquet"
+        path.parent.mkdir(parents=True)
+        datasets.Dataset.from_dict({"sentence": lines}).to_parquet(path)
+    real, root = datasets.load_dataset, "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet"
+
+    def load_dataset(*args: Any, data_files: dict[str, str]) -> Any:
+        local = {split: pattern.replace(root, str(tmp_path)) for split, pattern in data_files.items()}
+        assert local != data_files
+        return real(*args, data_files=local, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    corpus = load_corpus("ptb")
+    assert {"train": corpus.train, "validation": corpus.validation, "test": corpus.test} == PTB
+    assert count_words(corpus.train) == 11 + 1 + 4 + 1 and "LDC" in corpus.source
+
+
+def test_ptb_from_the_files_of_mikolov_is_the_same_text(tmp_path: Path) -> None:
+    """One sentence a line with a space on either side, which count no words; the end of each line counts."""
+    for split, lines in PTB.items():
+        (tmp_path / f"{split}.txt").write_text("".join(f" {line} \n" for line in lines))
+    corpus = load_corpus(**{f"{split}_files": tmp_path / f"{split}.txt" for split in PTB})
+    for split, lines in PTB.items():
+        found = getattr(corpus, split)
+        assert [line.strip() for line in found] == lines and count_words(found) == count_words(lines)
+        assert count_words(found) == sum(line.count(" ") - 1 for line in found) + len(lines)
+
+
 @pytest.mark.parametrize("name", list(HUB_CORPORA))
 def test_hub_corpus_without_network_or_cache(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -83,6 +83,25 @@ def test_resumed_is_uninterrupted(main: Any, command: list[str], finished: Path,
     assert any(not torch.equal(tensor, start[name]) for name, tensor in weights[0].items())
 
 
+def test_training_seconds_stand_in_the_log_and_go_on_after_a_resume(
+    main: Any, command: list[str], tmp_path: Path
+) -> None:
+    """Also from a checkpoint (step 2) at which nothing was logged."""
+    command = [*command, "--save_steps", "2", "--logging_steps", "3", "--eval_steps", "3"]
+    assert main([*command, "--output_dir", str(tmp_path / "whole")]) == 0
+    middle = tmp_path / "whole" / "checkpoint-2"
+    assert main([*command, "--output_dir", str(tmp_path / "rest"), "--resume_from_checkpoint", str(middle)]) == 0
+    whole, rest = read_results(tmp_path / "whole"), read_results(tmp_path / "rest")
+    before = json.loads((middle / "trainer_state.json").read_text())["log_history"][-1]
+    assert before["step"] == 2 and 0 < before["train_seconds"] < whole["train_seconds"]
+    for results in (whole, rest):
+        seconds = [entry["train_seconds"] for entry in results["log_history"]]
+        assert seconds == sorted(seconds) and seconds[-1] == results["train_seconds"]
+        curve = next(entry for entry in results["log_history"] if "eval_loss" in entry)
+        assert curve["step"] == 3 and before["train_seconds"] < curve["train_seconds"] < results["train_seconds"]
+    assert rest["log_history"][0] == before
+
+
 def test_last_finds_the_latest_checkpoint(finished: Path) -> None:
     assert find_checkpoint(finished, "last") == find_checkpoint(finished, True) == str(finished / "checkpoint-4")
     assert find_checkpoint(finished, None) is None

@@ -1,0 +1,178 @@
+"""The pictures of a comparison."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_adafisher.experiments.rows import Row, Setting
+
+logger = logging.getLogger(__name__)
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart; beyond them, markers and dashes differ.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#9A8F00")
+_MARKERS = "osD^vP*XhpH<"
+_DASHES = ("-", "--", ":", "-.")
+_LOSS = "validation loss (nats per token)"
+Style = dict[str, Any]
+Point = tuple[int, float, float]
+Sweep = dict[str, list[tuple[float, Setting]]]
+
+
+def draw_pictures(folder: Path, settings: Sequence[Setting], best: Sequence[Setting]) -> dict[Path, str]:
+    """Draws what there is to draw: curves against steps and against seconds, and loss against learning rate.
+
+    Returns:
+        The files and their captions; empty, with a warning, if matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        logger.warning("matplotlib is not installed, so the report has no pictures: pip install matplotlib")
+        return {}
+    optimizers = list(dict.fromkeys(setting.optim for setting in settings))
+    styles = {optim: _style(index) for index, optim in enumerate(optimizers)}
+    curves = {setting.optim: points for setting in best if (points := _curves(setting))}
+    pictures = {}
+    if curves:
+        band = "; the band spans the seeds" if any(len(runs) > 1 for runs in curves.values()) else ""
+        for name, axis, label in (("curves", 0, "optimizer steps"), ("curves_by_seconds", 1, "training seconds")):
+            path = folder / f"{name}.png"
+            _draw_curves(path, curves, styles, axis, label)
+            pictures[path] = f"Validation loss against {label}, each optimizer at its best setting{band}."
+    sweeps = {optim: lines for optim in optimizers if (lines := _sweep([s for s in settings if s.optim == optim]))}
+    if any(len(points) > 1 for lines in sweeps.values() for points in lines.values()):
+        path = folder / "learning_rates.png"
+        _draw_sweeps(path, sweeps, styles)
+        pictures[path] = (
+            "Validation loss at the end against the learning rate; bars span the seeds, a cross at the top is a "
+            "setting of which a run diverged, failed, or lies above the frame. The dotted line is the best of all "
+            "optimizers. A wide valley forgives a wrong learning rate."
+        )
+    return pictures
+
+
+def _style(index: int) -> Style:
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
+        "markersize": 4,
+        "linewidth": 1.4,
+    }
+
+
+def _curves(setting: Setting) -> list[list[Point]]:
+    """Per seed: (step, training seconds, validation loss), as far as all seeds go."""
+    runs = [points for row in setting.rows if (points := _evaluations(row))]
+    length = min((len(points) for points in runs), default=0)
+    return [points[:length] for points in runs]
+
+
+def _evaluations(row: Row) -> list[Point]:
+    return [
+        (entry["step"], entry.get("train_seconds", math.nan), entry["eval_loss"])
+        for entry in row.history
+        if entry.get("eval_loss") is not None
+    ]
+
+
+def _draw_curves(
+    path: Path, curves: Mapping[str, list[list[Point]]], styles: Mapping[str, Style], axis: int, label: str
+) -> None:
+    figure, (axes,) = _figure(1, 1, (8, 5))
+    ends = []
+    for optim, runs in curves.items():
+        columns = list(zip(*runs, strict=True))
+        x = [statistics.fmean(point[axis] for point in column) for column in columns]
+        losses = [[point[2] for point in column] for column in columns]
+        mean = [statistics.fmean(values) for values in losses]
+        axes.plot(x, mean, label=optim, **styles[optim])
+        if len(runs) > 1:
+            low, high = [min(values) for values in losses], [max(values) for values in losses]
+            axes.fill_between(x, low, high, color=styles[optim]["color"], alpha=0.15, linewidth=0)
+        ends += [mean[0], min(mean)]
+    bottom, top = min(ends), max(ends)
+    axes.set(
+        xlabel=label, ylabel=_LOSS, xlim=(0, None), ylim=(bottom - 0.05 * (top - bottom), top + 0.05 * (top - bottom))
+    )
+    axes.legend(ncols=2 if len(curves) > 5 else 1, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _sweep(settings: Sequence[Setting]) -> Sweep:
+    """Settings of one optimizer by learning rate, a line for each of its other settings."""
+    lines: Sweep = {}
+    for setting in settings:
+        if "learning_rate" in setting.others:
+            rest = ", ".join(f"{key}={value}" for key, value in setting.others.items() if key != "learning_rate")
+            lines.setdefault(rest, []).append((float(setting.others["learning_rate"]), setting))
+    return {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
+
+
+def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], styles: Mapping[str, Style]) -> None:
+    columns = min(len(sweeps), 4)
+    rows = math.ceil(len(sweeps) / columns)
+    figure, panels = _figure(rows, columns, (max(2.9 * columns, 4.5), 2.7 * rows + 0.4))
+    losses = [
+        [s.loss for points in lines.values() for _, s in points if s.loss < math.inf] for lines in sweeps.values()
+    ]
+    bottom, top = _frame(losses)
+    for (optim, lines), axes in zip(sweeps.items(), panels, strict=False):
+        axes.set(title=optim, xscale="log", ylim=(bottom, top))
+        axes.title.set_fontsize(10)
+        axes.axhline(min(map(min, filter(None, losses)), default=0.0), color="0.5", linewidth=0.8, linestyle=":")
+        for index, (label, points) in enumerate(lines.items()):
+            look = {"linestyle": _DASHES[index % len(_DASHES)], "marker": _MARKERS[index % len(_MARKERS)]}
+            _draw_sweep(axes, points, top, {**styles[optim], **look, "label": label or None})
+        rates = sorted({rate for points in lines.values() for rate, _ in points})
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=45)
+        axes.minorticks_off()
+        if any(lines):
+            axes.legend(fontsize=7).set_in_layout(False)
+    for axes in panels[len(sweeps) :]:
+        axes.set_visible(False)
+    figure.supxlabel("learning rate", fontsize=10)
+    figure.supylabel(_LOSS, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_sweep(axes: Any, points: Sequence[tuple[float, Setting]], top: float, style: Style) -> None:
+    good = [(rate, setting) for rate, setting in points if setting.loss <= top]
+    mean = [setting.loss for _, setting in good]
+    seeds = [setting.values("validation loss") for _, setting in good]
+    down = [value - min(values) for value, values in zip(mean, seeds, strict=True)]
+    up = [max(values) - value for value, values in zip(mean, seeds, strict=True)]
+    axes.errorbar([rate for rate, _ in good], mean, yerr=[down, up], capsize=2, **style)
+    lost = [rate for rate, setting in points if not setting.loss <= top]
+    for line in axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False, markersize=7):
+        line.set_in_layout(False)
+
+
+def _frame(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits that show three quarters of all settings and the best of every optimizer.
+
+    One hopeless setting must not flatten the valleys.
+    """
+    every = sorted(loss for group in losses for loss in group)
+    if not every:
+        return 0.0, 1.0
+    top = max(every[math.ceil(0.75 * len(every)) - 1], *(min(group) for group in losses if group))
+    room = 0.15 * max(top - every[0], 0.02 * abs(every[0]))
+    return every[0] - room, top + room
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    for axes in panels:
+        axes.grid(alpha=0.3)
+    return figure, panels

@@ -1,0 +1,183 @@
+"""The report of a comparison: its tables, its pictures, its files, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_adafisher.experiments.compare import Comparison
+from hf_adafisher.experiments.pictures import draw_pictures
+from hf_adafisher.experiments.rows import Row, best_settings, group_settings, read_rows
+from hf_adafisher.experiments.summary import summarize
+from hf_adafisher.experiments.tables import best_table
+
+Compare = Callable[..., Comparison]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ENTRIES = [
+    {"optim": "adamw", "learning_rate": [0.05, 0.1, 2.0]},
+    {"optim": "adafisherw", "learning_rate": [0.05, 0.1, 0.3, -1.0], "damping": [0.001, 0.003]},
+    {"optim": "sgd", "learning_rate": 2.0},
+]
+
+
+@pytest.fixture
+def finished(compare: Compare) -> Comparison:
+    comparison = compare(ENTRIES, seeds=[0, 1, 2], budget="seconds=30", jobs=2, config={"description": "A & B <test>."})
+    comparison.run()
+    return comparison
+
+
+def row(optim: str, loss: float | None, seed: int = 0, **settings: Any) -> Row:
+    values = {"validation loss": loss, "test loss": loss}
+    return Row(f"{optim}{settings}{seed}", {"optim": optim, **settings, "seed": seed}, "completed", "", values, [])
+
+
+def test_the_mean_decides_not_the_luckiest_seed() -> None:
+    rows = [row("a", loss, seed, lr=1) for seed, loss in enumerate((1.0, 5.0, 5.0))]
+    rows += [row("a", loss, seed, lr=2) for seed, loss in enumerate((3.0, 3.1, 3.2))]
+    rows += [row("a", loss, seed, lr=3) for seed, loss in enumerate((2.0, 2.0, None))]  # one seed diverged
+    rows += [row("a", 0.5, 0, lr=4)]  # one seed only: luck
+    rows += [row("b", 2.0, seed) for seed in range(3)] + [row("c", None)]
+    best = best_settings(group_settings(rows))
+    assert [(setting.optim, setting.others) for setting in best] == [("b", {}), ("a", {"lr": 2})]
+    assert best[1].mean("test loss") == pytest.approx(3.1)
+    assert best[1].spread("test loss") == pytest.approx(math.sqrt((0.1**2 + 0.1**2) / 2))
+    assert group_settings(rows)[2].loss == math.inf and group_settings(rows)[2].mean("test loss") is None
+
+
+def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
+    """The fake losses: 4 + (lr - 0.1)^2 + 1 for adamw + seed / 8."""
+    text = summarize(finished)
+    best = best_settings(group_settings(read_rows(finished.plan(), finished.output_dir)))
+    table = best_table(best)
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    spread = statistics.stdev([0, 1 / 8, 2 / 8])
+    assert first == {
+        "optimizer": "adafisherw",
+        "best setting": "learning_rate=0.1, damping=0.001",
+        "seeds": "3",
+        "validation loss": f"4.1250 ± {spread:.4f}",
+        "test loss": f"4.1250 ± {spread:.4f}",
+        "test token perplexity": "4.1 ± 0.1",
+        "test word perplexity": "4.1 ± 0.1",
+        "steps": "100",
+        "planned s": "30.0",
+        "used s": "30.0",
+        "ms per step": "12",
+        "optimizer bytes": "1,048,576",
+    }
+    assert [line[0] for line in table.rows] == ["adafisherw", "adamw"]
+    assert len(re.findall(r"^\| \*\*", text, re.M)) == 6 and text.count("(diverged)") == 6
+    assert text.count("(failed)") == 6 and "12 of 36 runs diverged or failed" in text
+
+
+def test_every_file_of_a_report(finished: Comparison) -> None:
+    printed = summarize(finished, "python scripts/compare_optimizers.py --config 'a b.json'")
+    for name in ("report.html", "report.md", "cells.csv", "curves.png", "curves_by_seconds.png", "learning_rates.png"):
+        assert str(finished.output_dir / name) in printed and (finished.output_dir / name).is_file()
+    with (finished.output_dir / "cells.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 36 and {line["status"] for line in lines} == {"completed", "diverged", "failed"}
+    for line in lines:
+        result = json.loads((finished.output_dir / line["cell"] / "results.json").read_text())
+        loss = (result.get("validation") or {}).get("loss")
+        assert line["validation loss"] == ("" if loss is None else repr(loss))
+        assert line["cell"].endswith(f"seed={line['seed']}") and line["optim"] == line["cell"].split(",")[0]
+    text = (finished.output_dir / "report.md").read_text()
+    for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",
+                  "--config 'a b.json'", "| budget | seconds=30 |", "| adafisherw | 300.0 | 25 |"):  # fmt: skip
+        assert words in text
+
+
+def test_an_unfinished_comparison_says_so(finished: Comparison) -> None:
+    shutil.rmtree(finished.output_dir / "adamw,learning_rate=0.05,seed=0")
+    assert "1 of 36 runs have no result yet" in summarize(finished)
+    assert "1 of 36 runs have no result yet" in (finished.output_dir / "report.html").read_text()
+
+
+def test_no_result_at_all(compare: Compare) -> None:
+    with pytest.raises(ValueError, match="no run in"):
+        summarize(compare(ENTRIES))
+
+
+def test_nothing_ended_well(compare: Compare) -> None:
+    comparison = compare(ENTRIES[2:])
+    comparison.run()
+    assert "1 of 1 runs diverged or failed" in summarize(comparison)
+    assert "No run ended well." in (comparison.output_dir / "report.md").read_text()
+
+
+def test_without_matplotlib_there_are_tables(
+    finished: Comparison, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    summarize(finished)
+    page = (finished.output_dir / "report.html").read_text()
+    assert "pip install matplotlib" in caplog.text and "<img" not in page and page.count("<tr") > 36
+
+
+def test_pictures_have_something_in_them(finished: Comparison) -> None:
+    from PIL import Image
+
+    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    for path in draw_pictures(finished.output_dir, settings, best_settings(settings)):
+        colours = Image.open(path).convert("RGB").getcolors(1 << 24)
+        assert {(0, 114, 178), (213, 94, 0)} <= {colour for _, colour in colours or []}  # both optimizers' lines
+
+
+def test_the_curve_against_seconds_uses_the_seconds_of_each_evaluation(finished: Comparison) -> None:
+    from hf_adafisher.experiments.pictures import _curves
+
+    (setting,) = [s for s in group_settings(read_rows(finished.plan(), finished.output_dir)) if s.name.endswith("0.05")]
+    (first, last), *others = _curves(setting)
+    assert first[:2] == (1, 0.25) and last[:2] == (150, 37.5) and len(others) == 2
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+def test_a_browser_shows_the_report(finished: Comparison, tmp_path: Path) -> None:
+    """Headless Chromium, without network: every row of every table, every picture decoded and of its real size."""
+    from PIL import Image
+
+    summarize(finished)
+    page = (finished.output_dir / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)  # nothing from elsewhere
+    images = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    names = ("curves.png", "curves_by_seconds.png", "learning_rates.png")
+    assert images == [(finished.output_dir / name).read_bytes() for name in names]
+    sizes = [Image.open(io.BytesIO(image)).size for image in images]
+    probe = "document.title = [...document.images].map(i => i.naturalWidth + 'x' + i.naturalHeight).join(' ')"
+    probe += " + ' rows ' + [...document.querySelectorAll('tbody tr')].filter(r => r.offsetHeight > 5).length"
+    (tmp_path / "probe.html").write_text(
+        page.replace("</body>", f"<script>onload = () => {{ {probe} }}</script></body>")
+    )
+    shown = run_chromium(tmp_path, "--dump-dom", (tmp_path / "probe.html").as_uri())
+    rows = page.split("<tbody>", 1)[1].count("<tr")  # the heads of later tables stand in <thead>
+    rows -= page.split("<tbody>", 1)[1].count("<thead>")
+    title = re.search(r"<title>(.*?)</title>", shown)
+    assert title is not None and len(sizes) == 3
+    assert title[1] == " ".join(f"{width}x{height}" for width, height in sizes) + f" rows {rows}"
+    assert rows > 36 + 2 and "A &amp; B &lt;test&gt;." in shown
+    run_chromium(tmp_path, f"--screenshot={tmp_path / 'page.png'}", (finished.output_dir / "report.html").as_uri())
+    screen = Image.open(tmp_path / "page.png").convert("RGB")
+    assert len(screen.getcolors(1 << 24) or []) > 50
+
+
+def run_chromium(tmp_path: Path, *arguments: str) -> str:
+    assert CHROMIUM is not None
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
+    quiet = "--disable-sync --no-first-run --disable-dev-shm-usage --window-size=1200,3000"
+    command = [CHROMIUM, *flags.split(), *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
