@@ -79,7 +79,11 @@ def check_model(model: nn.Module, kind: str, shards: bool = True) -> None:
         reason = "tensor, context or pipeline parallelism (a process then sees a part of a layer or of the model)"
     else:
         reason = _refused_by_accelerate()
-    if reason is None and not shards and (_fsdp_is_coming() or any(is_sharded(p) for p in model.parameters())):
+    if (
+        reason is None
+        and not shards
+        and (shards_to_come() == "FSDP2" or any(is_sharded(p) for p in model.parameters()))
+    ):
         reason = SHARDED
     if reason is not None:
         raise ValueError(f"{kind} does not support {reason}: {_DATA_PARALLEL if shards else _WHOLE_MODELS}")
@@ -94,9 +98,13 @@ def refuse_shards(params: Iterable[Any], kind: str) -> None:
         raise ValueError(f"{kind} does not support {SHARDED}: {_WHOLE_MODELS}")
 
 
-def _fsdp_is_coming() -> bool:
-    """Whether accelerate is about to shard the model."""
-    return str(getattr(accelerate_state().get("distributed_type"), "value", None)) == "FSDP"
+def shards_to_come() -> str | None:
+    """What accelerate is about to take the parameters apart with: Deepspeed, Megatron-Lm, FSDP1, FSDP2 or None."""
+    state = accelerate_state()
+    kind = str(getattr(state.get("distributed_type"), "value", None))
+    if kind == "FSDP":
+        return "FSDP1" if getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1 else "FSDP2"
+    return {"DEEPSPEED": "Deepspeed", "MEGATRON_LM": "Megatron-Lm"}.get(kind)
 
 
 def _other_parallelism(model: nn.Module) -> bool:
@@ -119,13 +127,11 @@ def accelerate_state() -> Mapping[str, Any]:
 
 def _refused_by_accelerate() -> str | None:
     """What accelerate is about to do to the model that AdaFisher does not support."""
-    state = accelerate_state()
-    kind = str(getattr(state.get("distributed_type"), "value", None))
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        return f"{kind.replace('_', '-').title()} (it gives the optimizer flat shards instead of parameters)"
-    if kind == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1:
-        return "FSDP1 (it gives the optimizer flat shards instead of parameters; set fsdp_version to 2)"
-    mesh = state.get("parallelism_config")
+    kind = shards_to_come()
+    if kind not in (None, "FSDP2"):
+        remedy = "; set fsdp_version to 2" if kind == "FSDP1" else ""
+        return f"{kind} (it gives the optimizer flat shards instead of parameters{remedy})"
+    mesh = accelerate_state().get("parallelism_config")
     if mesh is not None and any(getattr(mesh, f"{axis}_enabled", False) for axis in ("tp", "cp", "sp")):
         return "tensor, context or sequence parallelism (a process then sees a part of a layer or of the sequence)"
     return None

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
 from hf_adafisher.optimizers.catalog import available_optimizers, optimizer_record
-from hf_adafisher.optimizers.checks import accelerate_state, warn_changed_options
+from hf_adafisher.optimizers.checks import shards_to_come, warn_changed_options
 from hf_adafisher.optimizers.compilation import refuse_compilation
 from hf_adafisher.optimizers.param_groups import decay_groups
 from hf_adafisher.optimizers.records import OptimizerRecord, did_you_mean
@@ -141,13 +141,10 @@ class OptimizerFactory:
 
 def _shards(params: Iterable[torch.Tensor]) -> str | None:
     """What has taken the parameters apart, or is about to, once the optimizer is there (as accelerate knows)."""
-    state = accelerate_state()
-    kind = str(getattr(state.get("distributed_type"), "value", None))
-    if kind == "FSDP" and getattr(state.get("fsdp_plugin"), "fsdp_version", 1) == 1:
-        return "FSDP1"
-    if kind in ("DEEPSPEED", "MEGATRON_LM"):
-        return "DeepSpeed"
-    return "FSDP2" if kind == "FSDP" or any(is_sharded(p) for p in params) else None
+    coming = shards_to_come()
+    if coming in ("Deepspeed", "Megatron-Lm"):
+        return "DeepSpeed"  # records do not tell the two apart
+    return coming or ("FSDP2" if any(is_sharded(p) for p in params) else None)
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:

@@ -16,8 +16,8 @@ TIME_LIMIT = 400
 Results = list[dict[str, Any]]
 
 
-def torchrun(processes: int, *arguments: str) -> None:
-    """Run the worker under torchrun on this machine; its output is the failure's message."""
+def torchrun(processes: int, *arguments: str, worker: str = "tests.distributed.worker") -> None:
+    """Run a worker under torchrun on this machine; its output is the failure's message."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
     environment = {
@@ -29,7 +29,7 @@ def torchrun(processes: int, *arguments: str) -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(
-        [*command, "-m", "tests.distributed.worker", *arguments],
+        [*command, "-m", worker, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import accelerate.state
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,15 +22,6 @@ from tests.model_zoo import family
 
 CPU: dict[str, Any] = {"use_cpu": True, "report_to": "none"}
 INSTEAD = r"use DistributedDataParallel \(torchrun, one process a GPU\) or FSDP2"
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """A group of one process."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_data_parallel_is_refused() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +12,6 @@ from typing import Any
 import accelerate.state
 import pytest
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -517,15 +514,6 @@ def test_what_is_no_model_or_has_nothing_to_train() -> None:
     sparse(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match=r"0\.weight has a sparse gradient"):
         optimizer.step()
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    """A group of one process."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    dist.init_process_group("gloo", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_sharded_parameters_are_refused_before_and_after_it_was_built(process_group: None) -> None:
