@@ -81,7 +81,7 @@ class DataArguments:
     """Which text, in blocks of how many tokens.
 
     Raises:
-        ValueError: `block_size` below 2.
+        ValueError: `block_size` below 2, `max_eval_lines` below 1.
     """
 
     dataset: str | None = field(
@@ -96,6 +96,10 @@ class DataArguments:
         metadata={"help": "Text file(s) to validate on. Default: the last twentieth of the training lines."},
     )
     test_file: list[str] | None = field(default=None, metadata={"help": "Text file(s) to test on. Default: no test."})
+    max_eval_lines: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate the first lines of validation and test text only. Default: all of them."},
+    )
     block_size: int = field(default=128, metadata={"help": "Tokens per block, at least 2."})
 
     def __post_init__(self) -> None:
@@ -103,6 +107,8 @@ class DataArguments:
             raise ValueError(
                 f"block_size is {self.block_size}; it must be at least 2, one token to see, one to predict"
             )
+        if self.max_eval_lines is not None and self.max_eval_lines < 1:
+            raise ValueError(f"max_eval_lines is {self.max_eval_lines}; it must be at least 1, or left out for all")
         for name in ("train_file", "validation_file", "test_file"):
             if isinstance(
                 getattr(self, name), str
@@ -144,6 +150,8 @@ class ClmTrainingArguments(AdaFisherTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.timing_only:
+            self.eval_strategy = self.save_strategy = "no"
         super().__post_init__()
         if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ValueError(

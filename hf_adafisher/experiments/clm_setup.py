@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -79,6 +79,8 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         validation_files=data_args.validation_file,
         test_files=data_args.test_file,
     )
+    limit = data_args.max_eval_lines
+    corpus = replace(corpus, validation=corpus.validation[:limit], test=corpus.test[:limit])
     tokenizer = load_tokenizer(model_args, corpus)
     set_seed(training_args.seed)
     model = load_model(model_args, tokenizer, data_args.block_size)
