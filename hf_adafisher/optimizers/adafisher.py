@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.forms import diagonal_of
+from hf_adafisher.fisher.forms import Term, diagonal_of
 from hf_adafisher.fisher.uses import new_state
 from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_options
 from hf_adafisher.optimizers.checks import momentum_dtype as momentum_dtype_of
-from hf_adafisher.optimizers.compiled import CompiledUpdate
+from hf_adafisher.optimizers.compiled import CompiledUpdate, whole
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
+from hf_adafisher.optimizers.layout import Parts
 from hf_adafisher.optimizers.recording import ParamsT, RecordingOptimizer
 from hf_adafisher.optimizers.sharding import is_sharded, local_part
-from hf_adafisher.optimizers.update import Scratch, Vectors, update_parameter
+from hf_adafisher.optimizers.update import Scratch, Vectors, cut, update_parameter, update_parts
 
 
 class AdaFisher(RecordingOptimizer):
@@ -91,6 +92,7 @@ class AdaFisher(RecordingOptimizer):
         if not isinstance(compiled, bool):
             raise ValueError(f"compiled must be True or False, got {compiled!r}")
         self._compiled = CompiledUpdate() if compiled else None
+        self._parts: dict[int, Parts] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -119,14 +121,17 @@ class AdaFisher(RecordingOptimizer):
             update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
         if updates:
             self._curvature.forget()
+            self._parts.clear()
         return bool(updates)
 
     def _update_parameters(self) -> None:
         scratch = Scratch()
         vectors: dict[tuple[int, int], Vectors] = {}
-        for group, p, grad in self._with_gradient():
-            state = self._state_of(group, p)
-            step, terms = int(state["step"].add_(1).item()), self._curvature.local_terms(p, state, grad)
+        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
+        if members:
+            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
+        for group, p, grad, state in members:
+            step, terms = int(state["step"].item()), self._curvature.local_terms(p, state, grad)
             alike = vectors.get((id(group), step))
             if alike is None:
                 alike = vectors[id(group), step] = Vectors(self._numbers(group, step))
@@ -134,12 +139,28 @@ class AdaFisher(RecordingOptimizer):
             if is_sharded(p):
                 local = (local_part(p), local_part(grad), local_part(state["exp_avg"]))
                 update_parameter(*local, terms, **alike.numbers, scratch=scratch)
-            elif alike.take(*tensors, terms):
-                continue  # updated below, with its like
-            elif self._compiled is None or not self._compiled(*tensors, terms, alike.numbers):
-                update_parameter(*tensors, terms, **alike.numbers, scratch=scratch)
+            elif not alike.take(*tensors, terms):  # vectors are updated below, with their like
+                compiled = self._compiled is not None and self._compiled.takes(p)
+                parts = self._parts_of(*tensors, terms, whole if compiled else cut)
+                if compiled and self._compiled(parts, grad, alike.numbers):
+                    continue
+                if compiled:  # no compiler works: from now on everything is eager
+                    self._parts.clear()
+                    parts = self._parts_of(*tensors, terms, cut)
+                update_parts(parts, grad, alike.numbers, scratch)
         for alike in vectors.values():
             alike.update_()
+
+    def _parts_of(
+        self, p: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], make: Callable[..., Parts]
+    ) -> Parts:
+        """The parameter as its update takes it, kept for the next steps where that is safe."""
+        parts = self._parts.get(id(p))
+        if parts is None or not parts.fits(p, grad, exp_avg, terms):
+            parts = make(p, grad, exp_avg, terms)
+            if parts.lasting:
+                self._parts[id(p)] = parts
+        return parts
 
     def _numbers(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
         return {

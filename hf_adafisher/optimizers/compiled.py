@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.fisher.forms import Term
-from hf_adafisher.optimizers.layout import Tensors, aligned, merged
+from hf_adafisher.optimizers.layout import Part, Parts, aligned, merged
 from hf_adafisher.optimizers.update import scalars
 
 logger = logging.getLogger(__name__)
@@ -35,24 +35,25 @@ class CompiledUpdate:
         self._numbers: dict[str, Any] = {}
         self._tensors: tuple[Tensor, ...] = ()
 
-    def __call__(
-        self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], numbers: Mapping[str, Any]
-    ) -> bool:
-        """Update ``param`` and ``exp_avg`` in place; False where that is left to the eager update.
+    def takes(self, param: Tensor) -> bool:
+        """Whether this parameter is not left to the eager update."""
+        size = param.numel()
+        return self.works and size >= COMPILED_FROM and size > 0 and type(param) in (Tensor, nn.Parameter)
+
+    def __call__(self, parts: Parts, grad: Tensor, numbers: Mapping[str, Any]) -> bool:
+        """Update a parameter in place; False, from then on, where no compiler works.
 
         Args:
-            param: The parameter.
-            grad: Its gradient.
-            exp_avg: Its first moment.
-            terms: Its factors, normalised and spread.
+            parts: The parameter, from :func:`whole`.
+            grad: Its gradient in this step.
             numbers: The keyword arguments of ``update_parameter``.
         """
-        size = param.numel()
-        if not self.works or size < COMPILED_FROM or size == 0 or type(param) not in (Tensor, nn.Parameter):
-            return False
-        tensors = merged(aligned(param.detach(), grad.detach(), exp_avg, terms))
+        (part,) = parts.parts
+        own = part.of(grad).detach()  # kernels are also compiled for what a view is a view of, unless it is detached
+        if parts.kernel is None:
+            parts.kernel = _kernel(*_kind(part, own))
         try:
-            _kernel(*_kind(tensors))(*tensors[:3], tensors.factors(), *self._as_tensors(numbers))
+            parts.kernel(part.param, own, part.exp_avg, parts.factors, *self._as_tensors(numbers))
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             self.works = False
             logger.warning(
@@ -73,12 +74,18 @@ class CompiledUpdate:
         return self._tensors
 
 
-def _kind(tensors: Tensors) -> tuple[Any, ...]:
+def whole(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Parts:
+    """The parameter as one part with as few axes as possible, for :class:`CompiledUpdate`."""
+    return Parts(param, grad, exp_avg, terms, lambda tensors: [merged(aligned(*tensors))])
+
+
+def _kind(part: Part, grad: Tensor) -> tuple[Any, ...]:
     """What a kernel is compiled for: everything but the sizes."""
-    spread = tuple(tuple(size == 1 for size in factor.shape) for factor in tensors.factors())
-    dtypes = tuple(tensor.dtype for tensor in tensors[:3])
-    contiguous = tuple(tensor.is_contiguous() for tensor in tensors[:3])
-    return tuple(len(term) for term in tensors.terms), spread, dtypes, contiguous, tensors.param.device.type
+    tensors = (part.param, grad, part.exp_avg)
+    spread = tuple(tuple(size == 1 for size in factor.shape) for term in part.terms for factor in term)
+    dtypes = tuple(tensor.dtype for tensor in tensors)
+    contiguous = tuple(tensor.is_contiguous() for tensor in tensors)
+    return tuple(len(term) for term in part.terms), spread, dtypes, contiguous, part.param.device.type
 
 
 @functools.cache

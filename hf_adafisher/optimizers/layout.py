@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import Term, diagonal_of
 
@@ -21,6 +23,99 @@ class Tensors(NamedTuple):
     def factors(self) -> list[Tensor]:
         """The factors of all terms in a row."""
         return [factor for term in self.terms for factor in term]
+
+
+class Part(NamedTuple):
+    """The same without the gradient, which is a new tensor in every step: where this part lies in it.
+
+    Attributes:
+        param: Part of the parameter.
+        exp_avg: Part of its first moment.
+        terms: Part of its factors.
+        outer: For each term the product of all factors but the last, and the last; empty unless each of these products
+            spans the whole part.
+        size: Of the gradient's part.
+        stride: Of the gradient's part.
+        offset: Of the gradient's part, from where the gradient begins in its storage.
+    """
+
+    param: Tensor
+    exp_avg: Tensor
+    terms: tuple[Term, ...]
+    outer: list[tuple[Tensor, Tensor]]
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, grad: Tensor) -> Tensor:
+        """The gradient's part."""
+        if self.size == grad.shape and self.stride == grad.stride():
+            return grad
+        return grad.as_strided(self.size, self.stride, grad.storage_offset() + self.offset)
+
+
+class Parts:
+    """A parameter's tensors in the form of its update, for all steps until one of them is another tensor.
+
+    Finding the form costs more than the kernels of a small parameter; a refresh or a replaced tensor makes it anew.
+
+    Args:
+        form: From the tensors to one or several views of all of them.
+
+    Attributes:
+        parts: The views, in order.
+        factors: The factors of all parts in a row.
+        kernel: The compiled update of its one part, once it is known.
+        lasting: Whether it may be kept for later steps.
+    """
+
+    def __init__(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        terms: Sequence[Term],
+        form: Callable[[Tensors], Iterable[Tensors]],
+    ) -> None:
+        begin = grad.storage_offset()
+        self.parts = [
+            Part(
+                t.param,
+                t.exp_avg,
+                t.terms,
+                _outer(t),
+                tuple(t.grad.shape),
+                t.grad.stride(),
+                t.grad.storage_offset() - begin,
+            )
+            for t in form(Tensors(param.detach(), grad.detach(), exp_avg, tuple(terms)))
+        ]
+        self.factors = [factor for part in self.parts for term in part.terms for factor in term]
+        self.kernel: Callable[..., None] | None = None
+        self._terms = terms
+        self._pointers = param.data_ptr(), exp_avg.data_ptr()
+        self._layout = param.shape, param.stride(), grad.stride()
+        # Views keep the memory at these addresses alive, so no other tensor can have taken them. Factors of the
+        # parameter's own size are not to outlive a step.
+        small = all(factor.numel() < max(param.numel(), 2) for factor in self.factors)
+        self.lasting = small and type(param) in (Tensor, nn.Parameter) and type(grad) is Tensor
+
+    def fits(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> bool:
+        """Whether these are the tensors that it was made of, but for the gradient, which has the same strides."""
+        return (
+            terms is self._terms
+            and (param.data_ptr(), exp_avg.data_ptr()) == self._pointers
+            and (param.shape, param.stride(), grad.stride()) == self._layout
+        )
+
+
+def _outer(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
+    if not tensors.terms or any(len(term) < 2 for term in tensors.terms):
+        return []
+    pairs = [(math.prod(term[1:-1], start=term[0]), term[-1]) for term in tensors.terms]
+    shape = tensors.param.shape
+    whole = all(torch.broadcast_shapes(left.shape, right.shape) == shape for left, right in pairs)
+    return pairs if whole else []
 
 
 def aligned(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.fisher.forms import Term
-from hf_adafisher.optimizers.layout import Tensors, aligned, blocks
+from hf_adafisher.optimizers.layout import Part, Parts, aligned, blocks
 
 # Blocks of this many values stay in a core's cache between the operations on them, so that memory is read and written
 # about as often as by one fused kernel. Elsewhere a block only bounds the temporary: more kernels would cost more.
@@ -24,29 +24,26 @@ class Scratch:
 
     def __init__(self) -> None:
         self._flat: Tensor | None = None
-        self._block: Tensor | None = None
-        self._row: Tensor | None = None
-        self._value = 0.0
+        self._blocks: dict[Any, Tensor] = {}
+        self._rows: dict[Any, Tensor] = {}
 
     def like(self, block: Tensor, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor of the block's shape; the next call takes the memory back."""
-        last = self._block  # most blocks are as large as the one before
-        if last is not None and last.shape == block.shape and last.dtype == dtype and last.device == block.device:
-            return last
-        size, flat = block.numel(), self._flat
-        if flat is None or flat.dtype != dtype or flat.device != block.device or flat.numel() < size:
-            flat = self._flat = torch.empty(size, dtype=dtype, device=block.device)
-        self._block = flat[:size].view(block.shape)
-        return self._block
+        key = block.shape, dtype, block.device
+        if key not in self._blocks:
+            size, flat = block.numel(), self._flat
+            if flat is None or flat.dtype != dtype or flat.device != block.device or flat.numel() < size:
+                flat = self._flat = torch.empty(size, dtype=dtype, device=block.device)
+                self._blocks.clear()
+            self._blocks[key] = flat[:size].view(block.shape)
+        return self._blocks[key]
 
     def row(self, like: Tensor, value: float) -> Tensor:
         """A tensor like ``like`` full of ``value``: loops over a 0-dimensional one would not be vectorised."""
-        row = self._row
-        same = row is not None and self._value == value and row.shape == like.shape
-        if row is None or not same or row.dtype != like.dtype or row.device != like.device:
-            row = torch.full_like(like, value, memory_format=torch.contiguous_format)
-            self._row, self._value = row, value
-        return row
+        key = like.shape, like.dtype, like.device, value
+        if key not in self._rows:
+            self._rows[key] = torch.full_like(like, value, memory_format=torch.contiguous_format)
+        return self._rows[key]
 
 
 class Vectors:
@@ -67,9 +64,11 @@ class Vectors:
         factor, dtype = terms[0][0], param.dtype
         if not (dtype == grad.dtype == exp_avg.dtype == factor.dtype and factor.shape == param.shape):
             return False
-        members = self._members.setdefault((param.device, dtype), ([], [], [], []))
-        for tensors, tensor in zip(members, (param, grad, exp_avg, factor), strict=True):
-            tensors.append(tensor)
+        params, grads, exp_avgs, factors = self._members.setdefault((param.device, dtype), ([], [], [], []))
+        params.append(param)
+        grads.append(grad)
+        exp_avgs.append(exp_avg)
+        factors.append(factor)
         return True
 
     def update_(self) -> None:
@@ -122,42 +121,61 @@ def update_parameter(
         step: Number of updates of this parameter, this one included.
         scratch: Memory that the updates of a step share. Default: new memory.
     """
-    if param.numel() == 0:
-        return
+    numbers = {"step": step, "lr": lr, "beta": beta, "damping": damping, "weight_decay": weight_decay}
     scratch = Scratch() if scratch is None else scratch
-    shrink, rate, decay = scalars(step=step, lr=lr, beta=beta, weight_decay=weight_decay, decoupled=decoupled)
-    dtype = torch.promote_types(statistics_dtype(param.dtype), exp_avg.dtype)
+    update_parts(cut(param, grad, exp_avg, terms), grad, {**numbers, "decoupled": decoupled}, scratch)
+
+
+def cut(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Parts:
+    """The parts of a parameter, which :func:`update_parts` updates one after the other."""
     limit = CPU_BLOCK if param.device.type == "cpu" else DEVICE_BLOCK
-    for block in blocks(aligned(param, grad, exp_avg, terms), limit):
-        p, g, m = (tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in block[:3])
-        m.lerp_(g.add(p, alpha=decay) if decay else g, 1.0 - beta)
-        diagonal = _diagonal(block, damping, scratch)
+    return Parts(param, grad, exp_avg, terms, lambda tensors: blocks(aligned(*tensors), limit))
+
+
+def update_parts(parts: Parts, grad: Tensor, numbers: Mapping[str, Any], scratch: Scratch) -> None:
+    """:func:`update_parameter` of a parameter that is cut already.
+
+    Args:
+        parts: Made of the same tensors.
+        grad: This step's gradient.
+        numbers: The keyword arguments of :func:`update_parameter`.
+        scratch: Memory that the updates of a step share.
+    """
+    shrink, rate, decay = scalars(**numbers)
+    rest, damping = 1.0 - numbers["beta"], numbers["damping"]
+    for part in parts.parts:
+        param, exp_avg = part.param, part.exp_avg
+        if param.numel() == 0:
+            continue
+        p, g, m = param, part.of(grad), exp_avg
+        if not param.dtype == exp_avg.dtype == grad.dtype == statistics_dtype(param.dtype):
+            dtype = torch.promote_types(statistics_dtype(param.dtype), exp_avg.dtype)
+            p, g, m = (tensor.to(dtype) for tensor in (p, g, m))
+        m.lerp_(g.add(p, alpha=decay) if decay else g, rest)
+        diagonal = _diagonal(part, damping, scratch)
         if shrink != 1.0:
             p.mul_(shrink)
         p.addcdiv_(m, diagonal, value=rate)
-        if m is not block.exp_avg:
-            block.exp_avg.copy_(m)
-        if p is not block.param:
-            block.param.copy_(p)
+        if m is not exp_avg:
+            exp_avg.copy_(m)
+        if p is not param:
+            param.copy_(p)
 
 
-def _diagonal(block: Tensors, damping: float, scratch: Scratch) -> Tensor:
-    """``sum of the products of the terms + damping``, in the shape of the block's parameter."""
-    param, terms = block.param, block.terms
-    if len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].shape == param.shape:
-        return terms[0][0].add(damping)
+def _diagonal(part: Part, damping: float, scratch: Scratch) -> Tensor:
+    """``sum of the products of the terms + damping``, in the shape of this part of the parameter."""
+    param, terms = part.param, part.terms
     out = scratch.like(param, statistics_dtype(param.dtype))
-    for i, term in enumerate(terms):
-        if len(term) < 2:
-            one = term[0] if term else 1.0
+    if part.outer:
+        for i, (left, right) in enumerate(part.outer):
             if i:
-                out.add_(one)
+                out.addcmul_(left, right)
             else:
-                out.fill_(damping).add_(one)
-            continue
-        left = math.prod(term[1:-1], start=term[0])
-        if i:
-            out.addcmul_(left, term[-1])
-        else:
-            torch.addcmul(scratch.row(term[-1], damping).expand(param.shape), left, term[-1], out=out)
+                torch.addcmul(scratch.row(right, damping), left, right, out=out)
+        return out
+    if len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].shape == param.shape:
+        return torch.add(terms[0][0], damping, out=out)
+    out.fill_(damping)
+    for term in terms:
+        out.add_(math.prod(term[1:], start=term[0]) if term else 1.0)
     return out
