@@ -140,14 +140,11 @@ class AdaFisher(RecordingOptimizer):
                 local = (local_part(p), local_part(grad), local_part(state["exp_avg"]))
                 update_parameter(*local, terms, **alike.numbers, scratch=scratch)
             elif not alike.take(*tensors, terms):  # vectors are updated below, with their like
-                compiled = self._compiled is not None and self._compiled.takes(p)
-                parts = self._parts_of(*tensors, terms, whole if compiled else cut)
-                if compiled and self._compiled(parts, grad, alike.numbers):
-                    continue
-                if compiled:  # no compiler works: from now on everything is eager
-                    self._parts.clear()
-                    parts = self._parts_of(*tensors, terms, cut)
-                update_parts(parts, grad, alike.numbers, scratch)
+                if self._compiled is not None and self._compiled.takes(p):
+                    if self._compiled(self._parts_of(*tensors, terms, whole), grad, alike.numbers):
+                        continue
+                    self._parts.clear()  # no compiler works: from now on everything is eager
+                update_parts(self._parts_of(*tensors, terms, cut), grad, alike.numbers, scratch)
         for alike in vectors.values():
             alike.update_()
 

@@ -86,7 +86,7 @@ class Parts:
                 _outer(t),
                 tuple(t.grad.shape),
                 t.grad.stride(),
-                t.grad.storage_offset() - begin,
+                int(t.grad.storage_offset() - begin),
             )
             for t in form(Tensors(param.detach(), grad.detach(), exp_avg, tuple(terms)))
         ]

@@ -15,7 +15,7 @@ from hf_adafisher.optimizers.layout import Part, Parts, aligned, blocks
 
 # Blocks of this many values stay in a core's cache between the operations on them, so that memory is read and written
 # about as often as by one fused kernel. Elsewhere a block only bounds the temporary: more kernels would cost more.
-CPU_BLOCK = 1 << 19
+CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 24
 
 

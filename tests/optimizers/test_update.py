@@ -18,7 +18,7 @@ from hf_adafisher.fisher.forms import Term
 from hf_adafisher.optimizers import compiled as compiled_module
 from hf_adafisher.optimizers import update as update_module
 from hf_adafisher.optimizers.compiled import CompiledUpdate, whole
-from hf_adafisher.optimizers.update import Scratch, update_parameter
+from hf_adafisher.optimizers.update import Scratch, cut, update_parameter
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "beta": 0.9, "damping": 1e-2, "weight_decay": 0.1}
 FORMS = pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "l2"])
@@ -233,6 +233,73 @@ def test_a_compiled_optimizer_equals_an_eager_one_for_fifty_steps(kind: type[Ada
     twin, other, _ = train(kind, False, 50)
     assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
     assert_close(optimizer.state_dict()["state"], other.state_dict()["state"], rtol=1e-4, atol=1e-6)
+
+
+def replace_tensors(model: nn.Module, optimizer: AdaFisher, step: int) -> None:
+    """What others do to parameters, gradients and states between two steps, one thing at a time."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    for p in weights:
+        if step == 2:
+            p.data = p.data.clone()
+        elif step == 3:
+            p.data = p.data.mT.contiguous().mT if p.dim() == 2 else p.data.contiguous(memory_format=torch.channels_last)
+        elif step == 4:
+            optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].clone()
+    if step in (5, 6):  # as DistributedDataParallel: gradients are views of one tensor, not always the same one
+        flat = torch.zeros(100 * step + sum(p.numel() for p in weights))
+        begin = 100 * step
+        for p in weights:
+            assert p.grad is not None
+            view = flat[begin : begin + p.numel()].view(p.shape)
+            begin += p.numel()
+            p.grad = view.copy_(p.grad)
+    elif step == 7:
+        optimizer.load_state_dict(optimizer.state_dict())
+    elif step == 8:
+        for p in weights:  # other strides than the parameter
+            assert p.grad is not None
+            p.grad = p.grad.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal to a run that cuts every parameter anew in every step."""
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
+    monkeypatch.setattr(update_module, "CPU_BLOCK", 20)
+
+    def run(keep: bool) -> tuple[nn.Module, AdaFisher]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+        optimizer = AdaFisherW(model, lr=1e-2, damping=0.1, update_interval=6, compiled=compiled, weight_decay=0.01)
+        for step in range(9):
+            optimizer.zero_grad()
+            x = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            replace_tensors(model, optimizer, step)
+            if not keep:
+                optimizer._parts.clear()
+            optimizer.step()
+            assert all(parts.lasting for parts in optimizer._parts.values()) and len(optimizer._parts) == 2
+        return model, optimizer
+
+    (model, optimizer), (twin, other) = run(True), run(False)
+    assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+    assert_close(optimizer.state_dict()["state"], other.state_dict()["state"], rtol=0, atol=0)
+
+
+def test_blocks_are_cut_once_between_two_refreshes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr("hf_adafisher.optimizers.adafisher.cut", lambda *tensors: made.append(1) or cut(*tensors))
+    train(AdaFisherW, False, 14)  # three weights, refreshed at steps 0 and 7
+    assert len(made) == 6
+
+
+def test_a_diagonal_as_large_as_its_weight_is_not_kept() -> None:
+    """Two uses that group a weight differently: their factors are formed as a whole, and must not outlive the step."""
+    example = EXAMPLES["other groups"]
+    tensors = [example.tensor() for _ in range(3)]
+    assert not cut(*tensors, example.terms).lasting
+    assert cut(*(EXAMPLES["groups"].tensor() for _ in range(3)), EXAMPLES["groups"].terms).lasting
 
 
 def test_autograd_notices_a_compiled_update() -> None:
