@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from hf_adafisher.experiments import benchmark, benchmark_scaling
+from hf_adafisher.experiments import benchmark, benchmark_scaling, benchmark_trainer
 from hf_adafisher.experiments.report import hardware, software_versions, write_json
 
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = benchmark_scaling.measure_scaling(rounds, device)
     elif arguments.whole_iteration:
         result = benchmark.measure_iteration(rounds, device, arguments.compiled)
+        result["rows"] |= benchmark_trainer.measure_trainer(rounds, device)
     elif arguments.all_optimizers:
         result = benchmark.measure_optimizers(arguments.model, rounds, device)
     else:

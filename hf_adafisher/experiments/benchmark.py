@@ -121,9 +121,9 @@ def alternate(
 
 
 def summary(times: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the times, and of the ratios to the peer's time in the same round."""
+    """Median and quartiles of the times, and of the ratios to the peer's time in the same round; the fastest time."""
     ratios = [mine / theirs for mine, theirs in zip(times, peer, strict=True)]
-    row: dict[str, float] = {}
+    row: dict[str, float] = {"fastest_ms": min(times)}
     for name, values in (("ms", times), ("ratio", ratios)):
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
         row |= {name: middle, f"{name}_q1": low, f"{name}_q3": high}

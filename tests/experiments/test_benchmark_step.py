@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_adafisher.experiments import benchmark, benchmark_scaling
+from hf_adafisher.experiments import benchmark, benchmark_scaling, benchmark_trainer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_step.py"
 
@@ -78,13 +78,51 @@ def _shared_positions() -> int:
     return 128 + 128 * 64
 
 
-def test_an_eager_step_is_not_slower_than_twice_the_foreach_adamw() -> None:
-    """Generous, since other work on the machine slows down an eager step more than a fused one; memory is exact."""
-    result = benchmark.measure_step("gpt2-20m", 3)
-    assert result["ratio_to_foreach"] < 2.0
+def test_an_eager_step_takes_at_most_twice_as_long_as_the_fused_adamw() -> None:
+    """Fastest of several rounds, and of three attempts: other work on the machine must not decide."""
+    ratios = []
+    for _ in range(3):
+        rows = benchmark.measure_step("gpt2-20m", 5)["rows"]
+        ratios.append(rows["adafisherw"]["fastest_ms"] / rows["adamw fused"]["fastest_ms"])
+        if ratios[-1] < 2.0:
+            break
+    assert min(ratios) < 2.0, ratios
+
+
+@pytest.mark.parametrize("model", list(benchmark.MODELS))
+def test_memory_of_a_step_is_half_of_adamws_and_no_more_than_the_largest_parameter(model: str) -> None:
+    result = benchmark.measure_step(model, 2)
     assert result["state_ratio"] <= 0.51
     assert result["rows"]["adafisherw"]["peak_extra_bytes"] <= result["largest_parameter_bytes"]
-    assert result["rows"]["adafisherw"]["peak_extra_bytes_due"] <= result["largest_parameter_bytes"]
+    if model in ("gpt2-20m", "llama"):
+        assert result["rows"]["adafisherw"]["peak_extra_bytes_due"] <= result["largest_parameter_bytes"]
+
+
+def test_training_under_trainer_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both take their steps ten at a time, one after the other, and as many as were asked for."""
+    order: list[tuple[str, int]] = []
+
+    class Watched(benchmark_trainer._TakeTurns):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            order.append((str(getattr(args.optim, "value", args.optim)), state.global_step))
+            super().on_step_end(args, state, control, **kwargs)
+
+    monkeypatch.setattr(benchmark_trainer, "_TakeTurns", Watched)
+    rows = benchmark_trainer.measure_trainer(2, width=16, depth=1, vocabulary=50, batch=2, length=4)
+    names = ("adamw_torch_fused", "adafisherw")
+    turns = benchmark_trainer.WARM_UP + 2
+    expected = [(name, 10 * turn + step) for turn in range(turns) for name in names for step in range(1, 11)]
+    assert order == expected
+    assert rows["Trainer step, adamw_torch_fused"]["ratio"] == 1.0 and rows["Trainer step, adafisherw"]["ms"] > 0
+
+
+def test_a_run_that_fails_ends_the_comparison_under_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise ZeroDivisionError("no step")
+
+    monkeypatch.setattr("hf_adafisher.optimizers.adafisher.AdaFisherW.step", broken)
+    with pytest.raises(ZeroDivisionError, match="no step"):
+        benchmark_trainer.measure_trainer(2, width=16, depth=1, vocabulary=50, batch=2, length=4)
 
 
 @pytest.mark.parametrize("bad", [["--rounds", "1"], ["--plot", "x.png"], ["--model", "nothing"]])
