@@ -121,7 +121,6 @@ class AdaFisher(RecordingOptimizer):
             update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
         if updates:
             self._curvature.forget()
-            self._parts.clear()
         return bool(updates)
 
     def _update_parameters(self) -> None:

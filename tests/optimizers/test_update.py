@@ -70,6 +70,7 @@ EXAMPLES = {
     "tied to a constant": Example((23, 17), [[(23, 1), (1, 17)], [], [(23, 17)]]),
     "experts": Example((3, 11, 7), [[(3, 1, 1), (1, 11, 1), (1, 1, 7)]]),
     "table": Example((1, 11, 7), [[(1, 11, 1), (1, 1, 7)]]),
+    "two of three axes": Example((4, 5, 6), [[(4, 1, 1), (1, 5, 1)], [(4, 1, 1), (1, 1, 6)]]),
     "rows only": Example((11, 7), [[(11, 1)]]),
     "convolution": Example((8, 5, 3, 3), [[(8, 1, 1, 1), (1, 5, 3, 3)]]),
     "channels last": Example((8, 5, 3, 3), [[(8, 1, 1, 1), (1, 5, 3, 3)]], order=(0, 2, 3, 1)),
@@ -263,7 +264,7 @@ def replace_tensors(model: nn.Module, optimizer: AdaFisher, step: int) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal to a run that cuts every parameter anew in every step."""
+    """Equal to a run that cuts every parameter anew in every step, with gradients that are tensors of their own."""
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
     monkeypatch.setattr(update_module, "CPU_BLOCK", 20)
 
@@ -278,6 +279,8 @@ def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, mon
             replace_tensors(model, optimizer, step)
             if not keep:
                 optimizer._parts.clear()
+                for p in model.parameters():
+                    p.grad = torch.empty_like(p).copy_(p.grad)  # type: ignore[arg-type]
             optimizer.step()
             assert all(parts.lasting for parts in optimizer._parts.values()) and len(optimizer._parts) == 2
         return model, optimizer
@@ -321,8 +324,11 @@ def test_where_no_compiler_works_it_warns_once_and_is_eager(
         return call
 
     monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(update_module, "CPU_BLOCK", 1 << 12)
     with caplog.at_level(logging.WARNING, "hf_adafisher"):
-        model, _, _ = train(AdaFisherW, True, 5)
+        model, optimizer, _ = train(AdaFisherW, True, 5)
+    cuts = [len(parts.parts) for parts in optimizer._parts.values()]
+    assert len(cuts) == 3 and sorted(cuts)[1] > 1  # in blocks, as without the option
     warnings = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
     assert len(warnings) == 1 and "(RuntimeError: no C++ compiler)" in warnings[0]
     twin, _, _ = train(AdaFisherW, False, 5)
