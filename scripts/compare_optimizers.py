@@ -3,6 +3,8 @@
     python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo
     python scripts/compare_optimizers.py --config scripts/configs/python-docs-small.json --optimizers adamw sgd \\
         --seeds 0 1 --budget steps=400 --jobs 2 --output_dir out/small
+    python scripts/compare_optimizers.py --config scripts/configs/resnet18-cifar10-small.json --local_data cifar10 \\
+        --set image_size=24 cutout=8 --output_dir out/resnet
 
 A cell is one optimizer with one setting and one seed; it is a process of its own and leaves one results.json. Cells
 that have a result are not run again, so a killed comparison goes on where it was. A budget is steps=800, seconds=600 or
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adafisher.experiments.backends import BACKENDS
-from hf_adafisher.experiments.cells import local_files
+from hf_adafisher.experiments.cells import set_arguments, task_of, use_local_data
 from hf_adafisher.experiments.compare import Comparison, create_comparison
 from hf_adafisher.experiments.forecast import forecast
 from hf_adafisher.experiments.summary import describe_step_times, summarize
@@ -72,9 +74,11 @@ def _run(comparison: Comparison, arguments: argparse.Namespace) -> int:
 
 def _comparison(arguments: argparse.Namespace) -> Comparison:
     config: dict[str, Any] = json.loads(arguments.config.read_text(encoding="utf-8"))
+    task_of(config)
     if arguments.local_data is not None:
-        common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
-        config["common"] = {**common, **local_files(arguments.local_data)}
+        config = use_local_data(config, arguments.local_data)
+    given = {"budget": arguments.budget, "seeds": arguments.seeds}  # what --set must leave to them
+    config = set_arguments({**config, **{key: value for key, value in given.items() if value}}, arguments.set)
     return create_comparison(
         config,
         Path(__file__).resolve().parent,
@@ -95,7 +99,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--optimizers", nargs="+", metavar="NAME", help="only these of the configuration")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of the configuration's")
     add("--budget", help="steps=800, seconds=600 or like=adafisherw:epochs=5, instead of the configuration's")
-    add("--local_data", type=Path, help="folder with train.txt, valid.txt, test.txt, instead of the dataset")
+    add(
+        "--local_data",
+        type=Path,
+        help="folder with texts (train.txt, valid.txt, test.txt) or images, instead of the dataset",
+    )
+    add(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+        help="shared arguments of the runs, instead of the configuration's or besides; null takes one out",
+    )  # fmt: skip
     add("--jobs", type=int, default=1, help="runs at a time, with the cores divided (default 1)")
     add("--backend", choices=BACKENDS, default="local", help="where the cells run (default local)")
     add("--retry_failed", action="store_true", help="run failed cells again")

@@ -17,36 +17,23 @@ The output directory then holds results.json, learning_curve.png, the model, its
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Sequence
 
-from hf_adafisher.experiments.clm import train_and_report
+from hf_adafisher.experiments.clm import ClmRun
 from hf_adafisher.experiments.clm_arguments import parse_arguments
 from hf_adafisher.experiments.clm_setup import prepare
+from hf_adafisher.experiments.run import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it.
+    """Runs it; returns the exit status: 0; 1 if the run diverged; 2 for bad input."""
+    return run_script(prepared, argv)
 
-    Returns:
-        The exit status: 0; 1 if the run diverged; 2 for bad input or a missing extra: one line, no traceback.
-    """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
-    for library in ("httpx", "datasets", "matplotlib"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        run = prepare(*parse_arguments(argv))
-    except (ValueError, OSError, ImportError) as error:
-        logging.error("%s", error)
-        return 2
-    results = train_and_report(run)
-    for split in ("validation", "test"):
-        if results[split] is not None:
-            loss, token, word = (results[split][key] for key in ("loss", "token_perplexity", "word_perplexity"))
-            print(f"{split}: loss {loss:.4f}, perplexity per token {token:.2f}, per word {word:.2f}")
-    print(f"{results['status']}: see {run.training_args.output_dir}")
-    return 0 if results["status"] == "completed" else 1
+
+def prepared(argv: Sequence[str] | None = None) -> ClmRun:
+    """The run that a command line asks for."""
+    return prepare(*parse_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,13 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_adafisher.experiments.cells import Cell
+from hf_adafisher.experiments.measures import TASKS
 from hf_adafisher.experiments.processes import is_done, load_result, run_cell, stop
 
 BACKENDS = ("local", "ray")
 Task = tuple[Cell, Path]
 """A cell and its folder."""
+Headline = Callable[[dict[str, Any]], str | None]
 
 
 def available_cores() -> int:
@@ -43,6 +45,7 @@ def run_cells(
     backend: str = "local",
     retry_failed: bool = False,
     unit: str = "run",
+    headline: Headline = TASKS["clm"].headline,
 ) -> list[str]:
     """Run every cell that has no result yet, ``jobs`` at a time with the cores divided among them.
 
@@ -57,6 +60,7 @@ def run_cells(
         backend: ``local``, or ``ray``: each cell is a task that asks for as many CPUs as it has threads.
         retry_failed: Run cells again whose result is a failure.
         unit: What to call a cell in the progress bar.
+        headline: From a result to its measure in words, for the line on a finished cell.
 
     Returns:
         One message for each cell that failed, or was killed and has no result.
@@ -82,18 +86,17 @@ def run_cells(
             if failure is not None:
                 failures.append(failure)
             bar.update()
-            bar.write(failure or describe_result(cell, load_result(folder)))
+            bar.write(failure or describe_result(cell, load_result(folder), headline))
     return failures
 
 
-def describe_result(cell: Cell, result: dict[str, Any]) -> str:
+def describe_result(cell: Cell, result: dict[str, Any], headline: Headline) -> str:
     """One line on a finished cell."""
     if result["status"] == "failed":
         return f"{cell.name}: failed: {result['reason']}"
     if "step_seconds" in result:
         return f"{cell.name}: {result['steps']} steps, {result['train_seconds']:.1f} s"
-    loss = (result.get("validation") or {}).get("loss")
-    shown = "diverged" if loss is None else f"validation loss {loss:.4f}"
+    shown = (headline(result) if result["status"] == "completed" else None) or result["status"]
     return f"{cell.name}: {shown}, {result['steps']} steps, {result['train_seconds']:.0f} s"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PROGRAMS = {"clm": "run_clm.py"}
-"""The script, beside ``compare_optimizers.py``, that runs one cell of a task."""
+from hf_adafisher.experiments.measures import TASKS, Task
 
-_KEYS = {"description", "task", "common", "cells", "seeds", "budget", "step_seconds", "overhead_seconds"}
+_KEYS = {"description", "task", "common", "cells", "seeds", "budget", "step_seconds", "overhead_seconds", "paper"}
 
 
 @dataclass(frozen=True)
@@ -65,38 +65,86 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
 
     Args:
         config: ``{"common": {argument: value}, "cells": [{"optim": name, argument: value or list of values}]}``;
-            the lists of one entry are combined with each other, and with ``"seeds": [...]`` if there are any.
+            the lists of one entry are combined with each other, and with ``"seeds": [...]`` if there are any. An entry
+            with ``"seeds"`` of its own has these instead; those of its cells that stand in the configuration already
+            add nothing.
 
     Raises:
         ValueError: A missing or an unknown key, an unknown task, an entry without ``optim``, two sources of seeds, or
             the same cell twice.
     """
     _check(config)
-    seeds = {"seed": list(config["seeds"])} if config.get("seeds") else {}
-    cells = []
+    cells: dict[str, Cell] = {}
+    twice = []
     for entry in config["cells"]:
+        seeds = entry.get("seeds") or config.get("seeds")
         if seeds and "seed" in entry:
             raise ValueError(f'seeds stand in "seeds" or in an entry, not in both: {entry}')
-        lists = {key: value if isinstance(value, list) else [value] for key, value in {**entry, **seeds}.items()}
+        settings = {key: value for key, value in entry.items() if key != "seeds"} | ({"seed": seeds} if seeds else {})
+        lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
         for values in itertools.product(*lists.values()):
-            cells.append(Cell(dict(zip(lists, values, strict=True)), config.get("common", {})))
-    names = [cell.name for cell in cells]
-    twice = sorted({name for name in names if names.count(name) > 1})
+            cell = Cell(dict(zip(lists, values, strict=True)), config.get("common", {}))
+            if cells.setdefault(cell.name, cell) is not cell and "seeds" not in entry:
+                twice.append(cell.name)
     if twice:
-        raise ValueError(f"these cells stand in the configuration twice: {twice}")
-    return cells
+        raise ValueError(f"these cells stand in the configuration twice: {sorted(set(twice))}")
+    return list(cells.values())
 
 
 def _check(config: Mapping[str, Any]) -> None:
     unknown = sorted(set(config) - _KEYS)
     if unknown or not config.get("cells"):
         raise ValueError(f'a comparison needs "cells" and may have {sorted(_KEYS)}; unknown: {unknown or "none"}')
-    task = config.get("task", "clm")
-    if task not in PROGRAMS:
-        raise ValueError(f"unknown task {task!r}; available: {', '.join(PROGRAMS)}")
+    task_of(config)
     for entry in config["cells"]:
         if "optim" not in entry:
             raise ValueError(f'each entry of "cells" names an "optim", this one does not: {entry}')
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """The task of a configuration, ``clm`` if it names none. Raises ValueError if it is unknown."""
+    name = config.get("task", "clm")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; available: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    """The same configuration with other shared arguments.
+
+    Args:
+        config: Of a comparison.
+        pairs: ``key=value``; a value that is JSON (a number, true, a list) is read as such, ``null`` takes the
+            argument out.
+
+    Raises:
+        ValueError: Not of this form, or an argument that is the cells' own, or the comparison's.
+    """
+    common = dict(config.get("common", {}))
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.removeprefix("--").strip()
+        if not key or not equals:
+            raise ValueError(f"--set takes key=value, got {pair!r}")
+        _check_settable(key, config)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        if isinstance(value, dict):
+            raise ValueError(f"--set {key}: {text} is no value of an argument")
+        common[key] = value
+    return {**config, "common": {key: value for key, value in common.items() if value is not None}}
+
+
+def _check_settable(key: str, config: Mapping[str, Any]) -> None:
+    own = {"output_dir": "--output_dir", "optim": "--optimizers", "seed": "--seeds" if config.get("seeds") else None}
+    if config.get("budget"):
+        own |= dict.fromkeys(("max_steps", "num_train_epochs"), "--budget")
+    if own.get(key):
+        raise ValueError(f"--set {key}: use {own[key]}")
+    if any(key in entry for entry in config.get("cells", [])):
+        raise ValueError(f"--set {key}: cells of the configuration have a {key} of their own, change it there")
 
 
 def select_optimizers(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -128,3 +176,19 @@ def local_files(folder: Path) -> dict[str, str]:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist: a local corpus needs train.txt, valid.txt and test.txt")
     return {key: str(path) for key, path in files.items()}
+
+
+def local_images(folder: Path) -> dict[str, str]:
+    """Arguments that read images from a folder. Raises FileNotFoundError if it does not exist."""
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder} does not exist: give a folder of images, of parquet files, or a saved data set"
+        )
+    return {"data_dir": str(folder)}
+
+
+def use_local_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same configuration with data from a folder instead of a data set by name."""
+    read = {"clm": local_files, "image": local_images}[config.get("task", "clm")]
+    common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
+    return {**config, "common": {**common, **read(folder)}}

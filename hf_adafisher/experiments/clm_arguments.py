@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-
-import torch
-from transformers import HfArgumentParser
-from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from hf_adafisher.data.text import DEFAULT_CORPUS, available_corpora
 from hf_adafisher.data.tokens import MIN_VOCAB_SIZE
-from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+from hf_adafisher.experiments.run_arguments import RunTrainingArguments, parse_dataclasses
 
 
 @dataclass
@@ -117,68 +110,17 @@ class DataArguments:
 
 
 @dataclass
-class ClmTrainingArguments(AdaFisherTrainingArguments):
-    """AdaFisher's training arguments with defaults for a language modelling run from the command line.
-
-    Different from `TrainingArguments`: batch 16, cosine schedule after 5 % warm-up, a log line every 10
-    steps, ten evaluations (of the first 256 validation blocks) and four checkpoints per run (the last two
-    are kept), and losses logged as they are: by default Trainer replaces a non-finite loss by the average of
-    the others, which would hide a diverged run.
-
-    Raises:
-        ValueError: `max_steps` and `num_train_epochs` that leave nothing to train.
-    """
+class ClmTrainingArguments(RunTrainingArguments):
+    """RunTrainingArguments with the batch sizes of a language model."""
 
     output_dir: str | None = field(default="clm_output", metadata={"help": "Where everything is written."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks per device and step."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
-    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
-    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log."})
-    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": "When to validate."})
-    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between validations, or their share."})
-    save_steps: float = field(default=0.25, metadata={"help": "Steps between checkpoints, or their share."})
-    # On a machine without an accelerator pinning does nothing but warn.
-    dataloader_pin_memory: bool = field(
-        default=torch.accelerator.is_available(),
-        metadata={"help": "Pin memory for faster copies to a device."},
-    )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
-    timing_only: bool = field(
-        default=False, metadata={"help": "Only train, to time the steps: nothing is evaluated or saved at the end."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.timing_only:
-            self.eval_strategy = self.save_strategy = "no"
-        super().__post_init__()
-        if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
-            raise ValueError(
-                f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}; "
-                "one of them must be positive"
-            )
 
 
 def parse_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, ClmTrainingArguments]:
-    """Reads the command line; a single argument that ends in `.json` is a file with the same names as keys.
-
-    Args:
-        argv: arguments without the program's name (default: `sys.argv[1:]`).
-
-    Raises:
-        FileNotFoundError: the JSON file does not exist.
-        ValueError: an unknown name in it, or a value out of its range.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    # transformers types this parameter too narrowly for a tuple of dataclasses.
-    parser = HfArgumentParser((ModelArguments, DataArguments, ClmTrainingArguments))  # type: ignore[arg-type]
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        if not Path(argv[0]).is_file():
-            raise FileNotFoundError(f"configuration file {argv[0]!r} does not exist; give the path of a JSON file")
-        model, data, training = parser.parse_json_file(argv[0])
-    else:
-        model, data, training = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    """Reads the command line or a JSON file: see `parse_dataclasses`."""
+    model, data, training = parse_dataclasses((ModelArguments, DataArguments, ClmTrainingArguments), argv)
     return model, data, training

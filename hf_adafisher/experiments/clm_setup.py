@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,45 +17,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adafisher.data.text import TextCorpus, count_words, load_corpus
 from hf_adafisher.data.tokens import TokenWindows, encode_lines, train_tokenizer
+from hf_adafisher.experiments.clm import ClmRun, EncodedSplit
 from hf_adafisher.experiments.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.experiments.clm_embeddings import copy_embeddings
-from hf_adafisher.optimizers.factory import available_optimizers, optimizer_record
-from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
+from hf_adafisher.experiments.run_checkpoint import check_checkpoint, find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-RESULTS_FILE = "results.json"
 
-
-@dataclass(frozen=True)
-class EncodedSplit:
-    """One split as a model sees it: `stream` of ids, shape (1 + tokens,), and the words of the same text."""
-
-    stream: Tensor
-    num_words: int
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """All that a run needs, every input checked: what `prepare` returns and `train_and_report` takes."""
-
-    model_args: ModelArguments
-    data_args: DataArguments
-    training_args: ClmTrainingArguments
-    checkpoint: str | None
-    corpus: TextCorpus
-    tokenizer: PreTrainedTokenizerBase
-    model: PreTrainedModel
-    splits: dict[str, EncodedSplit]
-    datasets: dict[str, TokenWindows]
-
-
-def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments) -> PreparedRun:
+def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments) -> ClmRun:
     """Loads text, tokenizer and model, and checks them before any work is done.
 
     The initial weights depend on the seed and the model's arguments only, never on the optimizer.
@@ -93,64 +65,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         name: TokenWindows(splits[name].stream, data_args.block_size, name=f"{name} text")
         for name in ("train", "validation")
     }
-    return PreparedRun(model_args, data_args, training_args, checkpoint, corpus, tokenizer, model, splits, datasets)
-
-
-def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
-    """Returns the checkpoint directory to resume from, or None.
-
-    Args:
-        output_dir: the run's directory. A warning says so if it holds an earlier run that is not resumed.
-        resume: a checkpoint directory; "last" or "true" for the latest complete one in `output_dir`; None or
-            "false" to start anew.
-
-    Raises:
-        FileNotFoundError: no such checkpoint.
-        CheckpointError: a file of it is missing or damaged, or "last" finds damaged ones only.
-    """
-    word = str(resume).lower()
-    if resume is None or word == "false":
-        earlier = output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
-        if earlier or (output_dir / RESULTS_FILE).exists():
-            logger.warning(
-                "%s holds an earlier run; this one starts anew and overwrites its files "
-                "(to continue it: --resume_from_checkpoint last)",
-                output_dir,
-            )
-        return None
-    if word in ("last", "true"):
-        last = last_complete_checkpoint(output_dir)
-        if last is None:
-            raise FileNotFoundError(
-                f"no checkpoint to resume from in {str(output_dir)!r}: give the --output_dir of the run, "
-                "or the path of a checkpoint"
-            )
-        return str(last)
-    if not Path(str(resume)).is_dir():
-        raise FileNotFoundError(
-            f"{str(resume)!r} is not a checkpoint directory: give the path of a checkpoint-N directory, or last for "
-            "the latest in --output_dir"
-        )
-    check_checkpoint_files(Path(str(resume)))
-    return str(resume)
-
-
-def check_checkpoint(checkpoint: Path, training_args: ClmTrainingArguments) -> None:
-    """Checks that a checkpoint can be continued, before anything of the earlier run is touched.
-
-    Raises:
-        ValueError: another optimizer wrote it, or it already has `max_steps` steps.
-    """
-    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
-    if 0 < training_args.max_steps <= done:
-        raise ValueError(
-            f"{checkpoint} has {done} steps and --max_steps is {training_args.max_steps}: the run has finished; "
-            "to train on, raise --max_steps"
-        )
-    saved, name = checkpoint / "optimizer.pt", str(getattr(training_args.optim, "value", training_args.optim))
-    if saved.is_file() and name in available_optimizers():
-        groups = torch.load(saved, map_location="cpu", weights_only=True)["param_groups"]
-        optimizer_record(name).check_groups(groups)
+    return ClmRun(training_args, checkpoint, model, model_args, data_args, corpus, tokenizer, splits, datasets)
 
 
 def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:

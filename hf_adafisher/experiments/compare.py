@@ -10,10 +10,12 @@ from typing import Any
 
 from hf_adafisher.experiments.backends import run_cells, threads_for
 from hf_adafisher.experiments.budget import Budget, StepTime, plan_cell, read_step_time, timing_cell, window
-from hf_adafisher.experiments.cells import PROGRAMS, Cell, expand_cells, select_optimizers
-from hf_adafisher.experiments.clm_setup import RESULTS_FILE
+from hf_adafisher.experiments.cells import Cell, expand_cells, select_optimizers, task_of
+from hf_adafisher.experiments.measures import Task
 from hf_adafisher.experiments.processes import is_done, load_result
+from hf_adafisher.experiments.published import read_paper
 from hf_adafisher.experiments.report import write_json
+from hf_adafisher.experiments.run import RESULTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,11 @@ class Comparison:
     output_dir: Path
     jobs: int = 1
     backend: str = "local"
+
+    @property
+    def task(self) -> Task:
+        """What is measured."""
+        return task_of(self.config)
 
     def step_times(self) -> dict[str, StepTime]:
         """What has been measured so far, by the name of the measurement."""
@@ -115,6 +122,7 @@ class Comparison:
             verbose,
             backend=self.backend,
             retry_failed=retry_failed,
+            headline=self.task.headline,
         )
 
     def commands(self) -> list[str]:
@@ -156,7 +164,8 @@ def create_comparison(
     """Reads a configuration; ``optimizers``, ``seeds`` and ``budget`` override what it says.
 
     Args:
-        config: See :func:`~hf_adafisher.experiments.cells.expand_cells`; besides, ``budget``.
+        config: See :func:`~hf_adafisher.experiments.cells.expand_cells`; besides, ``budget`` and ``paper`` (see
+            :func:`~hf_adafisher.experiments.published.read_paper`).
         scripts: Folder of the scripts that run cells.
         output_dir: Folder of the comparison.
         optimizers: Only these.
@@ -169,15 +178,18 @@ def create_comparison(
         ValueError: The configuration, or what overrides it, makes no sense.
     """
     threads_for(jobs)
-    whole = {**config, **({"seeds": list(seeds)} if seeds else {}), **({"budget": budget} if budget else {})}
+    whole = {**config, **({"budget": budget} if budget else {})}
+    if seeds:
+        entries = [{**entry, "seeds": list(seeds)} if "seeds" in entry else entry for entry in config.get("cells", [])]
+        whole |= {"seeds": list(seeds), "cells": entries}
     selected = select_optimizers(whole, optimizers) if optimizers else whole
     cells = expand_cells(selected)
     parsed = Budget.parse(whole["budget"]) if whole.get("budget") else None
     like = None
     if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
         like = expand_cells(select_optimizers(whole, [parsed.optim]))[0]
-    program = scripts / PROGRAMS[whole.get("task", "clm")]
-    return Comparison(selected, cells, parsed, like, program, output_dir, jobs, backend)
+    read_paper(whole)
+    return Comparison(selected, cells, parsed, like, scripts / task_of(whole).program, output_dir, jobs, backend)
 
 
 def _seconds(time: StepTime | None) -> float | None:

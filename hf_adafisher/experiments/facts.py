@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hf_adafisher.experiments.clm_setup import RESULTS_FILE
 from hf_adafisher.experiments.compare import Comparison
 from hf_adafisher.experiments.processes import load_result
 from hf_adafisher.experiments.rows import Row
+from hf_adafisher.experiments.run import RESULTS_FILE
 from hf_adafisher.experiments.tables import Table
 
 _MACHINE = ("platform", "device", "cpu_count", "torch_threads")
@@ -18,7 +18,8 @@ _MACHINE = ("platform", "device", "cpu_count", "torch_threads")
 def settings_table(comparison: Comparison) -> Table:
     """The arguments that all cells share, the seeds and the budget."""
     config = comparison.config
-    seeds = ", ".join(map(str, config.get("seeds", []))) or "as the cells say"
+    found = dict.fromkeys(str(cell.settings["seed"]) for cell in comparison.cells if "seed" in cell.settings)
+    seeds = ", ".join(found) or "as the cells say"
     facts = {"task": config.get("task", "clm"), "seeds": seeds, "budget": config.get("budget") or "as the cells say"}
     facts |= config.get("common", {})
     return Table(["setting", "value"], [[key, _text(value)] for key, value in facts.items()])

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from hf_adafisher.experiments.budget import StepTime, seconds_of_epochs, timing_cell
 from hf_adafisher.experiments.cells import Cell
-from hf_adafisher.experiments.clm_setup import RESULTS_FILE
 from hf_adafisher.experiments.compare import Comparison
 from hf_adafisher.experiments.processes import is_done, load_result
+from hf_adafisher.experiments.run import RESULTS_FILE
 
 
 def forecast(comparison: Comparison) -> str:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_adafisher.experiments.cells import Cell
-from hf_adafisher.experiments.clm_setup import RESULTS_FILE
 from hf_adafisher.experiments.report import write_json
+from hf_adafisher.experiments.run import RESULTS_FILE
 
 LOG_FILE = "log.txt"
 COMMAND_FILE = "command.json"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a strict JSON file and a picture of its losses."""
+"""What a run leaves behind: a strict JSON file and pictures of its losses and accuracies."""
 
 from __future__ import annotations
 
@@ -20,14 +20,27 @@ from hf_adafisher import __version__
 logger = logging.getLogger(__name__)
 
 
-def software_versions() -> dict[str, str]:
-    """Returns the versions of Python and of the libraries that a result depends on."""
+def software_versions(more: Sequence[str] = ()) -> dict[str, str]:
+    """Returns the versions of Python and of the libraries that a result depends on.
+
+    Args:
+        more: further libraries, which need not be installed.
+    """
     libraries = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    installed = {name: version for name in more if (version := _version(name)) is not None}
     return {
         "python": platform.python_version(),
         "hf_adafisher": __version__,
         **{name: metadata.version(name) for name in libraries},
+        **installed,
     }
+
+
+def _version(library: str) -> str | None:
+    try:
+        return metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def hardware() -> dict[str, Any]:
@@ -72,41 +85,54 @@ def loss_curve(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[in
     return [step for step, _ in points], [value for _, value in points]
 
 
-def write_learning_curves(path: Path, runs: dict[str, Sequence[dict[str, Any]]], title: str = "") -> bool:
+def write_learning_curves(
+    path: Path,
+    runs: dict[str, Sequence[dict[str, Any]]],
+    title: str = "",
+    *,
+    loss_label: str = "loss (nats per token)",
+) -> bool:
     """Draws training (thin) and validation loss (dots) over optimizer steps, one colour per run.
+
+    Where validation accuracies were logged, a second panel shows them.
 
     Args:
         path: PNG file to write.
         runs: label of each run, and its `trainer.state.log_history`.
         title: of the picture.
+        loss_label: what the losses' axis says.
 
     Returns:
         False if matplotlib is not installed: then nothing is drawn, and a warning says so.
     """
-    axes = _new_axes(path)
-    if axes is None:
+    accuracies = [
+        (key, name)
+        for key, name in (("eval_accuracy", "accuracy"), ("eval_top5_accuracy", "top-5 accuracy"))
+        if any(loss_curve(history, key)[0] for history in runs.values())
+    ]
+    panels = new_panels(path, 2 if accuracies else 1)
+    if panels is None:
         return False
     for index, (label, history) in enumerate(runs.items()):
-        axes.plot(
-            *loss_curve(history, "loss"),
-            color=f"C{index}",
-            alpha=0.5,
-            linewidth=1,
-            label=f"{label}, training",
-        )
-        axes.plot(
-            *loss_curve(history, "eval_loss"),
-            color=f"C{index}",
-            marker="o",
-            markersize=4,
-            label=f"{label}, validation",
-        )
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
-    return _save(axes, path)
+        look = {"color": f"C{index}"}
+        panels[0].plot(*loss_curve(history, "loss"), **look, alpha=0.5, linewidth=1, label=f"{label}, training")
+        dots = {**look, "marker": "o", "markersize": 4}
+        panels[0].plot(*loss_curve(history, "eval_loss"), **dots, label=f"{label}, validation")
+        for (key, name), dash in zip(accuracies, ("-", ":"), strict=False):
+            panels[1].plot(*loss_curve(history, key), **dots, linestyle=dash, label=f"{label}, {name}")
+    panels[0].set(ylabel=loss_label, title=title)
+    panels[-1].set_xlabel("optimizer step")
+    if accuracies:
+        panels[1].set_ylabel("validation accuracy")
+    for axes in panels:
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].figure.savefig(path, dpi=120)
+    return True
 
 
-def _new_axes(path: Path) -> Any:
-    """The axes of a new picture, or None, with a warning, where matplotlib is missing."""
+def new_panels(path: Path, rows: int = 1, size: tuple[float, float] | None = None) -> list[Any] | None:
+    """The axes of a new picture, one below the other, or None, with a warning, where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -115,13 +141,6 @@ def _new_axes(path: Path) -> Any:
             "matplotlib is not installed, so %s was not drawn; install it with: pip install matplotlib", path
         )
         return None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=size or (7, 4.5 + 3 * (rows - 1)), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
-    return figure.add_subplot()
-
-
-def _save(axes: Any, path: Path) -> bool:
-    axes.grid(alpha=0.3)
-    axes.legend()
-    axes.figure.savefig(path, dpi=120)
-    return True
+    return list(figure.subplots(rows, 1, squeeze=False, sharex=True).flat)

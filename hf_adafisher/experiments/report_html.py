@@ -30,11 +30,12 @@ pre { background: #f4f6f8; padding: .7em 1em; overflow-x: auto; white-space: pre
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a report: text, a table, pictures with their captions, a command."""
+    """A part of a report: text, a table with a note below it, pictures with their captions, a command."""
 
     title: str
     text: str = ""
     table: Table | None = None
+    note: str = ""
     pictures: Mapping[Path, str] = field(default_factory=dict)
     command: str = ""
     facts: bool = False
@@ -55,6 +56,7 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
         parts += [f"## {section.title}"] if section.title else []
         parts += [section.text] if section.text else []
         parts += [section.table.markdown().rstrip()] if section.table is not None else []
+        parts += [section.note] if section.note else []
         parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in section.pictures.items()]
         parts += [f"```bash\n{section.command}\n```"] if section.command else []
     return "\n\n".join(parts) + "\n"
@@ -66,6 +68,7 @@ def _section(section: Section) -> str:
     if section.table is not None:
         table = section.table.html()
         parts.append(f'<div class="facts">{table}</div>' if section.facts else table)
+    parts += [f"<p>{html.escape(section.note)}</p>"] if section.note else []
     for path, caption in section.pictures.items():
         data, text = base64.b64encode(path.read_bytes()).decode("ascii"), html.escape(caption)
         image = f'<img src="data:image/png;base64,{data}" alt="{text}">'

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_adafisher.experiments.cells import Cell
-from hf_adafisher.experiments.clm_setup import RESULTS_FILE
+from hf_adafisher.experiments.measures import TASKS, Task
 from hf_adafisher.experiments.processes import load_result
-
-_MEASURES = (
-    "steps", "planned seconds", "seconds", "ms per step", "optimizer bytes", "validation loss", "token perplexity",
-    "word perplexity", "test loss", "test token perplexity", "test word perplexity",
-)  # fmt: skip
+from hf_adafisher.experiments.run import RESULTS_FILE
 
 
 @dataclass(frozen=True)
@@ -31,6 +27,7 @@ class Row:
         reason: Of a failure.
         values: Measures by name; None where there is no value.
         history: Trainer's log, for curves.
+        task: What was measured.
     """
 
     cell: str
@@ -39,12 +36,12 @@ class Row:
     reason: str
     values: Mapping[str, float | None]
     history: Sequence[Mapping[str, Any]]
+    task: Task = TASKS["clm"]
 
     @property
-    def loss(self) -> float:
-        """Validation loss; infinite for a cell that diverged or failed."""
-        loss = self.values["validation loss"]
-        return math.inf if loss is None else loss
+    def cost(self) -> float:
+        """What decides, less being better (validation loss or error); infinite for a cell that did not end well."""
+        return self.task.cost_of(self.values) if self.status == "completed" else math.inf
 
 
 @dataclass(frozen=True)
@@ -61,9 +58,20 @@ class Setting:
         return ", ".join(f"{key}={value}" for key, value in self.others.items()) or "defaults"
 
     @property
-    def loss(self) -> float:
-        """Mean validation loss; infinite if a seed diverged or failed."""
-        return statistics.fmean(row.loss for row in self.rows)
+    def task(self) -> Task:
+        """What was measured."""
+        return self.rows[0].task
+
+    @property
+    def cost(self) -> float:
+        """Mean of what decides, less being better; infinite if a seed diverged or failed."""
+        return statistics.fmean(row.cost for row in self.rows)
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Orders settings, the best first: by the cost, equal ones by the task's second measure."""
+        tie = self.mean(self.task.tie)
+        return round(self.cost, 9), math.inf if tie is None else tie  # means of equal shares differ in the last bits
 
     def mean(self, measure: str) -> float | None:
         """Mean over the seeds; None if a seed has no value."""
@@ -80,27 +88,25 @@ class Setting:
         return [value for row in self.rows if (value := row.values[measure]) is not None]
 
 
-def read_rows(cells: Sequence[Cell], output_dir: Path) -> list[Row]:
+def read_rows(cells: Sequence[Cell], output_dir: Path, task: Task = TASKS["clm"]) -> list[Row]:
     """The rows of all cells that have a result, in their order."""
     found = [(cell, output_dir / cell.name) for cell in cells]
-    return [_row(cell, load_result(folder)) for cell, folder in found if (folder / RESULTS_FILE).is_file()]
+    return [_row(cell, load_result(folder), task) for cell, folder in found if (folder / RESULTS_FILE).is_file()]
 
 
-def _row(cell: Cell, result: Mapping[str, Any]) -> Row:
-    validation, test = result.get("validation") or {}, result.get("test") or {}
-    values = (
-        result.get("steps"),
-        cell.planned_seconds,
-        result.get("train_seconds"),
-        (result.get("step_time") or {}).get("mean_ms"),
-        result.get("optimizer_state_bytes"),
-        *(part.get(key) for part in (validation, test) for key in ("loss", "token_perplexity", "word_perplexity")),
-    )
+def _row(cell: Cell, result: Mapping[str, Any], task: Task) -> Row:
+    values = {
+        "steps": result.get("steps"),
+        "planned seconds": cell.planned_seconds,
+        "seconds": result.get("train_seconds"),
+        "ms per step": (result.get("step_time") or {}).get("mean_ms"),
+        "optimizer bytes": result.get("optimizer_state_bytes"),
+        **{measure.name: measure.read(result) for measure in task.measures},
+    }
     reason = result.get("reason") or ""
     if result["status"] == "diverged":
         reason = f"the loss was not finite at step {result.get('diverged_at_step')}"
-    measures = dict(zip(_MEASURES, values, strict=True))
-    return Row(cell.name, cell.settings, result["status"], reason, measures, result.get("log_history") or [])
+    return Row(cell.name, cell.settings, result["status"], reason, values, result.get("log_history") or [], task)
 
 
 def group_settings(rows: Sequence[Row]) -> list[Setting]:
@@ -119,27 +125,27 @@ def group_settings(rows: Sequence[Row]) -> list[Setting]:
 
 
 def best_settings(settings: Sequence[Setting]) -> list[Setting]:
-    """The setting of each optimizer with the lowest mean validation loss, the best optimizer first.
+    """The setting of each optimizer that its task's measure prefers (see ``Setting.rank``), the best optimizer first.
 
     Only those of its settings with the most seeds are candidates: where a coarse sweep with one seed is followed by
     several seeds at the best, a lucky single run must not win. Optimizers of which nothing ended well are left out.
     """
     best: dict[str, Setting] = {}
-    good = [setting for setting in settings if math.isfinite(setting.loss)]
+    good = [setting for setting in settings if math.isfinite(setting.cost)]
     for setting in good:
         seeds = max(len(other.rows) for other in good if other.optim == setting.optim)
         known = best.get(setting.optim)
-        if len(setting.rows) == seeds and (known is None or setting.loss < known.loss):
+        if len(setting.rows) == seeds and (known is None or setting.rank < known.rank):
             best[setting.optim] = setting
-    return sorted(best.values(), key=lambda setting: setting.loss)
+    return sorted(best.values(), key=lambda setting: setting.rank)
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """One line a cell, all measures at full precision, and a column for each argument that a cell has of its own."""
+    """One line a cell (at least one), all measures at full precision, and a column for each of the cells' arguments."""
     arguments = list(dict.fromkeys(key for row in rows for key in row.settings))
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["cell", *arguments, "status", "reason", *_MEASURES])
+        writer.writerow(["cell", *arguments, "status", "reason", *rows[0].values])
         for row in rows:
             own = [row.settings.get(key) for key in arguments]
             writer.writerow([row.cell, *own, row.status, row.reason, *row.values.values()])

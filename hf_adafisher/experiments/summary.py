@@ -9,16 +9,16 @@ from hf_adafisher.experiments.cells import Cell
 from hf_adafisher.experiments.compare import Comparison
 from hf_adafisher.experiments.facts import settings_table, software_table, step_time_table, unfinished
 from hf_adafisher.experiments.pictures import draw_pictures
+from hf_adafisher.experiments.published import read_paper
 from hf_adafisher.experiments.report_html import Section, as_html, as_markdown
 from hf_adafisher.experiments.rows import Row, Setting, best_settings, group_settings, read_rows, write_csv
 from hf_adafisher.experiments.tables import best_table, cell_table, failure_table
 
 TITLE = "Comparison of optimizers"
 _HOW = (
-    "Each optimizer at the setting with the lowest mean validation loss over the seeds (of its settings with the most "
-    "seeds; one with a diverged or failed seed is none of them). Means over the seeds, ± the standard deviation "
-    "(divisor n - 1). Losses are in nats per token over the whole text; seconds are those of optimizer "
-    "steps alone, evaluation and start excluded."
+    "Each optimizer at the setting with the {rule}, chosen among its settings with the most seeds; one with a diverged "
+    "or failed seed is none of them. Means over the seeds, ± the standard deviation (divisor n - 1). {extent}; "
+    "seconds are those of optimizer steps alone, evaluation and start excluded."
 )
 
 
@@ -36,7 +36,7 @@ def summarize(comparison: Comparison, command: str = "") -> str:
         ValueError: No cell has a result yet.
     """
     folder = comparison.output_dir
-    rows = read_rows([*comparison.plan(), *_left_out(comparison)], folder)
+    rows = read_rows([*comparison.plan(), *_left_out(comparison)], folder, comparison.task)
     if not rows:
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
     order = {cell.name: index for index, cell in enumerate(comparison.cells)}
@@ -72,7 +72,7 @@ def _sections(
     failures, times = failure_table(rows), step_time_table(comparison)
     sections = [
         Section("", " ".join(part for part in (lead, _missing(comparison)) if part)),
-        Section("Best of each optimizer", _HOW, best_table(best)) if best else Section("", "No run ended well."),
+        _best(comparison, best) if best else Section("", "No run ended well."),
         Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures),
         Section("Every run", "Those of the best settings stand out.", cell_table(rows, best)),
     ]
@@ -88,6 +88,13 @@ def _sections(
     return sections
 
 
+def _best(comparison: Comparison, best: list[Setting]) -> Section:
+    task, paper = comparison.task, read_paper(comparison.config)
+    extent = task.describe({**cell.common, **cell.settings} for cell in comparison.cells)
+    how = _HOW.format(rule=task.rule, extent=extent)
+    return Section("Best of each optimizer", how, best_table(best, paper), note=paper.note if paper else "")
+
+
 def _missing(comparison: Comparison) -> str:
     missing = unfinished(comparison)
     return f"{missing} of {len(comparison.cells)} runs have no result yet." if missing else ""
@@ -95,11 +102,13 @@ def _missing(comparison: Comparison) -> str:
 
 def _printed(comparison: Comparison, rows: list[Row], best: list[Setting], pictures: list[str]) -> str:
     parts = [cell_table(rows, best).markdown()]
-    if len(rows) > len(best) and best:
-        parts.append(best_table(best).markdown())
+    paper = read_paper(comparison.config)
+    if best and (len(rows) > len(best) or paper is not None):
+        parts.append(best_table(best, paper).markdown())
+        parts += [paper.note + "\n"] if paper is not None else []
     missing = _missing(comparison)
     parts += [missing + "\n"] if missing else []
-    lost = sum(not math.isfinite(row.loss) for row in rows)
+    lost = sum(not math.isfinite(row.cost) for row in rows)
     parts += [f"{lost} of {len(rows)} runs diverged or failed; the report says why.\n"] if lost else []
     parts += [f"picture: {path}" for path in pictures]
     parts += [f"report: {comparison.output_dir / name}" for name in ("report.html", "report.md", "cells.csv")]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_adafisher.experiments.measures import Measure
+from hf_adafisher.experiments.published import Paper
 from hf_adafisher.experiments.rows import Row, Setting
 
 
@@ -52,16 +54,20 @@ def _html_cell(text: str) -> str:
     return f"<td{words}>{html.escape(text)}</td>"
 
 
-def best_table(best: Sequence[Setting]) -> Table:
-    """One row an optimizer, at its best setting: mean and standard deviation over the seeds."""
+def best_table(best: Sequence[Setting], paper: Paper | None = None) -> Table:
+    """One row an optimizer, at its best setting: mean and standard deviation over the seeds, and the paper's number.
+
+    Args:
+        best: At least one.
+        paper: What was published for these optimizers.
+    """
+    task = best[0].task
     columns = {
         "optimizer": lambda setting: setting.optim,
         "best setting": lambda setting: setting.name,
         "seeds": lambda setting: str(len(setting.rows)),
-        "validation loss": _with_spread("validation loss", 4),
-        "test loss": _with_spread("test loss", 4),
-        "test token perplexity": _with_spread("test token perplexity", 1),
-        "test word perplexity": _with_spread("test word perplexity", 1),
+        **{name: _with_spread(task.measure(name)) for name in task.best},
+        **({paper.title: lambda setting: _shown(paper.values.get(setting.optim), 2)} if paper is not None else {}),
         "steps": _mean("steps", 0),
         "planned s": _mean("planned seconds", 1),
         "used s": _mean("seconds", 1),
@@ -72,15 +78,13 @@ def best_table(best: Sequence[Setting]) -> Table:
 
 
 def cell_table(rows: Sequence[Row], best: Sequence[Setting]) -> Table:
-    """Every cell; those of the best settings stand out."""
+    """Every cell (at least one); those of the best settings stand out."""
+    task = rows[0].task
     marked = {row.cell for setting in best for row in setting.rows}
     columns: dict[str, Callable[[Row], str]] = {
         "run": lambda row: row.cell.replace(",", ", ") + ("" if row.status == "completed" else f" ({row.status})"),
         "steps": _value("steps", 0),
-        "validation loss": _value("validation loss", 4),
-        "token perplexity": _value("token perplexity", 1),
-        "word perplexity": _value("word perplexity", 1),
-        "test loss": _value("test loss", 4),
+        **{name: _value(name, task.measure(name).digits) for name in task.cells},
         "ms per step": _value("ms per step", 0),
         "optimizer MiB": lambda row: _shown((row.values["optimizer bytes"] or 0) / 2**20 or None, 1),
         "planned s": _value("planned seconds", 1),
@@ -116,9 +120,9 @@ def _mean(measure: str, digits: int, group: str = "") -> Callable[[Setting], str
     return lambda setting: _shown(setting.mean(measure), digits, group)
 
 
-def _with_spread(measure: str, digits: int) -> Callable[[Setting], str]:
+def _with_spread(measure: Measure) -> Callable[[Setting], str]:
     def show(setting: Setting) -> str:
-        spread = setting.spread(measure)
-        return _shown(setting.mean(measure), digits) + ("" if spread is None else f" ± {spread:.{digits}f}")
+        spread = setting.spread(measure.name)
+        return measure.shown(setting.mean(measure.name)) + ("" if spread is None else f" ± {measure.shown(spread)}")
 
     return show

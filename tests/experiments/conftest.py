@@ -51,9 +51,9 @@ def finished(main: Any, command: list[str], tmp_path_factory: pytest.TempPathFac
     return output
 
 
-# Stands in for a training run: the loss is a function of the learning rate and the seed. A negative learning rate
-# fails, a large one diverges, and while the comparison has a file "hang" the run waits. Steps take 0.1 s (adamw) or
-# 0.2 s, every tenth one second more; of a timing run the first ten are slower.
+# Stands in for a training run: the loss is a function of the learning rate and the seed, of images the accuracy another
+# one. A negative learning rate fails, a large one diverges, and while the comparison has a file "hang" the run waits.
+# Steps take 0.1 s (adamw) or 0.2 s, every tenth one second more; of a timing run the first ten are slower.
 FAKE_RUN = """
 import json, os, pathlib, sys, time
 a = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -74,8 +74,13 @@ if a.get("--timing_only") == "true":
 else:
     loss = None if lr > 1 else 4 + (lr - 0.1) ** 2 + adam + seed / 8
     split = {"loss": loss, "token_perplexity": loss, "word_perplexity": loss}
+    if "image" in sys.argv[0]:
+        accuracy = 0.99 if loss is None else 0.875 - abs(lr - 0.3) - adam / 8 - seed / 64
+        split = {"loss": loss, "accuracy": accuracy, "top5_accuracy": 0.75 + accuracy / 4, "examples": 64}
     history = [{"step": s, "loss": 6 - s / steps, "train_seconds": s / 4} for s in (1, steps)]
     history += [{"step": s, "eval_loss": (loss or 9) + 1 - s / steps, "train_seconds": s / 4} for s in (1, steps)]
+    for entry in history[2:] if "accuracy" in split else []:
+        entry["eval_accuracy"] = split["accuracy"] * entry["step"] / steps
     result |= {"status": "completed" if loss else "diverged", "seed": seed, "validation": split, "test": split,
                "diverged_at_step": None if loss else 3, "log_history": history}
 (out / "results.json").write_text(json.dumps(result))
@@ -84,10 +89,11 @@ else:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A program like run_clm.py that is done at once."""
+    """A program like run_clm.py that is done at once; beside it, one like run_image_classification.py."""
     path = tmp_path / "scripts" / "run_clm.py"
     path.parent.mkdir()
-    path.write_text(FAKE_RUN)
+    for script in (path, path.with_name("run_image_classification.py")):
+        script.write_text(FAKE_RUN)
     return path
 
 

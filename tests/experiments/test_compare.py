@@ -12,11 +12,12 @@ import pytest
 
 from hf_adafisher.experiments.backends import available_cores, run_cells
 from hf_adafisher.experiments.cells import Cell, expand_cells, local_files, select_optimizers
-from hf_adafisher.experiments.compare import Comparison
+from hf_adafisher.experiments.compare import Comparison, create_comparison
 from hf_adafisher.experiments.processes import load_result
 from hf_adafisher.optimizers.factory import available_optimizers
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
+PRESETS = sorted(CONFIGS.rglob("*.json"))
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_optimizers.py"
 TINY = {
     "n_layer": 1,
@@ -58,6 +59,15 @@ def test_seeds_are_combined_with_every_entry() -> None:
     assert cells[1].arguments()[-2:] == ["--seed", "5"]
 
 
+def test_an_entry_may_have_seeds_of_its_own(compare: Callable[..., Comparison]) -> None:
+    """A sweep with one seed, and the best of it with more: one configuration."""
+    entries = [{"optim": "a", "x": [1, 2]}, {"optim": "a", "x": 2, "seeds": [0, 3]}]
+    names = [cell.name for cell in expand_cells({"cells": entries, "seeds": [0]})]
+    assert names == ["a,x=1,seed=0", "a,x=2,seed=0", "a,x=2,seed=3"]
+    overridden = compare(entries, seeds=[7, 8], config={"seeds": [0]})
+    assert [cell.name for cell in overridden.cells] == [f"a,x={x},seed={seed}" for x in (1, 2) for seed in (7, 8)]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -65,7 +75,7 @@ def test_seeds_are_combined_with_every_entry() -> None:
         ({"cells": [{"optim": "a"}], "common_": {}}, "unknown: .'common_'"),
         ({"cells": [{"x": 1}]}, 'names an "optim"'),
         ({"cells": [{"optim": "a", "x": [1, 1]}]}, r"twice: \['a,x=1'\]"),
-        ({"cells": [{"optim": "a"}], "task": "chess"}, "unknown task 'chess'; available: clm"),
+        ({"cells": [{"optim": "a"}], "task": "chess"}, "unknown task 'chess'; available: clm, image"),
         ({"cells": [{"optim": "a", "seed": 1}], "seeds": [0]}, "not in both"),
     ],
 )
@@ -132,15 +142,18 @@ def test_local_files_of_ptb_keep_their_names(tmp_path: Path) -> None:
     assert local_files(tmp_path)["test_file"] == str(tmp_path / "ptb.test.txt")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
-def test_every_configuration_is_one_that_run_clm_accepts(path: Path, tmp_path: Path) -> None:
-    from hf_adafisher.experiments.clm_arguments import parse_arguments
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_configuration_is_one_that_its_script_accepts(path: Path, tmp_path: Path) -> None:
+    from hf_adafisher.experiments import clm_arguments, image_arguments
 
     config = json.loads(path.read_text())
+    parse = {"clm": clm_arguments.parse_arguments, "image": image_arguments.parse_arguments}[config.get("task", "clm")]
     for cell in expand_cells(config):
-        _, _, training = parse_arguments([*cell.arguments(), "--output_dir", str(tmp_path)])
+        *_, training = parse([*cell.arguments(), "--output_dir", str(tmp_path)])
         assert training.optim == cell.settings["optim"]
     assert set(config.get("step_seconds", {})) <= {entry["optim"] for entry in config["cells"]}
+    comparison = create_comparison(config, path.parent, tmp_path)  # which reads its budget and the published numbers
+    assert comparison.budget is not None or {"max_steps", "num_train_epochs"} & set(config["common"])
 
 
 @pytest.mark.parametrize("name", ["wikitext2-small", "ptb-small", "python-docs-small"])

@@ -55,7 +55,7 @@ def test_the_mean_decides_not_the_luckiest_seed() -> None:
     assert [(setting.optim, setting.others) for setting in best] == [("b", {}), ("a", {"lr": 2})]
     assert best[1].mean("test loss") == pytest.approx(3.1)
     assert best[1].spread("test loss") == pytest.approx(math.sqrt((0.1**2 + 0.1**2) / 2))
-    assert group_settings(rows)[2].loss == math.inf and group_settings(rows)[2].mean("test loss") is None
+    assert group_settings(rows)[2].cost == math.inf and group_settings(rows)[2].mean("test loss") is None
 
 
 def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:

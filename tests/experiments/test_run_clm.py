@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_adafisher.data import count_words
 from hf_adafisher.experiments.clm_arguments import parse_arguments
-from hf_adafisher.experiments.clm_setup import find_checkpoint, prepare
+from hf_adafisher.experiments.clm_setup import prepare
+from hf_adafisher.experiments.run_checkpoint import find_checkpoint
 from hf_adafisher.optimizers.factory import available_optimizers
 
 

@@ -1,0 +1,79 @@
+"""What every training run can be told, whatever its task, and how it is read."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+
+
+@dataclass
+class RunTrainingArguments(AdaFisherTrainingArguments):
+    """AdaFisherTrainingArguments with other defaults.
+
+    Unlike there: a cosine schedule with warm-up, log lines every 10 steps, ten evaluations on validation data and
+    four checkpoints per run (the last two are kept), and losses logged as they are: by default Trainer replaces a
+    non-finite loss by the average of the others, which would hide a diverged run.
+
+    Raises:
+        ValueError: `max_steps` and `num_train_epochs` that leave nothing to train.
+    """
+
+    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
+    logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses in the log."})
+    eval_strategy: IntervalStrategy | str = field(default="steps", metadata={"help": "When to validate."})
+    eval_steps: float | None = field(default=0.1, metadata={"help": "Steps between validations, or their share."})
+    save_steps: float = field(default=0.25, metadata={"help": "Steps between checkpoints, or their share."})
+    # On a machine without an accelerator pinning does nothing but warn.
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(),
+        metadata={"help": "Pin memory for faster copies to a device."},
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    timing_only: bool = field(
+        default=False, metadata={"help": "Only train, to time the steps: nothing is evaluated or saved at the end."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.timing_only:
+            self.eval_strategy = self.save_strategy = "no"
+        super().__post_init__()
+        if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
+            raise ValueError(
+                f"nothing to train: max_steps is {self.max_steps}, num_train_epochs {self.num_train_epochs}; "
+                "one of them must be positive"
+            )
+
+
+def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Reads the command line; a single argument that ends in `.json` is a file with the same names as keys.
+
+    Args:
+        types: dataclasses whose fields are the arguments.
+        argv: arguments without the program's name (default: `sys.argv[1:]`).
+
+    Returns:
+        An object of each type.
+
+    Raises:
+        FileNotFoundError: the JSON file does not exist.
+        ValueError: an unknown name in it, or a value out of its range.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser(types)  # type: ignore[arg-type]  # typed too narrowly for a tuple of dataclasses
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        if not Path(argv[0]).is_file():
+            raise FileNotFoundError(f"configuration file {argv[0]!r} does not exist; give the path of a JSON file")
+        return tuple(parser.parse_json_file(argv[0]))
+    return tuple(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
