@@ -92,7 +92,6 @@ class AdaFisher(RecordingOptimizer):
         if not isinstance(compiled, bool):
             raise ValueError(f"compiled must be True or False, got {compiled!r}")
         self._compiled = CompiledUpdate() if compiled else None
-        self._parts: dict[int, Parts] = {}
         defaults: dict[str, Any] = {
             "lr": lr,
             "beta": beta,
@@ -104,6 +103,11 @@ class AdaFisher(RecordingOptimizer):
             "decoupled_weight_decay": self.decoupled,
         }
         super().__init__(model, params, defaults)
+
+    def close(self) -> None:
+        """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
+        super().close()
+        self._curvature.parts.clear()
 
     def _new_tracker(self) -> Curvature:
         return Curvature(self.model)
@@ -142,7 +146,7 @@ class AdaFisher(RecordingOptimizer):
                 if self._compiled is not None and self._compiled.takes(p):
                     if self._compiled(self._parts_of(*tensors, terms, whole), grad, alike.numbers):
                         continue
-                    self._parts.clear()  # no compiler works: from now on everything is eager
+                    self._curvature.parts.clear()  # no compiler works: from now on everything is eager
                 update_parts(self._parts_of(*tensors, terms, cut), grad, alike.numbers, scratch)
         for alike in vectors.values():
             alike.update_()
@@ -151,11 +155,13 @@ class AdaFisher(RecordingOptimizer):
         self, p: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], make: Callable[..., Parts]
     ) -> Parts:
         """The parameter as its update takes it, kept for the next steps where that is safe."""
-        parts = self._parts.get(id(p))
+        kept = self._curvature.parts
+        parts = kept.get(id(p))
         if parts is None or not parts.fits(p, grad, exp_avg, terms):
             parts = make(p, grad, exp_avg, terms)
+            kept.pop(id(p), None)
             if parts.lasting:
-                self._parts[id(p)] = parts
+                kept[id(p)] = parts
         return parts
 
     def _numbers(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:

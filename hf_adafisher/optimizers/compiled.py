@@ -50,9 +50,9 @@ class CompiledUpdate:
         """
         (part,) = parts.parts
         own = part.of(grad).detach()  # kernels are also compiled for what a view is a view of, unless it is detached
-        if parts.kernel is None:
-            parts.kernel = _kernel(*_kind(part, own))
         try:
+            if parts.kernel is None:
+                parts.kernel = _kernel(*_kind(part, own))
             parts.kernel(part.param, own, part.exp_avg, parts.factors, *self._as_tensors(numbers))
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             self.works = False

@@ -20,6 +20,7 @@ from hf_adafisher.fisher.uses import (
     terms_of,
     with_gradient_sums,
 )
+from hf_adafisher.optimizers.layout import Parts
 from hf_adafisher.optimizers.sharding import is_sharded, is_split, local_terms, whole
 from hf_adafisher.optimizers.tracking import ParameterTracker
 
@@ -72,10 +73,11 @@ class Curvature(ParameterTracker):
         super().map_parameters()
 
     def forget(self) -> None:
-        """Forget every cached term: the averages have changed."""
+        """Forget every cached term, and what was made of it: the averages have changed."""
         self._terms: dict[int, list[Term]] = {}
         self._local_terms: dict[int, list[Term]] = {}
         self._provisional: set[int] = set()
+        self.parts: dict[int, Parts] = {}
 
     def uses_of(self, p: Any) -> tuple[Use, ...]:
         """All uses of a tracked parameter, at least one."""

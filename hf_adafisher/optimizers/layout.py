@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,8 +31,7 @@ class Part(NamedTuple):
         param: Part of the parameter.
         exp_avg: Part of its first moment.
         terms: Part of its factors.
-        outer: For each term the product of all factors but the last, and the last; empty unless each of these products
-            spans the whole part.
+        outer: The terms, where each is a product of two factors that spans the whole part; else empty.
         size: Of the gradient's part.
         stride: Of the gradient's part.
         offset: Of the gradient's part, from where the gradient begins in its storage.
@@ -42,7 +40,7 @@ class Part(NamedTuple):
     param: Tensor
     exp_avg: Tensor
     terms: tuple[Term, ...]
-    outer: list[tuple[Tensor, Tensor]]
+    outer: Sequence[tuple[Tensor, ...]]
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
@@ -57,7 +55,8 @@ class Part(NamedTuple):
 class Parts:
     """A parameter's tensors in the form of its update, for all steps until one of them is another tensor.
 
-    Finding the form costs more than the kernels of a small parameter; a refresh or a replaced tensor makes it anew.
+    Finding the form costs more than the kernels of a small parameter; a refresh or a replaced tensor makes it anew. The
+    memory of a tensor that was replaced (``model.to``) is held until the parameter's next step.
 
     Args:
         form: From the tensors to one or several views of all of them.
@@ -93,15 +92,16 @@ class Parts:
         self.factors = [factor for part in self.parts for term in part.terms for factor in term]
         self.kernel: Callable[..., None] | None = None
         self._terms = terms
-        self._pointers = param.data_ptr(), exp_avg.data_ptr()
-        self._layout = param.shape, param.stride(), grad.stride()
-        # Views keep the memory at these addresses alive, so no other tensor can have taken them. Factors of the
-        # parameter's own size are not to outlive a step.
+        # Factors of the parameter's own size are not to outlive a step.
         small = all(factor.numel() < max(param.numel(), 2) for factor in self.factors)
         self.lasting = small and type(param) in (Tensor, nn.Parameter) and type(grad) is Tensor
+        if self.lasting:
+            # Views keep the memory at these addresses alive, so no other tensor can have taken them.
+            self._pointers = param.data_ptr(), exp_avg.data_ptr()
+            self._layout = param.shape, param.stride(), grad.stride()
 
     def fits(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> bool:
-        """Whether these are the tensors that it was made of, but for the gradient, which has the same strides."""
+        """Whether a lasting one was made of these tensors, but for the gradient, which has the same strides."""
         return (
             terms is self._terms
             and (param.data_ptr(), exp_avg.data_ptr()) == self._pointers
@@ -109,13 +109,11 @@ class Parts:
         )
 
 
-def _outer(tensors: Tensors) -> list[tuple[Tensor, Tensor]]:
-    if not tensors.terms or any(len(term) < 2 for term in tensors.terms):
-        return []
-    pairs = [(math.prod(term[1:-1], start=term[0]), term[-1]) for term in tensors.terms]
-    shape = tensors.param.shape
-    whole = all(torch.broadcast_shapes(left.shape, right.shape) == shape for left, right in pairs)
-    return pairs if whole else []
+def _outer(tensors: Tensors) -> Sequence[tuple[Tensor, ...]]:
+    shape, terms = tensors.param.shape, tensors.terms
+    pairs = terms and all(len(term) == 2 for term in terms)
+    spanned = pairs and all(torch.broadcast_shapes(left.shape, right.shape) == shape for left, right in terms)
+    return terms if spanned else ()
 
 
 def aligned(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Tensors:

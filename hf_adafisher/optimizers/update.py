@@ -177,5 +177,8 @@ def _diagonal(part: Part, damping: float, scratch: Scratch) -> Tensor:
         return torch.add(terms[0][0], damping, out=out)
     out.fill_(damping)
     for term in terms:
-        out.add_(math.prod(term[1:], start=term[0]) if term else 1.0)
+        if len(term) < 2:
+            out.add_(term[0] if term else 1.0)
+        else:
+            out.addcmul_(math.prod(term[1:-1], start=term[0]), term[-1])
     return out

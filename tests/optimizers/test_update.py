@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -278,11 +280,12 @@ def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, mon
             model(x).square().mean().backward()
             replace_tensors(model, optimizer, step)
             if not keep:
-                optimizer._parts.clear()
+                optimizer._curvature.parts.clear()
                 for p in model.parameters():
                     p.grad = torch.empty_like(p).copy_(p.grad)  # type: ignore[arg-type]
             optimizer.step()
-            assert all(parts.lasting for parts in optimizer._parts.values()) and len(optimizer._parts) == 2
+            kept = optimizer._curvature.parts
+            assert len(kept) == 2 and all(parts.lasting for parts in kept.values())
         return model, optimizer
 
     (model, optimizer), (twin, other) = run(True), run(False)
@@ -305,6 +308,28 @@ def test_a_diagonal_as_large_as_its_weight_is_not_kept() -> None:
     assert cut(*(EXAMPLES["groups"].tensor() for _ in range(3)), EXAMPLES["groups"].terms).lasting
 
 
+@pytest.mark.parametrize("how", ["load_state_dict", "close"])
+def test_replaced_momentum_is_not_held(how: str) -> None:
+    _, optimizer, _ = train(AdaFisherW, False, 3)
+    assert optimizer._curvature.parts
+    states = optimizer.state_dict()
+    held = [weakref.ref(state["exp_avg"].untyped_storage()) for state in states["state"].values()]
+    if how == "load_state_dict":
+        optimizer.load_state_dict(states)
+    else:
+        optimizer.close()
+        optimizer.state.clear()
+    del states
+    gc.collect()
+    assert held and not any(storage() is not None for storage in held)
+
+
+def test_products_of_three_factors_are_not_kept() -> None:
+    example = EXAMPLES["experts"]
+    parts = cut(*(example.tensor() for _ in range(3)), example.terms)
+    assert parts.lasting and not any(part.outer for part in parts.parts)
+
+
 def test_autograd_notices_a_compiled_update() -> None:
     """A graph built before the step must not run backward after it, as with every in-place change."""
     model, optimizer, _ = train(AdaFisherW, True, 1)
@@ -314,20 +339,21 @@ def test_autograd_notices_a_compiled_update() -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("at_once", [False, True], ids=["when called", "at once"])
 def test_where_no_compiler_works_it_warns_once_and_is_eager(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    at_once: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        def call(*args: Any) -> None:
-            raise RuntimeError("no C++ compiler\nand a long story")
+    def call(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nand a long story")
 
-        return call
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        return call() if at_once else call
 
     monkeypatch.setattr(torch, "compile", broken)
     monkeypatch.setattr(update_module, "CPU_BLOCK", 1 << 12)
     with caplog.at_level(logging.WARNING, "hf_adafisher"):
         model, optimizer, _ = train(AdaFisherW, True, 5)
-    cuts = [len(parts.parts) for parts in optimizer._parts.values()]
+    cuts = [len(parts.parts) for parts in optimizer._curvature.parts.values()]
     assert len(cuts) == 3 and sorted(cuts)[1] > 1  # in blocks, as without the option
     warnings = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
     assert len(warnings) == 1 and "(RuntimeError: no C++ compiler)" in warnings[0]
