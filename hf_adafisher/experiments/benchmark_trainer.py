@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -92,7 +93,8 @@ def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str,
     steps = T_COV * (rounds + WARM_UP)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(transformers_logging.set_verbosity, verbosity)
         for index, name in enumerate(names):
             watch = _TakeTurns(turns, index)
             trainer = _trainer(name, folder, device, steps, watch, sizes)
@@ -102,7 +104,6 @@ def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str,
             thread.start()
         for thread in threads:
             thread.join()
-    transformers_logging.set_verbosity(verbosity)
     if turns.failure is not None:
         raise turns.failure
     times: Sequence[list[float]] = [watch.times[WARM_UP:] for watch in watches]

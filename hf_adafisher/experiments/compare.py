@@ -188,7 +188,10 @@ def create_comparison(
     like = None
     if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
         like = expand_cells(select_optimizers(whole, [parsed.optim]))[0]
-    read_paper(whole)
+    if read_paper(whole) is None and "paper" in whole:
+        by = whole["paper"].get("by")
+        value = whole.get("common", {}).get(by, "not given")
+        logger.warning("there are no published numbers for this comparison (%s: %s): no column for them", by, value)
     return Comparison(selected, cells, parsed, like, scripts / task_of(whole).program, output_dir, jobs, backend)
 
 

@@ -32,14 +32,12 @@ CONFUSION_PICTURE = "confusion_matrix.png"
 CONFUSION_FILE = "confusion_matrix.json"
 CONFUSION_CLASSES = 100
 """With more classes the confusion matrix has a file of its own."""
-OWN_MODELS = ("cct", "small_image_resnet", "small_image_swin")
 
 _CARD = """
 ## Use
 
 ```python
-import hf_adafisher.models  # {why}
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+{own}from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained("{folder}")
 processor = AutoImageProcessor.from_pretrained("{folder}")
@@ -76,6 +74,7 @@ class ImageRun(PreparedRun):
 
     loss_label: ClassVar[str] = "loss (nats per image)"
     card_task: ClassVar[str] = "image-classification"
+    own_files: ClassVar[tuple[str, ...]] = (CONFUSION_FILE, CONFUSION_PICTURE)
     libraries: ClassVar[tuple[str, ...]] = ("pillow", "scikit-learn", "kornia", "torchvision", "timm")
 
     @property
@@ -160,9 +159,9 @@ class ImageRun(PreparedRun):
 
     def card_text(self) -> str:
         """How to load the model again."""
-        own = self.model.config.model_type in OWN_MODELS
-        why = "the model is one of this package's" if own else "not needed for this model, which is transformers' own"
-        return _CARD.format(why=why, folder=self.output_dir)
+        own = type(self.model).__module__.startswith("hf_adafisher.")
+        line = "import hf_adafisher.models  # the model is one of this package's\n" if own else ""
+        return _CARD.format(own=line, folder=self.output_dir)
 
 
 def classification_measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

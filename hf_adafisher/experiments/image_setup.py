@@ -61,7 +61,7 @@ def prepare(
     image_size = choose_image_size(model_args, corpus)
     set_seed(training_args.seed)
     network, model, loaded = load_model(model_args, corpus.class_names, image_size)
-    training_args.choose_optimizer(network, model_kind(model.config))
+    training_args.choose_optimizer(network, model_kind(model.config), loaded is not None)
     if checkpoint is not None:
         check_checkpoint(Path(checkpoint), training_args)
     if model_args.freeze_backbone:
@@ -148,7 +148,8 @@ def choose_image_size(model_args: ImageModelArguments, corpus: ImageCorpus) -> i
     if model_args.image_size is not None:
         return model_args.image_size
     if model_args.model_name_or_path is not None:
-        size = getattr(AutoConfig.from_pretrained(model_args.model_name_or_path), "image_size", None)
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        size = getattr(getattr(config, "vision_config", config), "image_size", None)  # CLIP's is nested
         return (int(size[0]) if isinstance(size, (list, tuple)) else size) or USUAL_SIZE
     if corpus.name in _BEST_SIZES:
         return _BEST_SIZES[corpus.name]

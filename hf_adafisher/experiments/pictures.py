@@ -44,7 +44,10 @@ def draw_pictures(folder: Path, settings: Sequence[Setting], best: Sequence[Sett
         for name, axis, label in (("curves", 0, "optimizer steps"), ("curves_by_seconds", 1, "training seconds")):
             path = folder / f"{name}.png"
             _draw_curves(path, curves, styles, axis, (label, axis_title))
-            pictures[path] = f"{what} against {label}, each optimizer at its best setting{band}."
+            pictures[path] = (
+                f"{what} against {label}, each optimizer at its best setting{band}. Evaluations during training may "
+                "use part of the validation split; the tables use what they say."
+            )
     sweeps = {optim: lines for optim in optimizers if (lines := _sweep([s for s in settings if s.optim == optim]))}
     if any(len(points) > 1 for lines in sweeps.values() for points in lines.values()):
         path = folder / "learning_rates.png"
@@ -147,8 +150,9 @@ def _draw_sweep(axes: Any, points: Sequence[tuple[float, Setting]], top: float, 
     good = [(rate, setting) for rate, setting in points if setting.cost <= top]
     mean = [setting.cost for _, setting in good]
     seeds = [[row.cost for row in setting.rows] for _, setting in good]
-    down = [value - min(values) for value, values in zip(mean, seeds, strict=True)]
-    up = [max(values) - value for value, values in zip(mean, seeds, strict=True)]
+    # The mean of equal numbers may miss them by a rounding error; a bar must not be negative.
+    down = [max(value - min(values), 0.0) for value, values in zip(mean, seeds, strict=True)]
+    up = [max(max(values) - value, 0.0) for value, values in zip(mean, seeds, strict=True)]
     axes.errorbar([rate for rate, _ in good], mean, yerr=[down, up], capsize=2, **style)
     lost = [rate for rate, setting in points if not setting.cost <= top]
     for line in axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False, markersize=7):

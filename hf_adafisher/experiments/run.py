@@ -54,6 +54,8 @@ class PreparedRun(ABC):
     """What the curve's axis says."""
     card_task: ClassVar[str]
     """The task's name on the Hub."""
+    own_files: ClassVar[tuple[str, ...]] = ()
+    """What `write_files` writes."""
     libraries: ClassVar[tuple[str, ...]] = ()
     """Whose versions the results hold, beside those of every run."""
 
@@ -108,8 +110,9 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     """
     timer, watch = StepTimer(), StopOnDivergence()
     trainer = run.new_trainer([timer, watch])
-    if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's files
-        (run.output_dir / RESULTS_FILE).unlink(missing_ok=True)
+    if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's
+        for name in (RESULTS_FILE, CURVE_FILE, CARD_FILE, *run.own_files):
+            (run.output_dir / name).unlink(missing_ok=True)
     outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = {"steps": trainer.state.global_step, "steps_per_epoch": _steps_per_epoch(trainer)}
     # Optimizer steps alone, those before a resume included, where wall_seconds has evaluations and checkpoints as

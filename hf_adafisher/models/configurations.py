@@ -204,5 +204,7 @@ def model_kind(config: PreTrainedConfig) -> Kind:
         return "transformer" if any(word in name for word in _TRANSFORMER_WORDS) else "convolutional"
     if config.model_type in ("resnet", "small_image_resnet", "convnext", "convnextv2", "mobilenet_v2"):
         return "convolutional"
-    attention = any(getattr(config, key, None) for key in ("num_attention_heads", "num_heads", "focal_levels"))
+    vision = getattr(config, "vision_config", config)  # CLIP, SigLIP
+    heads = ("num_attention_heads", "num_self_attention_heads", "num_heads", "focal_levels")
+    attention = any(getattr(vision, key, None) for key in heads)
     return "transformer" if attention else "convolutional"

@@ -216,6 +216,16 @@ def test_a_diverged_run_says_so(main: Any, command: list[str], tmp_path: Path) -
     assert not (tmp_path / "model.safetensors").exists()
 
 
+def test_a_diverged_run_leaves_no_card_or_results_of_an_earlier_one(
+    main: Any, command: list[str], tmp_path: Path
+) -> None:
+    for name in ("results.json", "README.md"):
+        (tmp_path / name).write_text("of an earlier run")
+    flags = ["--optim", "sgd", "--learning_rate", "1e30", "--max_grad_norm", "0", "--eval_strategy", "no"]
+    assert main([*command, *flags, "--max_steps", "30", "--output_dir", str(tmp_path)]) == 1
+    assert read_results(tmp_path)["status"] == "diverged" and not (tmp_path / "README.md").exists()
+
+
 def test_fine_tuning_starts_from_the_given_model(main: Any, command: list[str], finished: Path, tmp_path: Path) -> None:
     command = [*command, "--model_name_or_path", str(finished), "--output_dir", str(tmp_path)]
     before = load_file(finished / "model.safetensors")

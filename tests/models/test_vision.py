@@ -348,6 +348,11 @@ def test_the_kind_of_other_transformers(config: Any) -> None:
     assert model_kind(transformers.EfficientNetConfig()) == model_kind(transformers.RegNetConfig()) == "convolutional"
 
 
+@pytest.mark.parametrize("name", ["CLIPConfig", "SiglipConfig", "PerceiverConfig"])
+def test_models_whose_configuration_is_nested_or_named_otherwise_are_transformers(name: str) -> None:
+    assert model_kind(getattr(transformers, name)()) == "transformer"
+
+
 def test_the_loss_of_class_shares_is_the_mix_of_losses() -> None:
     """Cross-entropy is linear in the labels: shares l and 1 - l give l and 1 - l of the two classes' losses."""
     logits = torch.randn(6, 4, dtype=torch.float64)
