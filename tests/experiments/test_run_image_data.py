@@ -16,12 +16,13 @@ FEW = ["--max_train_samples", "64", "--max_eval_samples", "50"]
 
 
 def test_the_curve_takes_500_validation_images_at_most(tmp_path: Path) -> None:
-    large = prepared(
-        *TINY, "--output_dir", tmp_path, "--validation_fraction", "0.5", "--data_dir", many(tmp_path, 1100)
-    )
+    flags = ["--data_dir", many(tmp_path, 1100), "--validation_fraction", "0.5", "--output_dir", tmp_path]
+    large = prepared(*TINY, *flags)
     trainer = large.new_trainer([])
     assert len(large.datasets["validation"]) == 550 and len(trainer.eval_dataset) == 500
     assert np.bincount(trainer.eval_dataset.split.labels).tolist() == [250, 250]
+    again = prepared(*TINY, *flags, "--seed", 7)
+    assert np.array_equal(again.corpus.validation.indices, large.corpus.validation.indices)
 
 
 def many(folder: Path, count: int) -> Path:
@@ -96,7 +97,24 @@ def test_digits_and_large_images_have_networks_of_their_own(tmp_path: Path) -> N
 def test_crops_are_random_for_training_only(tmp_path: Path) -> None:
     made = prepared(*TINY, *FEW, "--crop_ratio", "0.5", "--random_resized_crop", "true", "--output_dir", tmp_path)
     assert made.datasets["train"].random_resized_crop and not made.datasets["test"].random_resized_crop
-    assert made.datasets["test"].crop_ratio == 0.5 and not made.new_trainer([]).eval_dataset.random_resized_crop
+    curve = made.new_trainer([]).eval_dataset
+    assert made.datasets["test"].crop_ratio == curve.crop_ratio == 0.5 and not curve.random_resized_crop
     whole = made.datasets["test"].split.image(0)
     expected = np.asarray(whole.resize((8, 8), 2, box=(2, 2, 6, 6)))
     assert np.array_equal(made.datasets["test"][0].image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_augmentation_follows_the_seed(tmp_path: Path) -> None:
+    """The same items become other pictures with another seed, crops included."""
+
+    def batch(seed: int) -> torch.Tensor:
+        flags = [*AUGMENTED, "--random_resized_crop", "true", "--seed", seed, "--output_dir", tmp_path]
+        made = prepared(*TINY, *FEW, *flags)
+        items = made.datasets["train"].__getitems__(range(8))
+        assert all(item.image.shape == (3, 8, 8) for item in items)
+        plain = [item._replace(image=torch.full_like(item.image, 100)) for item in items]
+        return torch.cat([made.eval_collator(items)["pixel_values"], made.train_collator(plain)["pixel_values"]])
+
+    first, again, other = batch(1), batch(1), batch(2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first[:8], other[:8]) and not torch.equal(first[8:], other[8:])

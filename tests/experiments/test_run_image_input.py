@@ -10,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
 from hf_adafisher.experiments.image_arguments import parse_arguments
+from hf_adafisher.experiments.run import PreparedRun, run_script
 from tests.data.image_samples import class_folders, picture
 from tests.experiments.image_runs import TINY, read_results, run
 
@@ -221,3 +222,13 @@ def test_options_that_exclude_each_other_are_known_before_the_data_is(tmp_path: 
     for flags in (["--freeze_backbone"], ["--layer_decay", "2"], ["--model_options", "a"]):
         with pytest.raises(ValueError, match=r"freeze_backbone|layer_decay|model_options"):
             parse_arguments([*flags, "--output_dir", str(tmp_path)])
+
+
+def test_an_error_of_several_lines_is_told_in_one(caplog: pytest.LogCaptureFixture) -> None:
+    """Libraries raise such."""
+
+    def prepare(argv: Sequence[str] | None) -> PreparedRun:
+        raise OSError("no such model:\n  nowhere\n")
+
+    assert run_script(prepare, []) == 2
+    assert caplog.records[-1].getMessage() == "no such model: nowhere"

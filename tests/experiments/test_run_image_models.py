@@ -72,13 +72,21 @@ def test_the_optimizer_follows_from_the_kind_of_network(
             assert ("AdaFisher" in type(optimizer).__name__) == asked.startswith("adafisher")
 
 
-def test_the_learning_rate_follows_from_the_optimizer(tmp_path: Path) -> None:
+def test_the_learning_rate_follows_from_the_optimizer(digits: dict[str, Path], tmp_path: Path) -> None:
     rates = {name: optimizer_record(name).learning_rate.value for name in available_optimizers()}
     rates |= {"adafisher": 0.02, "adafisherw": 0.02}
     for name, rate in rates.items():
         assert parse_arguments(["--optim", name, "--output_dir", str(tmp_path)])[2].learning_rate == rate
     assert parse_arguments(["--output_dir", str(tmp_path)])[2].learning_rate == 0.02
     assert parse_arguments(["--learning_rate", "0.5", "--output_dir", str(tmp_path)])[2].learning_rate == 0.5
+    pretrained = ["--model_name_or_path", digits["cct"], *FEW, "--output_dir", tmp_path]
+    for flags, rate in (
+        ([], 0.001),
+        (["--optim", "adafisher"], 0.001),
+        (["--learning_rate", "0.02"], 0.02),
+        (["--optim", "lion"], rates["lion"]),
+    ):
+        assert prepared(*pretrained, *flags).training_args.learning_rate == rate
 
 
 def test_a_checkpoint_of_the_other_kind_of_adafisher_is_refused(
@@ -121,9 +129,11 @@ def test_the_same_classes_keep_the_head(digits: dict[str, Path], tmp_path: Path)
     assert made.describe()["loaded"] == {"kept": len(old), "resized": 0, "new": 0, "unused": 0, "new_names": []}
 
 
-def test_pretrained_models_keep_their_size_and_normalisation(digits: dict[str, Path], tmp_path: Path) -> None:
+def test_pretrained_models_keep_their_size_and_normalisation(
+    digits: dict[str, Path], colours: Path, tmp_path: Path
+) -> None:
     """Those saved beside the model, whatever the new images are like."""
-    made = prepared("--model_name_or_path", digits["cct"], *FEW, "--output_dir", tmp_path)
+    made = prepared("--model_name_or_path", digits["cct"], "--data_dir", colours, "--output_dir", tmp_path)
     other = prepared("--model_name_or_path", digits["vit"], *FEW, "--image_size", "16", "--output_dir", tmp_path)
     assert (made.image_size, other.image_size) == (8, 16)
     own = prepared(*TINY, *FEW, "--output_dir", tmp_path)  # what the saved model was trained with
@@ -152,7 +162,9 @@ def test_a_frozen_backbone_stays_as_it_is(
 
 def rates(made: ImageRun) -> dict[str, float]:
     """The learning rate of every parameter, by name."""
-    optimizer: Any = made.new_trainer([]).create_optimizer()
+    trainer = made.new_trainer([])
+    optimizer: Any = trainer.create_optimizer()
+    assert trainer.create_optimizer() is optimizer  # and is not scaled again
     names = {id(param): name for name, param in made.model.named_parameters()}
     found = [(names[id(p)], group["lr"]) for group in optimizer.param_groups for p in group["params"]]
     assert len(found) == len(dict(found)) == len(names)
