@@ -67,8 +67,8 @@ def train(name: str, model: nn.Module, optimizer: Any, steps: int = 3, family_na
 def test_without_its_library_the_message_holds_the_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("pytorch_optimizer", "schedulefree"):
         monkeypatch.setitem(sys.modules, module, None)
-    for module in ("hutchinson", "shampoo"):
-        monkeypatch.delitem(sys.modules, f"hf_adafisher.optimizers.baselines.{module}", raising=False)
+    for module in [key for key in sys.modules if key.startswith("hf_adafisher.optimizers.baselines.")]:
+        monkeypatch.delitem(sys.modules, module)  # whatever an earlier test has imported
     with pytest.raises(ImportError, match=rf'{name}.*not installed: pip install "hf_adafisher\[baselines\]"'):
         create_optimizer(name, mlp(3, 2))
     assert name in available_optimizers()
