@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,17 +10,14 @@ import pytest
 
 from hf_adafisher import available_optimizers
 from hf_adafisher.optimizers.catalog import optimizer_record
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("list_optimizers", ROOT / "scripts" / "list_optimizers.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("list_optimizers")
 
 
 def test_the_readme_holds_the_programs_table(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

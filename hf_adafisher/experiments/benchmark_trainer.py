@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from hf_adafisher.experiments.benchmark import T_COV, gpt2, summary
+from hf_adafisher.experiments.callbacks import StepTimer
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
@@ -46,25 +46,26 @@ class _Turns:
             self._changed.notify_all()
 
 
-class _TakeTurns(TrainerCallback):
-    """Times every T_COV optimizer steps of a run together, from the forward to the update; then others run."""
+class _TakeTurns(StepTimer):
+    """Times a run's steps; after every T_COV of them others run."""
 
     def __init__(self, turns: _Turns, index: int) -> None:
+        super().__init__()
         self.turns, self.index = turns, index
-        self.times: list[float] = []
-        self._sum = self._start = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % T_COV == 0:
             self.turns.wait(self.index)
-            self._sum = 0.0
-        self._start = _now()
+        super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._sum += _now() - self._start
+        super().on_step_end(args, state, control, **kwargs)
         if state.global_step % T_COV == 0:
-            self.times.append(1e3 * self._sum / T_COV)
             self.turns.end()
+
+    def turn_ms(self) -> list[float]:
+        """Mean milliseconds of a step in each turn."""
+        return [1e3 * fmean(self.seconds[i : i + T_COV]) for i in range(0, len(self.seconds), T_COV)]
 
 
 class _SameBatch(Dataset[dict[str, Tensor]]):
@@ -106,7 +107,7 @@ def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str,
             thread.join()
     if turns.failure is not None:
         raise turns.failure
-    times: Sequence[list[float]] = [watch.times[WARM_UP:] for watch in watches]
+    times: Sequence[list[float]] = [watch.turn_ms()[WARM_UP:] for watch in watches]
     return {f"Trainer step, {name}": summary(own, times[0]) for name, own in zip(names, times, strict=True)}
 
 
@@ -131,9 +132,3 @@ def _run(trainer: Trainer, turns: _Turns) -> None:
         trainer.train()
     except BaseException as error:
         turns.end(error)
-
-
-def _now() -> float:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()

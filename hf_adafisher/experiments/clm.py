@@ -44,15 +44,6 @@ class ClmRun(PreparedRun):
     loss_label: ClassVar[str] = "loss (nats per token)"
     card_task: ClassVar[str] = "text-generation"
 
-    @property
-    def pretrained(self) -> str | None:
-        """See `PreparedRun`."""
-        return self.model_args.model_name_or_path
-
-    def arguments(self) -> dict[str, Any]:
-        """See `PreparedRun`."""
-        return {"model": self.model_args, "data": self.data_args}
-
     def new_trainer(self, callbacks: list[TrainerCallback]) -> AdaFisherTrainer:
         """See `PreparedRun`."""
         validation = self.datasets["validation"]

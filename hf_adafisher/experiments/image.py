@@ -77,15 +77,6 @@ class ImageRun(PreparedRun):
     own_files: ClassVar[tuple[str, ...]] = (CONFUSION_FILE, CONFUSION_PICTURE)
     libraries: ClassVar[tuple[str, ...]] = ("pillow", "scikit-learn", "kornia", "torchvision", "timm")
 
-    @property
-    def pretrained(self) -> str | None:
-        """See `PreparedRun`."""
-        return self.model_args.model_name_or_path
-
-    def arguments(self) -> dict[str, Any]:
-        """See `PreparedRun`."""
-        return {"model": self.model_args, "data": self.data_args}
-
     def new_trainer(self, callbacks: list[TrainerCallback]) -> AdaFisherTrainer:
         """See `PreparedRun`."""
         validation = self.datasets["validation"]

@@ -12,7 +12,7 @@ from hf_adafisher.data.images import DEFAULT_IMAGES, HELD_OUT_FRACTION, availabl
 from hf_adafisher.experiments.run_arguments import RunTrainingArguments, parse_dataclasses
 from hf_adafisher.models import available_architectures
 from hf_adafisher.models.configurations import Kind
-from hf_adafisher.training.arguments import _parse_optim_args
+from hf_adafisher.training.arguments import parse_options
 
 logger = logging.getLogger(__name__)
 
@@ -80,10 +80,7 @@ class ImageModelArguments:
 
     def options(self) -> dict[str, Any]:
         """The options of the configuration."""
-        try:
-            return _parse_optim_args(self.model_options)
-        except ValueError as error:
-            raise ValueError(str(error).replace("optim_args", "model_options")) from None
+        return parse_options(self.model_options, "model_options")
 
 
 @dataclass

@@ -26,8 +26,9 @@ from hf_adafisher.models import (
     model_kind,
     scratch_config,
 )
-from hf_adafisher.models.configurations import SMALL_IMAGE
+from hf_adafisher.models.configurations import SMALL_IMAGE, image_side, vision_part
 from hf_adafisher.optimizers.factory import available_optimizers
+from hf_adafisher.training.arguments import optimizer_name
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,7 @@ def _check_together(
     model_args: ImageModelArguments, data_args: ImageDataArguments, training_args: ImageTrainingArguments
 ) -> None:
     """What can be known to be impossible before anything is loaded."""
-    optim = getattr(training_args.optim, "value", training_args.optim)
+    optim = optimizer_name(training_args)
     if model_args.layer_decay is not None and optim not in available_optimizers():
         raise ValueError(
             f"--layer_decay works with this package's optimizers only, not with Trainer's {optim}: "
@@ -149,8 +150,7 @@ def choose_image_size(model_args: ImageModelArguments, corpus: ImageCorpus) -> i
         return model_args.image_size
     if model_args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        size = getattr(getattr(config, "vision_config", config), "image_size", None)  # CLIP's is nested
-        return (int(size[0]) if isinstance(size, (list, tuple)) else size) or USUAL_SIZE
+        return image_side(vision_part(config)) or USUAL_SIZE
     if corpus.name in _BEST_SIZES:
         return _BEST_SIZES[corpus.name]
     some = corpus.train.sample(_SIZE_SAMPLE)

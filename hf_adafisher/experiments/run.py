@@ -19,6 +19,7 @@ from hf_adafisher.experiments.callbacks import StepTimer, StopOnDivergence
 from hf_adafisher.experiments.report import hardware, software_versions, write_json, write_learning_curves
 from hf_adafisher.experiments.run_arguments import RunTrainingArguments
 from hf_adafisher.optimizers.factory import optimizer_state_bytes
+from hf_adafisher.training.arguments import optimizer_name
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 RESULTS_FILE = "results.json"
@@ -49,6 +50,9 @@ class PreparedRun(ABC):
     training_args: RunTrainingArguments
     checkpoint: str | None
     model: PreTrainedModel
+    model_args: Any
+    """A dataclass with `model_name_or_path`; the task says more about it."""
+    data_args: Any
 
     loss_label: ClassVar[str]
     """What the curve's axis says."""
@@ -74,14 +78,10 @@ class PreparedRun(ABC):
     def describe(self) -> dict[str, Any]:
         """The entries "corpus" (with a "name") and "model" (with its "parameters") of results.json, and any more."""
 
-    @abstractmethod
-    def arguments(self) -> dict[str, Any]:
-        """The dataclasses that the run was told, by name, beside the training arguments."""
-
     @property
-    @abstractmethod
     def pretrained(self) -> str | None:
         """The model that is fine-tuned, a Hub id or a folder; None from scratch."""
+        return self.model_args.model_name_or_path
 
     @abstractmethod
     def sentence(self, measures: Mapping[str, Any]) -> str:
@@ -133,7 +133,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     diverged = watch.diverged_at is not None or not all(math.isfinite(loss) for loss in losses if loss is not None)
     results = {
         "status": "diverged" if diverged else "completed",
-        "optimizer": str(getattr(run.training_args.optim, "value", run.training_args.optim)),
+        "optimizer": optimizer_name(run.training_args),
         "seed": run.training_args.seed,
         **steps,
         "diverged_at_step": watch.diverged_at,
@@ -178,12 +178,12 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
 
 
 def _describe(run: PreparedRun) -> dict[str, Any]:
-    arguments = {name: asdict(told) for name, told in run.arguments().items()}
+    told = {"model": asdict(run.model_args), "data": asdict(run.data_args)}
     return {
         **run.describe(),
         "versions": software_versions(run.libraries),
         "hardware": hardware(),
-        "settings": {**arguments, "training": run.training_args.to_dict()},
+        "settings": {**told, "training": run.training_args.to_dict()},
     }
 
 

@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_adafisher.experiments.run import RESULTS_FILE
 from hf_adafisher.experiments.run_arguments import RunTrainingArguments
 from hf_adafisher.optimizers.factory import available_optimizers, optimizer_record
+from hf_adafisher.training.arguments import optimizer_name
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def check_checkpoint(checkpoint: Path, training_args: RunTrainingArguments) -> N
             f"{checkpoint} has {done} steps and --max_steps is {training_args.max_steps}: the run has finished; "
             "to train on, raise --max_steps"
         )
-    saved, name = checkpoint / "optimizer.pt", str(getattr(training_args.optim, "value", training_args.optim))
+    saved, name = checkpoint / "optimizer.pt", optimizer_name(training_args)
     if saved.is_file() and name in available_optimizers():
         groups = torch.load(saved, map_location="cpu", weights_only=True)["param_groups"]
         optimizer_record(name).check_groups(groups)

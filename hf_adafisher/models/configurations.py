@@ -194,6 +194,17 @@ def check_image_size(config: PreTrainedConfig, image_size: int) -> None:
             )
 
 
+def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Returns the configuration of what looks at the images: itself, but for CLIP, SigLIP and their like."""
+    return getattr(config, "vision_config", config)
+
+
+def image_side(config: PreTrainedConfig) -> int | None:
+    """Returns the side of the images that a configuration is for, in pixels; None where it says nothing."""
+    size = getattr(config, "image_size", None)
+    return int(size[0]) if isinstance(size, (list, tuple)) else size
+
+
 def model_kind(config: PreTrainedConfig) -> Kind:
     """Returns "transformer" for what has attention or patches as tokens, else "convolutional".
 
@@ -204,7 +215,6 @@ def model_kind(config: PreTrainedConfig) -> Kind:
         return "transformer" if any(word in name for word in _TRANSFORMER_WORDS) else "convolutional"
     if config.model_type in ("resnet", "small_image_resnet", "convnext", "convnextv2", "mobilenet_v2"):
         return "convolutional"
-    vision = getattr(config, "vision_config", config)  # CLIP, SigLIP
     heads = ("num_attention_heads", "num_self_attention_heads", "num_heads", "focal_levels")
-    attention = any(getattr(vision, key, None) for key in heads)
+    attention = any(getattr(vision_part(config), key, None) for key in heads)
     return "transformer" if attention else "convolutional"

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from hf_adafisher.models.configurations import TIMM_PREFIX, Options, check_image_size, require_timm, scratch_config
+from hf_adafisher.models.configurations import (
+    TIMM_PREFIX,
+    Options,
+    check_image_size,
+    image_side,
+    require_timm,
+    scratch_config,
+)
 from hf_adafisher.models.losses import use_image_loss
 
 logger = logging.getLogger(__name__)
@@ -156,7 +163,7 @@ def resize_positions(model: PreTrainedModel, image_size: int) -> tuple[PreTraine
     Raises:
         ValueError: the model has weights that depend on the image size and are no absolute position table.
     """
-    old_size = _side(getattr(model.config, "image_size", None))
+    old_size = image_side(model.config)
     if old_size in (None, image_size) or model.config.model_type == "timm_wrapper":
         return model, []
     config: PreTrainedConfig = copy.deepcopy(model.config)
@@ -221,7 +228,3 @@ def check_forward(model: PreTrainedModel, image_size: int) -> None:
         model.train(training)
     if logits.shape != (1, model.config.num_labels):
         raise ValueError(f"the model gave logits of shape {tuple(logits.shape)}, not (1, {model.config.num_labels})")
-
-
-def _side(size: Any) -> int | None:
-    return int(size[0]) if isinstance(size, (list, tuple)) else size

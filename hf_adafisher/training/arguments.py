@@ -83,7 +83,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        name = self.optim.value if isinstance(self.optim, OptimizerNames) else str(self.optim)
+        name = optimizer_name(self)
         ours = name in available_optimizers()
         _check_name(name)
         if self.learning_rate is None:
@@ -138,7 +138,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
             options = {name: getattr(self, name) for name in _ADAFISHER_OPTIONS}
         elif self.optim in _ADAM:
             options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
-        return {**options, **_parse_optim_args(self.optim_args)}
+        return {**options, **parse_options(self.optim_args, "optim_args")}
 
     def _refuse_unsupported(self, record: OptimizerRecord) -> None:
         """The training modes that the optimizer cannot work with; those of a model are found when it is there.
@@ -197,7 +197,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in ignored if getattr(self, name) != defaults[name]]
         if changed:
-            name = getattr(self.optim, "value", self.optim)
+            name = optimizer_name(self)
             own = optimizer_record(name).options() if name in available_optimizers() else []
             hint = ", ".join(f"{option}={getattr(self, option)}" for option in changed if option in own)
             logger.warning(
@@ -206,6 +206,11 @@ class AdaFisherTrainingArguments(TrainingArguments):
                 ", ".join(changed),
                 f' (its own are options: optim_args="{hint}")' if hint else "",
             )
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """``args.optim`` as a word; Trainer's own names are members of an enumeration."""
+    return str(getattr(args.optim, "value", args.optim))
 
 
 def default_learning_rate(optim: str) -> float:
@@ -219,8 +224,16 @@ def _check_name(name: str) -> None:
         raise ValueError(f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(known)}")
 
 
-def _parse_optim_args(text: str | None) -> dict[str, Any]:
-    """``"a=1,b=(0.9, 0.99),c=true"`` as a dictionary of Python values."""
+def parse_options(text: str | None, argument: str) -> dict[str, Any]:
+    """``"a=1,b=(0.9, 0.99),c=true"`` as a dictionary of Python values.
+
+    Args:
+        text: None or empty for no options.
+        argument: What the text was given as.
+
+    Raises:
+        ValueError: It is not of this form.
+    """
     if not text:
         return {}
     try:
@@ -233,8 +246,8 @@ def _parse_optim_args(text: str | None) -> dict[str, Any]:
         return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
     except (SyntaxError, ValueError):
         raise ValueError(
-            'optim_args must look like "key=value,key=value", each key once, with numbers, words, true, false, none or '
-            f"(tuples), got {text!r}"
+            f'{argument} must look like "key=value,key=value", each key once, with numbers, words, true, false, none '
+            f"or (tuples), got {text!r}"
         ) from None
 
 

@@ -22,6 +22,7 @@ from hf_adafisher.training.arguments import (
     TRAINER_LEARNING_RATE,
     AdaFisherTrainingArguments,
     default_learning_rate,
+    optimizer_name,
 )
 from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
@@ -67,7 +68,7 @@ class AdaFisherTrainer(Trainer):
         Raises:
             ValueError: An option of the optimizer is out of range or unknown, or one process drives several GPUs.
         """
-        name, args = str(getattr(self.args.optim, "value", self.args.optim)), self.args
+        name, args = optimizer_name(self.args), self.args
         given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
         ours = isinstance(args, AdaFisherTrainingArguments)
         if not given and not ours:

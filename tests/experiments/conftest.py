@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,15 @@ import pytest
 
 from hf_adafisher.data import load_corpus
 from hf_adafisher.experiments.compare import Comparison, create_comparison
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "run_clm.py"
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300", "--block_size", "16"]
 QUICK = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--disable_tqdm", "true", "--use_cpu"]
 
 
 @pytest.fixture(scope="session")
 def main() -> Any:
-    spec = importlib.util.spec_from_file_location("run_clm", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_script("run_clm").main
 
 
 @pytest.fixture(scope="session")

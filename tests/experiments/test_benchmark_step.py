@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,14 @@ import torch
 from torch import nn
 
 from hf_adafisher.experiments import benchmark, benchmark_scaling, benchmark_trainer
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark_step.py"
+from tests.scripts import load_script
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Any:
-    spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     tiny = {"gpt2-20m": lambda device: benchmark.gpt2(device, width=64, depth=1, vocabulary=99, batch=1, length=8)}
     monkeypatch.setattr(benchmark, "MODELS", tiny)
-    return module.main
+    return load_script("benchmark_step").main
 
 
 def test_summary_compares_within_rounds() -> None:

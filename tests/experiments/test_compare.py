@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +14,10 @@ from hf_adafisher.experiments.cells import Cell, expand_cells, local_files, sele
 from hf_adafisher.experiments.compare import Comparison, create_comparison
 from hf_adafisher.experiments.processes import load_result
 from hf_adafisher.optimizers.factory import available_optimizers
+from tests.scripts import load_script
 
 CONFIGS = Path(__file__).parents[2] / "scripts" / "configs"
 PRESETS = sorted(CONFIGS.rglob("*.json"))
-SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_optimizers.py"
 TINY = {
     "n_layer": 1,
     "n_embd": 16,
@@ -36,11 +35,7 @@ Started = Callable[..., list[str]]
 
 
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("compare_optimizers", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("compare_optimizers")
 
 
 def test_lists_of_an_entry_are_combined() -> None:

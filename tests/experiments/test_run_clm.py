@@ -19,13 +19,7 @@ from hf_adafisher.experiments.clm_arguments import parse_arguments
 from hf_adafisher.experiments.clm_setup import prepare
 from hf_adafisher.experiments.run_checkpoint import find_checkpoint
 from hf_adafisher.optimizers.factory import available_optimizers
-
-
-def read_results(output: Path) -> dict[str, Any]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((output / "results.json").read_text(), parse_constant=refuse)
+from tests.scripts import read_results
 
 
 def test_results_hold_the_run(finished: Path, files: dict[str, str]) -> None:

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageClassification
 from hf_adafisher.data.images import load_images
 from hf_adafisher.experiments.image_arguments import parse_arguments
 from tests.data.image_samples import class_folders, picture
-from tests.experiments.image_runs import TINY, prepared, read_results, run
+from tests.experiments.image_runs import TINY, prepared, run
+from tests.scripts import read_results
 
 AUGMENTED = ["--cutout", "2", "--mixup", "0.4", "--cutmix", "1"]
 FEW = ["--max_train_samples", "64", "--max_eval_samples", "50"]

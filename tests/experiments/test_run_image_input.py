@@ -12,7 +12,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from hf_adafisher.experiments.image_arguments import parse_arguments
 from hf_adafisher.experiments.run import PreparedRun, run_script
 from tests.data.image_samples import class_folders, picture
-from tests.experiments.image_runs import TINY, read_results, run
+from tests.experiments.image_runs import TINY, run
+from tests.scripts import read_results
 
 Check = Callable[[Sequence[Any], str], str]
 

@@ -16,7 +16,8 @@ from hf_adafisher.experiments.image import ImageRun
 from hf_adafisher.experiments.image_arguments import parse_arguments
 from hf_adafisher.optimizers.factory import available_optimizers, optimizer_record
 from tests.data.image_samples import class_folders
-from tests.experiments.image_runs import TINY, TINY_RESNET, prepared, read_results, run
+from tests.experiments.image_runs import TINY, TINY_RESNET, prepared, run
+from tests.scripts import read_results
 
 FEW = ["--max_train_samples", "48", "--max_eval_samples", "20"]
 TINY_VIT = ["--model", "vit", "--image_size", "8", "--model_options"]

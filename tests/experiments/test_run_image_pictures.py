@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from hf_adafisher.experiments.image_pictures import write_confusion_matrix
 from hf_adafisher.experiments.report import write_learning_curves
-from tests.experiments.image_runs import TINY, read_results, run
+from tests.experiments.image_runs import TINY, run
+from tests.scripts import read_results
 
 
 @pytest.fixture
