@@ -9,15 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_adafisher.experiments.drawing import DASHES, MARKERS, Style, line_style, new_figure
 from hf_adafisher.experiments.rows import Row, Setting
 
 logger = logging.getLogger(__name__)
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; beyond them, markers and dashes differ.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#9A8F00")
-_MARKERS = "osD^vP*XhpH<"
-_DASHES = ("-", "--", ":", "-.")
-Style = dict[str, Any]
 Point = tuple[int, float, float]
 Sweep = dict[str, list[tuple[float, Setting]]]
 
@@ -34,7 +30,7 @@ def draw_pictures(folder: Path, settings: Sequence[Setting], best: Sequence[Sett
         logger.warning("matplotlib is not installed, so the report has no pictures: pip install matplotlib")
         return {}
     optimizers = list(dict.fromkeys(setting.optim for setting in settings))
-    styles = {optim: _style(index) for index, optim in enumerate(optimizers)}
+    styles = {optim: line_style(index) for index, optim in enumerate(optimizers)}
     axis_title = settings[0].task.axis if settings else ""
     what = axis_title.split(" (")[0].capitalize()
     curves = {setting.optim: points for setting in best if (points := _curves(setting))}
@@ -60,16 +56,6 @@ def draw_pictures(folder: Path, settings: Sequence[Setting], best: Sequence[Sett
     return pictures
 
 
-def _style(index: int) -> Style:
-    return {
-        "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
-        "markersize": 4,
-        "linewidth": 1.4,
-    }
-
-
 def _curves(setting: Setting) -> list[list[Point]]:
     """Per seed: (step, training seconds, validation loss or error), as far as all seeds go."""
     runs = [points for row in setting.rows if (points := _evaluations(row))]
@@ -92,7 +78,7 @@ def _draw_curves(
     axis: int,
     labels: tuple[str, str],
 ) -> None:
-    figure, (axes,) = _figure(1, 1, (8, 5))
+    figure, (axes,) = new_figure(1, 1, (8, 5))
     ends = []
     for optim, runs in curves.items():
         columns = list(zip(*runs, strict=True))
@@ -124,7 +110,7 @@ def _sweep(settings: Sequence[Setting]) -> Sweep:
 def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], styles: Mapping[str, Style], axis_title: str) -> None:
     columns = min(len(sweeps), 4)
     rows = math.ceil(len(sweeps) / columns)
-    figure, panels = _figure(rows, columns, (max(2.9 * columns, 4.5), 2.7 * rows + 0.4))
+    figure, panels = new_figure(rows, columns, (max(2.9 * columns, 4.5), 2.7 * rows + 0.4))
     costs = [[s.cost for points in lines.values() for _, s in points if s.cost < math.inf] for lines in sweeps.values()]
     bottom, top = _frame(costs)
     for (optim, lines), axes in zip(sweeps.items(), panels, strict=False):
@@ -132,7 +118,7 @@ def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], styles: Mapping[str, S
         axes.title.set_fontsize(10)
         axes.axhline(min(map(min, filter(None, costs)), default=0.0), color="0.5", linewidth=0.8, linestyle=":")
         for index, (label, points) in enumerate(lines.items()):
-            look = {"linestyle": _DASHES[index % len(_DASHES)], "marker": _MARKERS[index % len(_MARKERS)]}
+            look = {"linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)]}
             _draw_sweep(axes, points, top, {**styles[optim], **look, "label": label or None})
         rates = sorted({rate for points in lines.values() for rate, _ in points})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=45)
@@ -170,15 +156,3 @@ def _frame(costs: Sequence[Sequence[float]]) -> tuple[float, float]:
     top = max(every[math.ceil(0.75 * len(every)) - 1], *(min(group) for group in costs if group))
     room = 0.15 * max(top - every[0], 0.02 * abs(every[0])) or 0.5
     return every[0] - room, top + room
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
-    for axes in panels:
-        axes.grid(alpha=0.3)
-    return figure, panels

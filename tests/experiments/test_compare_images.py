@@ -158,8 +158,8 @@ def test_the_report_says_what_the_numbers_are_taken_over(
 def test_pictures_show_the_error(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     """In per cent, from what was logged on the way, and at the end against the learning rate."""
     figures = []
-    create = pictures._figure
-    monkeypatch.setattr(pictures, "_figure", lambda *given: figures.append(create(*given)) or figures[-1])
+    create = pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda *given: figures.append(create(*given)) or figures[-1])
     settings = group_settings(read_rows(finished.plan(), finished.output_dir, IMAGE))
     captions = pictures.draw_pictures(finished.output_dir, settings, best_settings(settings))
     assert [path.name for path in captions] == ["curves.png", "curves_by_seconds.png", "learning_rates.png"]

@@ -1,0 +1,1 @@
+"""The paper's figures, from any model that the training scripts train."""
