@@ -28,7 +28,9 @@ def line_style(index: int) -> Style:
     }
 
 
-def new_figure(rows: int, columns: int, size: tuple[float, float], *, sharey: bool | str = True) -> tuple[Any, list[Any]]:
+def new_figure(
+    rows: int, columns: int, size: tuple[float, float], *, sharey: bool | str = True
+) -> tuple[Any, list[Any]]:
     """A figure of ``size`` inches and its axes, row by row.
 
     Raises:

@@ -137,7 +137,9 @@ def mean_loss(trainer: AdaFisherTrainer, model: torch.nn.Module, batches: Sequen
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for batch in batches:
             examples = len(batch["labels"])
-            total += float(trainer.compute_loss(model, dict(batch))) * examples
+            loss = trainer.compute_loss(model, dict(batch))
+            assert isinstance(loss, torch.Tensor)  # without return_outputs it is one
+            total += loss.item() * examples
             count += examples
     return total / max(count, 1)
 
