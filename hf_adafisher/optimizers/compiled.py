@@ -26,14 +26,14 @@ COMPILED_FROM = 1 << 14
 class CompiledUpdate:
     """Updates parameters with compiled kernels, one for each kind of parameter, whatever their sizes.
 
-    Options and the step count are passed as 0-dimensional tensors, so that schedules compile nothing again. Where
+    What depends on options and the step count is passed as one tensor, so that schedules compile nothing again. Where
     compiling fails, one warning says why, and everything is left to the eager update from then on.
     """
 
     def __init__(self) -> None:
         self.works = True
         self._numbers: dict[str, Any] = {}
-        self._tensors: tuple[Tensor, ...] = ()
+        self._scalars: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def takes(self, param: Tensor) -> bool:
         """Whether this parameter is not left to the eager update."""
@@ -52,8 +52,9 @@ class CompiledUpdate:
         own = part.of(grad).detach()  # kernels are also compiled for what a view is a view of, unless it is detached
         try:
             if parts.kernel is None:
-                parts.kernel = _kernel(*_kind(part, own))
-            parts.kernel(part.param, own, part.exp_avg, parts.factors, *self._as_tensors(numbers))
+                parts.kernel = _kernel(numbers["decoupled"], *_kind(part, own))
+            scalars = self._as_tensor(numbers, _dtype_of(part.param.dtype, part.exp_avg.dtype), own.device)
+            parts.kernel(part.param, own, part.exp_avg, parts.factors, scalars)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             self.works = False
             logger.warning(
@@ -64,14 +65,21 @@ class CompiledUpdate:
             return False
         return True
 
-    def _as_tensors(self, numbers: Mapping[str, Any]) -> tuple[Tensor, ...]:
-        """The numbers as kernels take them: 0-dimensional tensors on the CPU; made once for parameters in a row."""
+    def _as_tensor(self, numbers: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The numbers as kernels take them, made once for the parameters of a step.
+
+        One tensor, and of the kernels' own dtype: each further argument is checked in every call, and a number of
+        another dtype is converted again for every few values.
+        """
         if numbers != self._numbers:
-            shrink, rate, decay = scalars(**numbers)
-            values = (numbers["beta"], 1.0 - numbers["beta"], decay, shrink, rate, numbers["damping"])
-            self._tensors = tuple(torch.tensor(value, dtype=torch.float64, device="cpu") for value in values)
             self._numbers = dict(numbers)
-        return self._tensors
+            self._scalars.clear()
+        key = dtype, device
+        if key not in self._scalars:
+            shrink, rate, decay = scalars(**numbers)
+            values = (1.0 - numbers["beta"], shrink if numbers["decoupled"] else decay, rate, numbers["damping"])
+            self._scalars[key] = torch.tensor(values, dtype=dtype, device=device)
+        return self._scalars[key]
 
 
 def whole(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Parts:
@@ -88,31 +96,29 @@ def _kind(part: Part, grad: Tensor) -> tuple[Any, ...]:
     return tuple(len(term) for term in part.terms), spread, dtypes, contiguous, part.param.device.type
 
 
-@functools.cache
-def _kernel(lengths: tuple[int, ...], spread: Any, dtypes: tuple[torch.dtype, ...], *rest: Any) -> Callable[..., None]:
-    """The compiled update of parameters of one kind; ``lengths`` are the numbers of factors in each term."""
-    dtype = torch.promote_types(statistics_dtype(dtypes[0]), dtypes[2])
+def _dtype_of(param: torch.dtype, exp_avg: torch.dtype) -> torch.dtype:
+    """In which an update is computed."""
+    return torch.promote_types(statistics_dtype(param), exp_avg)
 
-    def update(
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        factors: Sequence[Tensor],
-        beta: Tensor,
-        rest: Tensor,
-        decay: Tensor,
-        shrink: Tensor,
-        rate: Tensor,
-        damping: Tensor,
-    ) -> None:
-        p, start = param.to(dtype), 0
-        m = exp_avg.to(dtype) * beta + (grad.to(dtype) + p * decay) * rest
-        diagonal: Any = damping
+
+@functools.cache
+def _kernel(
+    decoupled: bool, lengths: tuple[int, ...], spread: Any, dtypes: tuple[torch.dtype, ...], *rest: Any
+) -> Callable[..., None]:
+    """The compiled update of parameters of one kind; ``lengths`` are the numbers of factors in each term."""
+    dtype = _dtype_of(dtypes[0], dtypes[2])
+
+    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, factors: Sequence[Tensor], numbers: Tensor) -> None:
+        p, g, m, start = param.to(dtype), grad.to(dtype), exp_avg.to(dtype), 0
+        if not decoupled:
+            g = g + p * numbers[1]
+        m = m + (g - m) * numbers[0]
+        diagonal: Any = numbers[3]
         for length in lengths:
             diagonal = diagonal + math.prod(factors[start : start + length])
             start += length
         exp_avg.copy_(m)
-        param.copy_(p * shrink + m / diagonal * rate)
+        param.copy_((p * numbers[1] if decoupled else p) + m / diagonal * numbers[2])
 
     # Recompilations are counted and limited by code object; the kinds must not use up each other's.
     name = f"update_{_kernel.cache_info().currsize}"

@@ -92,6 +92,7 @@ class Parts:
         self.factors = [factor for part in self.parts for term in part.terms for factor in term]
         self.kernel: Callable[..., None] | None = None
         self._terms = terms
+        self._rows = _rows_of(self.parts, grad)
         # Factors of the parameter's own size are not to outlive a step.
         small = all(factor.numel() < max(param.numel(), 2) for factor in self.factors)
         self.lasting = small and type(param) in (Tensor, nn.Parameter) and type(grad) is Tensor
@@ -100,6 +101,15 @@ class Parts:
             self._pointers = param.data_ptr(), exp_avg.data_ptr()
             self._layout = param.shape, param.stride(), grad.stride()
 
+    def split(self, grad: Tensor) -> Sequence[Tensor]:
+        """The parts of a gradient, in order."""
+        parts = self.parts
+        if len(parts) == 1:
+            return (parts[0].of(grad),)
+        if self._rows:  # much cheaper than to make each part by itself
+            return grad.split(self._rows)
+        return [part.of(grad) for part in parts]
+
     def fits(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> bool:
         """Whether a lasting one was made of these tensors, but for the gradient, which has the same strides."""
         return (
@@ -107,6 +117,18 @@ class Parts:
             and (param.data_ptr(), exp_avg.data_ptr()) == self._pointers
             and (param.shape, param.stride(), grad.stride()) == self._layout
         )
+
+
+def _rows_of(parts: Sequence[Part], grad: Tensor) -> int:
+    """The length of the parts, where they are what ``grad.split`` makes along its first axis; else 0."""
+    rows, begin = (parts[0].size or (0,))[0], 0
+    for part in parts:
+        last = part is parts[-1]
+        whole = part.stride == grad.stride() and part.size[1:] == grad.shape[1:] and part.offset == begin
+        if not (rows and whole and (part.size[0] == rows or (last and part.size[0] < rows))):
+            return 0
+        begin += part.size[0] * part.stride[0]
+    return rows
 
 
 def _outer(tensors: Tensors) -> Sequence[tuple[Tensor, ...]]:

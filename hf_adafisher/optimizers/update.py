@@ -143,16 +143,23 @@ def update_parts(parts: Parts, grad: Tensor, numbers: Mapping[str, Any], scratch
     """
     shrink, rate, decay = scalars(**numbers)
     rest, damping = 1.0 - numbers["beta"], numbers["damping"]
-    for part in parts.parts:
+    first = parts.parts[0]
+    if first.param.numel() == 0:
+        return
+    own = statistics_dtype(first.param.dtype)
+    alike = first.param.dtype == first.exp_avg.dtype == grad.dtype == own
+    dtype = torch.promote_types(own, first.exp_avg.dtype)
+    size = None
+    for part, g in zip(parts.parts, parts.split(grad), strict=True):
+        if part.size != size:  # most parts of a parameter have one size
+            size, out = part.size, scratch.like(part.param, own)
+            row = scratch.row(part.outer[0][1], damping) if part.outer else None
         param, exp_avg = part.param, part.exp_avg
-        if param.numel() == 0:
-            continue
-        p, g, m = param, part.of(grad), exp_avg
-        if not param.dtype == exp_avg.dtype == grad.dtype == statistics_dtype(param.dtype):
-            dtype = torch.promote_types(statistics_dtype(param.dtype), exp_avg.dtype)
+        p, m = param, exp_avg
+        if not alike:
             p, g, m = (tensor.to(dtype) for tensor in (p, g, m))
         m.lerp_(g.add(p, alpha=decay) if decay else g, rest)
-        diagonal = _diagonal(part, damping, scratch)
+        diagonal = _diagonal(part, damping, out, row)
         if shrink != 1.0:
             p.mul_(shrink)
         p.addcdiv_(m, diagonal, value=rate)
@@ -162,18 +169,23 @@ def update_parts(parts: Parts, grad: Tensor, numbers: Mapping[str, Any], scratch
             param.copy_(p)
 
 
-def _diagonal(part: Part, damping: float, scratch: Scratch) -> Tensor:
-    """``sum of the products of the terms + damping``, in the shape of this part of the parameter."""
-    param, terms = part.param, part.terms
-    out = scratch.like(param, statistics_dtype(param.dtype))
-    if part.outer:
-        for i, (left, right) in enumerate(part.outer):
-            if i:
-                out.addcmul_(left, right)
-            else:
-                torch.addcmul(scratch.row(right, damping), left, right, out=out)
+def _diagonal(part: Part, damping: float, out: Tensor, row: Tensor | None) -> Tensor:
+    """``sum of the products of the terms + damping``, in the shape of this part of the parameter.
+
+    Args:
+        part: Of the parameter.
+        damping: What every value of it begins with.
+        out: Where it is made.
+        row: Full of ``damping``, where the part has ``outer``.
+    """
+    terms = part.terms
+    if row is not None:
+        (left, right), *others = part.outer
+        torch.addcmul(row, left, right, out=out)
+        for left, right in others:
+            out.addcmul_(left, right)
         return out
-    if len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].shape == param.shape:
+    if len(terms) == 1 and len(terms[0]) == 1 and terms[0][0].shape == part.param.shape:
         return torch.add(terms[0][0], damping, out=out)
     out.fill_(damping)
     for term in terms:
