@@ -22,6 +22,12 @@ SERIES = {
     "batch": (2, 4, 8, 16),
 }
 
+PANELS = (
+    ("parameters", "step_ms", "step() that is not due, ms"),
+    ("activations", "factor_ms", "factors of a due step, ms"),
+)
+"""What the picture shows: the x axis, the y axis, and the label of the latter."""
+
 
 def measure_scaling(rounds: int, device: str = "cpu", series: Mapping[str, Sequence[int]] = SERIES) -> dict[str, Any]:
     """How an idle step and the factors of a due one grow with each size of a GPT-2, the others held at ``BASE``."""
@@ -59,7 +65,21 @@ def measure_scaling(rounds: int, device: str = "cpu", series: Mapping[str, Seque
                 }
             )
             due.close()
-    return {"base": BASE, "points": points}
+    every = [point for line in points.values() for point in line]
+    return {"base": BASE, "points": points, "fits": {y: straight_line(every, x, y) for x, y, _ in PANELS}}
+
+
+def straight_line(points: Sequence[Mapping[str, float]], x: str, y: str) -> dict[str, float]:
+    """The least squares line through all points.
+
+    Returns:
+        ``ms_per_million`` of what is on the axis ``x``, ``intercept_ms``, and ``r_squared``, the share of the variance
+        of ``y`` that the line explains: 1 where growth is exactly linear.
+    """
+    millions, values = [point[x] / 1e6 for point in points], [point[y] for point in points]
+    slope, intercept = statistics.linear_regression(millions, values)
+    explained = statistics.correlation(millions, values) ** 2
+    return {"ms_per_million": slope, "intercept_ms": intercept, "r_squared": explained}
 
 
 def _activations(work: Workload) -> int:
@@ -86,16 +106,14 @@ def write_scaling(path: Path, result: Mapping[str, Any]) -> None:
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, x, y, label in zip(
-        figure.subplots(1, 2),
-        ("parameters", "activations"),
-        ("step_ms", "factor_ms"),
-        ("step() that is not due, ms", "factors of a due step, ms"),
-        strict=True,
-    ):
+    for axes, (x, y, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
         for name, points in result["points"].items():
             points = sorted(points, key=lambda point: point[x])
             axes.plot([p[x] / 1e6 for p in points], [p[y] for p in points], marker="o", label=f"growing {name}")
+        fit, end = result["fits"][y], max(p[x] / 1e6 for points in result["points"].values() for p in points)
+        line = [fit["intercept_ms"], fit["intercept_ms"] + fit["ms_per_million"] * end]
+        text = f"{fit['ms_per_million']:.2f} ms a million, R² {fit['r_squared']:.2f}"
+        axes.plot([0, end], line, color="black", linestyle=":", label=text)
         axes.set(xlabel=f"{x}, millions", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend()

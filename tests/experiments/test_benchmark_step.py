@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,10 +62,23 @@ def test_scaling_draws_a_picture(main: Any, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(benchmark_scaling, "BASE", {"width": 64, "depth": 1, "vocabulary": 99, "batch": 1})
     monkeypatch.setattr(benchmark_scaling.measure_scaling, "__defaults__", ("cpu", series))
     assert main(["--scaling", "--rounds", "2", "--plot", str(tmp_path / "p.png"), "--json", str(tmp_path / "s")]) == 0
-    points = json.loads((tmp_path / "s").read_text())["points"]
+    result = json.loads((tmp_path / "s").read_text())
+    points = result["points"]
+    assert set(result["fits"]) == {"step_ms", "factor_ms"}
     assert points["batch"][1]["activations"] == 2 * points["batch"][0]["activations"] - _shared_positions()
     assert points["width"][1]["parameters"] > points["width"][0]["parameters"]
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_growth_is_summed_up_by_the_least_squares_line() -> None:
+    points = [{"size": x * 1e6, "ms": y} for x, y in ((1.0, 3.0), (2.0, 5.5), (4.0, 8.0), (7.0, 16.0))]
+    x, y = np.array([1.0, 2.0, 4.0, 7.0]), np.array([3.0, 5.5, 8.0, 16.0])
+    slope, intercept = np.polyfit(x, y, 1)
+    rest = ((y - intercept - slope * x) ** 2).sum()
+    fit = benchmark_scaling.straight_line(points, "size", "ms")
+    assert fit["ms_per_million"] == pytest.approx(slope)
+    assert fit["intercept_ms"] == pytest.approx(intercept)
+    assert fit["r_squared"] == pytest.approx(1 - rest / ((y - y.mean()) ** 2).sum())
 
 
 def _shared_positions() -> int:
