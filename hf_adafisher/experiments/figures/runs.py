@@ -23,6 +23,25 @@ TASKS = {
     "image": "arguments of run_image_classification.py",
     "clm": "arguments of run_clm.py",
 }
+DIGITS_LEARNING_RATES = {
+    "adafisher": 0.01,
+    "adafisherw": 0.04,
+    "adam": 0.001,
+    "adamw": 0.003,
+    "sgd": 0.1,
+    "kfac": 0.03,
+    "shampoo": 0.1,
+    "soap": 0.003,
+    "muon": 0.06,
+    "adahessian": 0.3,
+    "sophia": 0.2,
+    "lamb": 0.01,
+    "lars": 1.0,
+    "lion": 0.0003,
+    "adafactor": 0.03,
+    "schedule_free_adamw": 0.001,
+}
+"""Where none is given, of an optimizer that trains on the digits: the best of docs/results/digits-small."""
 _OWN = ("max_steps", "num_train_epochs", "output_dir", "optim", "resume_from_checkpoint")
 """Arguments of a run that the figure's own script decides."""
 
@@ -91,7 +110,8 @@ def prepare_run(
         task: one of ``TASKS``.
         steps: optimizer steps.
         output: the picture; Trainer's own files, if any, go into a folder of that name beside it.
-        optimizer: None for the script's own choice.
+        optimizer: None for the script's own choice. On the digits its default learning rate is the best of those
+            tried there (``DIGITS_LEARNING_RATES``).
         further: further arguments of the run, ``--name value``.
 
     Raises:
@@ -114,6 +134,8 @@ def prepare_run(
         return clm_setup.prepare(*clm_arguments.parse_arguments(arguments))
     if task == "digits":
         arguments += ["--dataset", "digits"]
+        if optimizer is not None and "--learning_rate" not in arguments and optimizer.name in DIGITS_LEARNING_RATES:
+            arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[optimizer.name])]
     return image_setup.prepare(*image_arguments.parse_arguments(arguments))
 
 
