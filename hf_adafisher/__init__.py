@@ -14,6 +14,7 @@ from hf_adafisher.optimizers import (
 
 if TYPE_CHECKING:
     from hf_adafisher.training import AdaFisherCallback, AdaFisherTrainer, AdaFisherTrainingArguments
+    from hf_adafisher.training.curvature import CurvatureCallback
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "AdaFisherTrainer",
     "AdaFisherTrainingArguments",
     "AdaFisherW",
+    "CurvatureCallback",
     "LayerRule",
     "OptimizerFactory",
     "available_optimizers",
@@ -38,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from hf_adafisher import training
 
         return getattr(training, name)
+    if name == "CurvatureCallback":
+        from hf_adafisher.training.curvature import CurvatureCallback
+
+        return CurvatureCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,8 @@ _FREE = {
     "learning_rate", "damping", "weight_decay", "ema_decay", "beta", "max_grad_norm", "seed",
     "adam_beta1", "adam_beta2", "adam_epsilon",
 }  # fmt: skip
+# They decide how many steps an epoch has.
+_EPOCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _SCHEDULE = {"max_steps", "num_train_epochs", "eval_strategy", "eval_steps", "save_strategy", "save_steps"}
 
 
@@ -83,6 +85,26 @@ def timing_cell(cell: Cell) -> Cell:
     common = {key: value for key, value in cell.common.items() if key not in _FREE | _SCHEDULE}
     steps = WARMUP_STEPS + MEASURED_WINDOWS * window(cell)
     return Cell(settings, {**common, "max_steps": steps, "timing_only": True, "disable_tqdm": True})
+
+
+def like_cell(cells: Sequence[Cell]) -> Cell:
+    """The cell whose epochs a budget like another optimizer's means: the first.
+
+    Args:
+        cells: Of the optimizer that the budget names, at least one.
+
+    Raises:
+        ValueError: Their epochs have different numbers of steps, so that "its epochs" is no amount of time.
+    """
+    for key in _EPOCH:
+        values = dict.fromkeys(cell.settings.get(key, "the shared one") for cell in cells)
+        if len(values) > 1:
+            raise ValueError(
+                f"a budget of the epochs of {cells[0].optim} needs one {key}, and its cells have "
+                f"{', '.join(map(str, values))}: give a budget of seconds=N or steps=N, or num_train_epochs in "
+                '"common" and no budget'
+            )
+    return cells[0]
 
 
 def typical_step_seconds(seconds: Sequence[float], interval: int) -> float:

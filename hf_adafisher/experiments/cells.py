@@ -13,7 +13,10 @@ from typing import Any
 
 from hf_adafisher.experiments.measures import TASKS, Task
 
-_KEYS = {"description", "task", "common", "cells", "seeds", "budget", "step_seconds", "overhead_seconds", "paper"}
+_KEYS = {
+    "description", "task", "common", "cells", "seeds", "budget", "step_seconds", "train_examples", "overhead_seconds",
+    "paper",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

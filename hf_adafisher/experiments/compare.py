@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adafisher.experiments.backends import run_cells, threads_for
-from hf_adafisher.experiments.budget import Budget, StepTime, plan_cell, read_step_time, timing_cell, window
+from hf_adafisher.experiments.budget import Budget, StepTime, like_cell, plan_cell, read_step_time, timing_cell, window
 from hf_adafisher.experiments.cells import Cell, expand_cells, select_optimizers, task_of
 from hf_adafisher.experiments.measures import Task
 from hf_adafisher.experiments.processes import is_done, load_result
@@ -187,7 +187,7 @@ def create_comparison(
     parsed = Budget.parse(whole["budget"]) if whole.get("budget") else None
     like = None
     if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
-        like = expand_cells(select_optimizers(whole, [parsed.optim]))[0]
+        like = like_cell(expand_cells(select_optimizers(whole, [parsed.optim])))
     if read_paper(whole) is None and "paper" in whole:
         by = whole["paper"].get("by")
         value = whole.get("common", {}).get(by, "not given")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 
@@ -49,10 +50,12 @@ def duration(seconds: float) -> str:
 def _times(comparison: Comparison) -> tuple[dict[str, StepTime], str]:
     """Step times from the best source there is, and that source in words."""
     times: dict[str, StepTime] = {}
-    given = comparison.config.get("step_seconds", {})
+    given, examples = comparison.config.get("step_seconds", {}), comparison.config.get("train_examples")
     for cell in comparison.cells:
-        if cell.optim in given:
-            times[timing_cell(cell).name] = StepTime(float(given[cell.optim]))
+        name = timing_cell(cell).name
+        seconds = given.get(name, given.get(cell.optim))
+        if seconds is not None:
+            times[name] = StepTime(float(seconds), _steps_per_epoch(cell, examples))
     sources = ["the configuration's step times, measured on the machine where it was made"] if times else []
     finished = _from_finished(comparison)
     measured = {name: time for name, time in comparison.step_times().items() if time.seconds is not None}
@@ -63,15 +66,27 @@ def _times(comparison: Comparison) -> tuple[dict[str, StepTime], str]:
     return times, " and ".join(sources)
 
 
+def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
+    """As one process has them; None where the configuration does not say what a step or an epoch is."""
+    arguments = {**cell.common, **cell.settings}
+    batch = arguments.get("per_device_train_batch_size")
+    if examples is None or batch is None:
+        return None
+    return math.ceil(math.ceil(examples / batch) / arguments.get("gradient_accumulation_steps", 1))
+
+
 def _from_finished(comparison: Comparison) -> dict[str, StepTime]:
-    seen: dict[str, list[float]] = {}
+    seen: dict[str, list[tuple[float, int | None]]] = {}
     for cell in comparison.cells:
         folder = comparison.output_dir / cell.name
         if (folder / RESULTS_FILE).is_file():
-            mean = (load_result(folder).get("step_time") or {}).get("mean_ms")
+            result = load_result(folder)
+            mean = (result.get("step_time") or {}).get("mean_ms")
             if mean:
-                seen.setdefault(timing_cell(cell).name, []).append(mean / 1000)
-    return {name: StepTime(statistics.median(values)) for name, values in seen.items()}
+                seen.setdefault(timing_cell(cell).name, []).append((mean / 1000, result.get("steps_per_epoch")))
+    return {
+        name: StepTime(statistics.median(seconds for seconds, _ in found), found[0][1]) for name, found in seen.items()
+    }
 
 
 def _training_seconds(comparison: Comparison, cell: Cell, times: Mapping[str, StepTime]) -> float | None:
@@ -84,5 +99,14 @@ def _training_seconds(comparison: Comparison, cell: Cell, times: Mapping[str, St
         return seconds_of_epochs(
             budget, None if comparison.like is None else times.get(timing_cell(comparison.like).name)
         )
-    steps = budget.amount if budget is not None else cell.common.get("max_steps")
+    steps = budget.amount if budget is not None else _own_steps(cell, time)
     return None if time is None or time.seconds is None or steps is None else steps * time.seconds
+
+
+def _own_steps(cell: Cell, time: StepTime | None) -> float | None:
+    """Steps of a cell without a budget: its ``max_steps``, or its epochs where their length is known."""
+    arguments = {**cell.common, **cell.settings}
+    epochs, length = arguments.get("num_train_epochs"), None if time is None else time.steps_per_epoch
+    if arguments.get("max_steps") is not None or epochs is None or length is None:
+        return arguments.get("max_steps")
+    return math.ceil(epochs * length)

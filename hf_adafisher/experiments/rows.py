@@ -15,6 +15,8 @@ from hf_adafisher.experiments.measures import TASKS, Task
 from hf_adafisher.experiments.processes import load_result
 from hf_adafisher.experiments.run import RESULTS_FILE
 
+EPOCH_SECONDS = "seconds per epoch"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -100,6 +102,7 @@ def _row(cell: Cell, result: Mapping[str, Any], task: Task) -> Row:
         "planned seconds": cell.planned_seconds,
         "seconds": result.get("train_seconds"),
         "ms per step": (result.get("step_time") or {}).get("mean_ms"),
+        EPOCH_SECONDS: _epoch_seconds(result),
         "optimizer bytes": result.get("optimizer_state_bytes"),
         **{measure.name: measure.read(result) for measure in task.measures},
     }
@@ -107,6 +110,12 @@ def _row(cell: Cell, result: Mapping[str, Any], task: Task) -> Row:
     if result["status"] == "diverged":
         reason = f"the loss was not finite at step {result.get('diverged_at_step')}"
     return Row(cell.name, cell.settings, result["status"], reason, values, result.get("log_history") or [], task)
+
+
+def _epoch_seconds(result: Mapping[str, Any]) -> float | None:
+    """Mean time of a step, warm-up left out, times the optimizer steps of an epoch; None where either is missing."""
+    milliseconds, steps = (result.get("step_time") or {}).get("mean_ms"), result.get("steps_per_epoch")
+    return None if milliseconds is None or steps is None else milliseconds / 1000 * steps
 
 
 def group_settings(rows: Sequence[Row]) -> list[Setting]:

@@ -20,6 +20,7 @@ from hf_adafisher.experiments.report import hardware, software_versions, write_j
 from hf_adafisher.experiments.run_arguments import RunTrainingArguments
 from hf_adafisher.optimizers.factory import optimizer_state_bytes
 from hf_adafisher.training.arguments import optimizer_name
+from hf_adafisher.training.curvature import CurvatureCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 RESULTS_FILE = "results.json"
@@ -109,7 +110,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         nor saved. With `timing_only` nothing is evaluated, saved or drawn, and `step_seconds` has every step.
     """
     timer, watch = StepTimer(), StopOnDivergence()
-    trainer = run.new_trainer([timer, watch])
+    trainer = run.new_trainer([timer, watch, *([CurvatureCallback()] if run.training_args.curvature_log else [])])
     if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's
         for name in (RESULTS_FILE, CURVE_FILE, CARD_FILE, *run.own_files):
             (run.output_dir / name).unlink(missing_ok=True)

@@ -45,6 +45,11 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
         default=False, metadata={"help": "Only train, to time the steps: nothing is evaluated or saved at the end."}
     )
 
+    curvature_log: bool = field(
+        default=False,
+        metadata={"help": "Record every layer's curvature with AdaFisher(W): scripts/plot_curvature.py draws it."},
+    )
+
     def __post_init__(self) -> None:
         if self.timing_only:
             self.eval_strategy = self.save_strategy = "no"

@@ -8,10 +8,12 @@ from pathlib import Path
 from hf_adafisher.experiments.cells import Cell
 from hf_adafisher.experiments.compare import Comparison
 from hf_adafisher.experiments.facts import settings_table, software_table, step_time_table, unfinished
-from hf_adafisher.experiments.pictures import draw_pictures
+from hf_adafisher.experiments.pictures import draw_pictures, optimizer_styles
 from hf_adafisher.experiments.published import read_paper
 from hf_adafisher.experiments.report_html import Section, as_html, as_markdown
 from hf_adafisher.experiments.rows import Row, Setting, best_settings, group_settings, read_rows, write_csv
+from hf_adafisher.experiments.stability import read_stability
+from hf_adafisher.experiments.stability_picture import draw_stability
 from hf_adafisher.experiments.tables import best_table, cell_table, failure_table
 
 TITLE = "Comparison of optimizers"
@@ -45,10 +47,13 @@ def summarize(comparison: Comparison, command: str = "") -> str:
     best = best_settings(settings)
     pictures = draw_pictures(folder, settings, best)
     sections = _sections(comparison, rows, best, pictures, command)
+    swept = _stability(folder, settings)
+    sections[3:3] = swept
+    paths = [*pictures, *(path for section in swept for path in section.pictures)]
     (folder / "report.html").write_text(as_html(TITLE, sections), encoding="utf-8")
     (folder / "report.md").write_text(as_markdown(TITLE, sections), encoding="utf-8")
     write_csv(folder / "cells.csv", rows)
-    return _printed(comparison, rows, best, list(map(str, pictures)))
+    return _printed(comparison, rows, best, list(map(str, paths)))
 
 
 def describe_step_times(comparison: Comparison) -> str:
@@ -93,6 +98,19 @@ def _best(comparison: Comparison, best: list[Setting]) -> Section:
     extent = task.describe({**cell.common, **cell.settings} for cell in comparison.cells)
     how = _HOW.format(rule=task.rule, extent=extent)
     return Section("Best of each optimizer", how, best_table(best, paper), note=paper.note if paper else "")
+
+
+def _stability(folder: Path, settings: list[Setting]) -> list[Section]:
+    """What there is to say of a sweep over batch sizes; nothing of any other comparison."""
+    stability = read_stability(settings)
+    if stability is None:
+        return []
+    text = (
+        f"Each optimizer at its best settings of batch size {stability.batch_size} (of those run at the most batch "
+        "sizes), then with other batch sizes, and with the learning rate tuned again at each."
+    )
+    pictures = draw_stability(folder, stability, optimizer_styles(settings))
+    return [Section("Batch size", text, stability.table(), pictures=pictures)]
 
 
 def _missing(comparison: Comparison) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.backends import available_cores, run_cells
+from hf_adafisher.experiments.budget import timing_cell
 from hf_adafisher.experiments.cells import Cell, expand_cells, local_files, select_optimizers
 from hf_adafisher.experiments.compare import Comparison, create_comparison
 from hf_adafisher.experiments.processes import load_result
@@ -146,7 +147,8 @@ def test_every_configuration_is_one_that_its_script_accepts(path: Path, tmp_path
     for cell in expand_cells(config):
         *_, training = parse([*cell.arguments(), "--output_dir", str(tmp_path)])
         assert training.optim == cell.settings["optim"]
-    assert set(config.get("step_seconds", {})) <= {entry["optim"] for entry in config["cells"]}
+    names = {name for cell in expand_cells(config) for name in (cell.optim, timing_cell(cell).name)}
+    assert set(config.get("step_seconds", {})) <= names
     comparison = create_comparison(config, path.parent, tmp_path)  # which reads its budget and the published numbers
     assert comparison.budget is not None or {"max_steps", "num_train_epochs"} & set(config["common"])
 

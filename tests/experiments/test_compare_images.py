@@ -159,12 +159,13 @@ def test_pictures_show_the_error(finished: Comparison, monkeypatch: pytest.Monke
     """In per cent, from what was logged on the way, and at the end against the learning rate."""
     figures = []
     create = pictures.new_figure
-    monkeypatch.setattr(pictures, "new_figure", lambda *given: figures.append(create(*given)) or figures[-1])
+    monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
     settings = group_settings(read_rows(finished.plan(), finished.output_dir, IMAGE))
     captions = pictures.draw_pictures(finished.output_dir, settings, best_settings(settings))
     assert [path.name for path in captions] == ["curves.png", "curves_by_seconds.png", "learning_rates.png"]
     assert all(path.is_file() and caption.startswith("Validation error ") for path, caption in captions.items())
-    (_, (curves,)), (_, (seconds,)), (figure, sweeps) = figures
+    (_, (training, curves)), (_, (_, seconds)), (figure, sweeps) = figures
+    assert training.get_ylabel() == "training loss (nats)"
     assert curves.get_ylabel() == seconds.get_ylabel() == "validation error (% of the images)"
     assert (curves.get_xlabel(), seconds.get_xlabel()) == ("optimizer steps", "training seconds")
     assert figure.get_supylabel() == "validation error (% of the images)"

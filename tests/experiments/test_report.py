@@ -13,11 +13,13 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hf_adafisher.experiments import pictures
 from hf_adafisher.experiments.compare import Comparison
 from hf_adafisher.experiments.pictures import draw_pictures
 from hf_adafisher.experiments.rows import Row, best_settings, group_settings, read_rows
@@ -144,6 +146,70 @@ def test_the_curve_against_seconds_uses_the_seconds_of_each_evaluation(finished:
     (setting,) = [s for s in group_settings(read_rows(finished.plan(), finished.output_dir)) if s.name.endswith("0.05")]
     (first, last), *others = _curves(setting)
     assert first[:2] == (1, 0.25) and last[:2] == (150, 37.5) and len(others) == 2
+
+
+def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Path) -> None:
+    """Training loss and validation loss, each with the seconds of its own entries; the last entry of a step counts."""
+    first = [
+        {"step": 10, "loss": 5.0, "train_seconds": 1.0}, {"step": 10, "eval_loss": 6.0, "train_seconds": 1.5},
+        {"step": 20, "loss": 9.0, "train_seconds": 2.0}, {"step": 30, "loss": 4.0, "train_seconds": 3.0},
+        {"step": 30, "eval_loss": 7.0, "train_seconds": 3.0}, {"step": 30, "eval_loss": 3.0, "train_seconds": 3.0},
+        {"step": 30, "train_loss": 4.5, "train_seconds": 3.0},
+    ]  # fmt: skip
+    second = [
+        {"step": 10, "loss": 4.0, "train_seconds": 2.0}, {"step": 10, "eval_loss": 5.0, "train_seconds": 2.0},
+        {"step": 30, "loss": 1.0, "train_seconds": 5.0}, {"step": 30, "eval_loss": 2.5, "train_seconds": 5.5},
+        {"step": 40, "loss": 0.5, "train_seconds": 8.0}, {"step": 35, "loss": None, "train_seconds": 6.0},
+    ]  # fmt: skip
+    rows = [replace(row("a", 2.0, seed), history=history) for seed, history in enumerate((first, second))]
+    settings = group_settings(rows)
+    found = draw_pictures(tmp_path, settings, best_settings(settings))
+    assert [path.name for path in found] == ["curves.png", "curves_by_seconds.png"]
+    expected = {
+        "training loss (nats)": {"steps": [10, 30], "seconds": [1.5, 4.0], "mean": [4.5, 2.5], "low": [4.0, 1.0],
+                                 "high": [5.0, 4.0]},
+        "validation loss (nats per token)": {"steps": [10, 30], "seconds": [1.75, 4.25], "mean": [5.5, 2.75],
+                                             "low": [5.0, 2.5], "high": [6.0, 3.0]},
+    }  # fmt: skip
+    for path in found:
+        assert path.with_suffix(".svg").is_file()
+        panels = json.loads(path.with_suffix(".json").read_text())["panels"]
+        assert panels == {title: {"a": {"setting": "defaults", "seeds": 2, **line}} for title, line in expected.items()}
+
+
+def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    create = pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
+    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    paths = list(draw_pictures(finished.output_dir, settings, best_settings(settings)))
+    for path, x, (figure, all_axes) in zip(paths[:2], ("steps", "seconds"), figures[:2], strict=True):
+        panels = json.loads(path.with_suffix(".json").read_text())["panels"]
+        for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+            assert axes.get_ylabel() == title
+            lines = {line.get_label(): line for line in axes.get_lines()}
+            assert set(lines) == set(curves) == {"adamw", "adafisherw"}
+            for optim, line in lines.items():
+                assert list(line.get_xdata()) == curves[optim][x]
+                assert list(line.get_ydata()) == curves[optim]["mean"]
+        assert {text.get_text() for text in figure.legends[0].get_texts()} == {"adamw", "adafisherw"}
+        steps = {optim: curve["steps"] for optim, curve in panels["training loss (nats)"].items()}
+        assert steps == {"adamw": [1, 150], "adafisherw": [1, 100]}  # 30 s at 0.2 s and 0.3 s a step
+
+
+def test_learning_rates_in_numbers(finished: Comparison) -> None:
+    """4 + (lr - 0.1)^2 + 1 + seed / 8, as the fake runs have it; at 2.0 all diverge."""
+    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    draw_pictures(finished.output_dir, settings, best_settings(settings))
+    found = json.loads((finished.output_dir / "learning_rates.json").read_text())["optimizers"]
+    assert set(found) == {"adamw", "adafisherw", "sgd"} and set(found["adafisherw"]) == {
+        "damping=0.001",
+        "damping=0.003",
+    }
+    valley = found["adamw"]["all"]
+    assert valley["learning rate"] == [0.05, 0.1, 2.0] and valley["mean"][2] is None
+    assert valley["mean"][:2] == pytest.approx([5.0025 + 1 / 8, 5 + 1 / 8])
+    assert valley["low"][:2] == pytest.approx([5.0025, 5]) and valley["high"][:2] == pytest.approx([5.2525, 5.25])
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")

@@ -1,0 +1,520 @@
+"""The loss in a plane of weight space, and the trajectories of several optimizers over it."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_adafisher.experiments.figures import landscape, landscape_directions, landscape_picture, landscape_run
+from hf_adafisher.experiments.figures.landscape import Plane
+from hf_adafisher.experiments.figures.landscape_run import trace_landscape
+from hf_adafisher.experiments.figures.landscape_trajectories import LandscapeSettings, Trajectory, prepare_optimizers
+from hf_adafisher.experiments.figures.runs import fixed_batches, mean_loss
+from hf_adafisher.training.trainer import AdaFisherTrainer
+from tests.experiments.image_runs import TINY, TINY_RESNET
+from tests.scripts import load_script
+
+RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16"]
+SMALL: dict[str, Any] = {"steps": 4, "grid": 3, "examples": 24, "jobs": 1}
+PAIR = ["adahessian:learning_rate=0.1", "sgd:learning_rate=0.05"]
+
+
+def settings(folder: Path, **changes: Any) -> LandscapeSettings:
+    network = changes.pop("network", TINY)
+    values = {"task": "digits", "optimizers": PAIR, "further": [*RUN, *network], **SMALL, **changes}
+    return LandscapeSettings(output=folder / "figure.png", **values)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over weights are made in many parts."""
+    monkeypatch.setattr(landscape, "_CHUNK", 64)
+
+
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: Any) -> None:
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(landscape_run, "train", train)
+
+
+def walks(size: int = 37, lengths: tuple[int, ...] = (6, 4, 5)) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(length, size, generator=generator).cumsum(0) + 3 for length in lengths]
+
+
+def test_principal_plane_is_that_of_the_singular_vectors(narrow: None) -> None:
+    trajectories = walks()
+    plane = landscape.principal_plane(trajectories)
+    points = torch.cat(trajectories).double().numpy()
+    left, values, right = np.linalg.svd(points - points.mean(0), full_matrices=False)
+    np.testing.assert_allclose(plane.centre, points.mean(0), rtol=1e-6)
+    assert plane.explained == pytest.approx((values**2 / (values**2).sum())[:2])
+    signs = np.sign(left[np.abs(left).argmax(0), range(left.shape[1])])[:2]
+    np.testing.assert_allclose(plane.directions, signs[:, None] * right[:2], atol=1e-6)
+    coordinates = plane.project(torch.cat(trajectories)).coordinates
+    np.testing.assert_allclose(coordinates, left[:, :2] * values[:2] * signs, atol=1e-5)
+
+
+def test_projection_is_least_squares_and_the_rest_is_counted(narrow: None) -> None:
+    points, (first, second) = walks()[0], landscape_directions.random_directions(37, 0)
+    plane = Plane(walks()[1][0], torch.stack([first, 0.2 * first + second]))
+    found = plane.project(points)
+    for point, coordinates, distance in zip(points, found.coordinates, found.distances, strict=True):
+        target = (point.double() - plane.centre.double()).numpy()
+        expected, (square,), _, _ = np.linalg.lstsq(plane.directions.double().numpy().T, target)
+        np.testing.assert_allclose(coordinates, expected, rtol=1e-6)
+        assert distance.item() == pytest.approx(math.sqrt(square))
+    basis = np.linalg.qr(plane.directions.double().numpy().T)[0]
+    moved = (points - points.mean(0)).double().numpy()
+    inside = sum(float(np.square(basis.T @ row).sum()) for row in moved)
+    assert found.outside == pytest.approx(1 - inside / float(np.square(moved).sum()))
+
+
+def test_a_path_in_the_plane_has_no_variance_outside_of_it() -> None:
+    plane = landscape.principal_plane(walks())
+    way = torch.stack([plane.vector(x, y) for x, y in ((0.0, 1.0), (2.0, -1.0), (3.0, 0.5))])
+    found = plane.project(way)
+    assert found.outside < 1e-10 and found.distances.max() < 1e-5
+    np.testing.assert_allclose(found.coordinates, [[0, 1], [2, -1], [3, 0.5]], atol=1e-5)  # float32
+    assert math.isnan(plane.project(way[:1]).outside)
+
+
+@pytest.mark.parametrize("points", [torch.arange(4.0)[:, None] * torch.ones(9), torch.ones(5, 9), torch.randn(2, 9)])
+def test_points_on_a_line_have_no_plane(points: Tensor) -> None:
+    with pytest.raises(ValueError, match="lie on a line"):
+        landscape.principal_plane([points])
+
+
+class Quadratic(nn.Module):
+    """``1/2 (w - b)^T A (w - b)`` of weights that are kept as two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.left, self.right = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(4))
+        self.register_buffer("root", torch.randn(10, 10, generator=generator))
+        self.register_buffer("lowest", torch.randn(10, generator=generator))
+
+    def forward(self) -> Tensor:
+        return 0.5 * (self.root @ (torch.cat([self.left.reshape(-1), self.right]) - self.lowest)).square().sum()
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_losses_of_a_quadratic_are_those_of_its_formula(jobs: int) -> None:
+    model, plane = Quadratic(), landscape.principal_plane(walks(10))
+    xs, ys = landscape.grid_axes([plane.project(walks(10)[0]).coordinates], 4)
+    at = [(x, y) for y in ys for x in xs]
+    losses = landscape.losses_at(
+        model, [partial(plane.vector, *point) for point in at], lambda own: own().item(), jobs=jobs, progress=False
+    )
+    a = (model.root.T @ model.root).double().numpy()
+    centre, (u, v) = plane.centre.double().numpy() - model.lowest.double().numpy(), plane.directions.double().numpy()
+    expected = [
+        0.5 * centre @ a @ centre + x * u @ a @ centre + y * v @ a @ centre
+        + 0.5 * (x * x * u @ a @ u + y * y * v @ a @ v) + x * y * u @ a @ v
+        for x, y in at
+    ]  # fmt: skip
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Dropout(0.5), nn.Linear(7, 3))
+
+
+def cross_entropy(inputs: Tensor, labels: Tensor, model: nn.Module) -> float:
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model(inputs), labels).item()
+
+
+def test_a_planar_trajectory_keeps_its_losses_in_the_plane() -> None:
+    """Both are losses of the model in evaluation mode, which is left as it was."""
+    model, inputs, labels = network().train(), torch.randn(20, 5), torch.randint(3, (20,))
+    model[1].running_mean.normal_()
+    weights = landscape.flat_weights(model)
+    sides = [0.3 * side for side in landscape_directions.random_directions(len(weights), 5)]
+    points = torch.stack([weights + math.cos(t) * sides[0] + t * sides[1] for t in range(5)])
+    plane = landscape.principal_plane([points[:2], points[2:]])
+    assert sum(plane.explained or ()) == pytest.approx(1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluate = partial(landscape.losses_at, model, loss=partial(cross_entropy, inputs, labels), progress=False)
+    found = evaluate([partial(plane.vector, *at) for at in plane.project(points).coordinates.tolist()])
+    assert found == pytest.approx(evaluate([point.clone for point in points]), rel=1e-5)
+    assert model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    for point, loss in zip(points, found, strict=True):
+        landscape.load_weights(model.eval(), point)
+        assert torch.equal(landscape.flat_weights(model), point)
+        assert loss == pytest.approx(cross_entropy(inputs, labels, model), rel=1e-5)
+
+
+def test_jobs_work_at_the_same_time_each_on_a_model_of_its_own() -> None:
+    together, seen = threading.Barrier(2, timeout=20), []
+
+    def loss(model: nn.Module) -> float:
+        value = float(landscape.flat_weights(model).sum())
+        together.wait()  # only two threads get past it
+        seen.append((threading.get_ident(), id(model)))
+        return value + float(landscape.flat_weights(model).sum())
+
+    model = nn.Linear(2, 1)
+    vectors = [partial(torch.full, (3,), float(value)) for value in range(6)]
+    assert landscape.losses_at(model, vectors, loss, jobs=2, progress=False) == [6.0 * value for value in range(6)]
+    assert len({thread for thread, _ in seen}) == 2 and id(model) not in {own for _, own in seen}
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    """Of torch, for one computation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_job_computes_with_one_thread_and_leaves_torch_its_own(four_threads: None, jobs: int) -> None:
+    evaluate = partial(landscape.losses_at, nn.Linear(2, 1), [lambda: torch.ones(3)] * 9, jobs=jobs, progress=False)
+    assert evaluate(lambda _: torch.get_num_threads()) == [1] * 9
+    assert torch.get_num_threads() == 4
+    with pytest.raises(ZeroDivisionError):
+        evaluate(lambda _: 1 / 0)
+    assert torch.get_num_threads() == 4
+
+
+class Filters(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.embedding = nn.Embedding(6, 4)
+        self.linear = nn.Linear(4, 3)
+        self.transposed = Conv1D(5, 4)
+        self.conv = nn.Conv2d(4, 6, 3, groups=2)
+        self.deconv = nn.ConvTranspose1d(4, 3, 2)
+        self.norm = nn.LayerNorm((2, 3))
+        self.batch_norm = nn.BatchNorm2d(4)
+        self.position = nn.Parameter(torch.randn(1, 7, 4))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+
+def test_filters_of_a_direction_get_the_norms_of_the_weights() -> None:
+    model = Filters()
+    weights, (direction, _) = landscape.flat_weights(model), landscape_directions.random_directions(0, 0)
+    direction = torch.randn(len(weights))
+    target, given = Filters(), Filters()
+    landscape.load_weights(given, direction)
+    landscape.load_weights(target, landscape_directions.filter_normalized(model, weights, direction))
+    parts = {name: value.detach() for name, value in target.named_parameters() if value.requires_grad}
+    filters = {
+        "embedding.weight": lambda w: [w[row] for row in range(6)],
+        "linear.weight": lambda w: [w[row] for row in range(3)],
+        "transposed.weight": lambda w: [w[:, column] for column in range(5)],
+        "conv.weight": lambda w: [w[channel] for channel in range(6)],
+        "deconv.weight": lambda w: [w[:, channel] for channel in range(3)],
+        "position": lambda w: [w[0]],
+    }
+    for name, value in parts.items():
+        if name not in filters:
+            assert value.dim() < 2 or name.startswith("norm.")
+            assert not value.any(), name
+            continue
+        split = filters[name]
+        assert sum(part.numel() for part in split(value)) == value.numel()
+        own, old = model.get_parameter(name).detach(), given.get_parameter(name).detach()
+        for new, theta, before in zip(split(value), split(own), split(old), strict=True):
+            norm = math.sqrt(sum(float(entry) ** 2 for entry in theta.reshape(-1)))
+            length = math.sqrt(sum(float(entry) ** 2 for entry in before.reshape(-1)))
+            torch.testing.assert_close(new, before / length * norm)
+
+
+def test_a_filter_without_direction_stays_without() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    direction = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
+    found = landscape_directions.filter_normalized(model, landscape.flat_weights(model), direction)
+    assert not found[:3].any() and found[3] == found[4] > 0
+
+
+def test_a_tied_weight_is_counted_once() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    assert len(landscape.flat_weights(model)) == 15
+    landscape.load_weights(model, torch.arange(15.0))
+    assert torch.equal(model[1].weight, torch.arange(15.0).view(5, 3))
+
+
+def test_grid_leaves_room_around_the_trajectories() -> None:
+    xs, ys = landscape.grid_axes([torch.tensor([[0.0, 1.0], [4.0, 1.5]]), torch.tensor([[2.0, -0.5]])], 7)
+    np.testing.assert_allclose(xs, np.linspace(-1, 5, 7))
+    np.testing.assert_allclose(ys, np.linspace(-1, 2, 7))
+    xs, ys = landscape.grid_axes([torch.tensor([[0.0, 0.1], [4.0, 0.2]])], 3, extent=1.5)
+    np.testing.assert_allclose(xs, [-1.5, 1.75, 5])
+    np.testing.assert_allclose(ys, [-1.5, 0, 1.5])
+
+
+def test_a_diverging_corner_does_not_hide_the_valley() -> None:
+    losses = 1.0 + np.add.outer(np.linspace(-1, 1, 20) ** 2, np.linspace(-1, 1, 20) ** 2)
+    plain = landscape_picture.contour_levels(losses, start=1.5)
+    losses[0, :3] = (math.inf, math.nan, 1e9)
+    levels = landscape_picture.contour_levels(losses, start=1.5)
+    assert levels[0] == losses[np.isfinite(losses)].min() and (np.diff(levels) > 0).all()
+    np.testing.assert_allclose(levels, plain, rtol=0.02)
+    heights = levels[1:] - levels[0]
+    np.testing.assert_allclose(heights[1:] / heights[:-1], heights[1] / heights[0])
+    assert landscape_picture.contour_levels(losses, start=50.0)[-1] == 50
+    flat = landscape_picture.contour_levels(np.full((2, 2), 3.0), start=3.0)
+    assert (np.diff(flat) > 0).all()
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two optimizers on digits, one of which draws random numbers; with the batches that each saw."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def training_step(self: Any, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Tensor:
+        seen.setdefault(str(self.args.optim), []).append(inputs["pixel_values"].clone())
+        return original(self, model, inputs, *rest)
+
+    original = AdaFisherTrainer.training_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AdaFisherTrainer, "training_step", training_step)
+        numbers = trace_landscape(settings(tmp_path_factory.mktemp("traced"), every=1))
+    return {"numbers": numbers, "seen": seen}
+
+
+def test_all_start_alike_and_see_the_same_data(traced: dict[str, Any]) -> None:
+    first, second = traced["numbers"]["optimizers"].values()
+    assert first["steps"] == second["steps"] == [0, 1, 2, 3, 4]
+    for key in ("x", "y", "loss_in_plane", "loss_of_snapshot", "distance_from_plane"):
+        assert first[key][0] == second[key][0] and first[key][1:] != second[key][1:]
+    assert first["training"]["step"] == [1, 2, 3, 4]
+    assert first["training"]["loss"][0] == second["training"]["loss"][0] != first["training"]["loss"][1]
+    ours, others = traced["seen"]["adahessian"], traced["seen"]["sgd"]
+    assert len(ours) == len(others) == 4
+    assert all(torch.equal(a, b) for a, b in zip(ours, others, strict=True))
+    assert not torch.equal(ours[0], ours[1])
+
+
+def test_numbers_of_the_plane_agree(traced: dict[str, Any]) -> None:
+    numbers = traced["numbers"]
+    shares = numbers["plane"]["explained_variance"]
+    assert 0 < shares[1] < shares[0] < 1 and numbers["examples"] == 24
+    assert f"{shares[0]:.1%}" in numbers["plane"]["axes"][0] and f"{shares[1]:.1%}" in numbers["plane"]["axes"][1]
+    points = [point for path in numbers["optimizers"].values() for point in zip(path["x"], path["y"], strict=True)]
+    inside = sum(x * x + y * y for x, y in points)
+    away = sum(d * d for path in numbers["optimizers"].values() for d in path["distance_from_plane"])
+    assert sum(shares) == pytest.approx(inside / (inside + away), rel=1e-4)
+    for path in numbers["optimizers"].values():
+        assert 0 <= path["variance_outside_of_plane"] < 1
+        distances = np.subtract(path["loss_in_plane"], path["loss_of_snapshot"])
+        assert np.abs(distances).max() > 0 or max(path["distance_from_plane"]) < 1e-5
+    assert np.shape(numbers["grid"]["loss"]) == (3, 3) == (len(numbers["grid"]["x"]), len(numbers["grid"]["y"]))
+
+
+def test_trajectories_and_buffers_are_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[tuple[AdaFisherTrainer, Trajectory]] = []
+    original = landscape_run.train
+
+    def train(*arguments: Any) -> Any:
+        ends.append(original(*arguments))
+        return ends[-1]
+
+    monkeypatch.setattr(landscape_run, "train", train)
+    optimizers = ["sgd:learning_rate=0.05", "adam:learning_rate=0.01"]
+    chosen = settings(tmp_path, network=TINY_RESNET, optimizers=optimizers)
+    fresh = next(iter(prepare_optimizers(chosen).values()))  # now: new arguments would end what a trainer can do
+    numbers = trace_landscape(chosen)
+    (trainer, own), (_, trajectory) = ends
+    assert torch.equal(own.points[0], landscape.flat_weights(fresh.model))
+    assert torch.equal(own.points[-1], landscape.flat_weights(trainer.model))
+    model, batches = trainer.model.eval(), fixed_batches(trainer, trainer.train_dataset, 24)
+    first, second = numbers["optimizers"].values()
+    assert first["loss_of_snapshot"][-1] == pytest.approx(mean_loss(trainer, model, batches), rel=1e-5)
+    landscape.load_weights(model, trajectory.points[-1])
+    assert second["loss_of_snapshot"][-1] == pytest.approx(mean_loss(trainer, model, batches), rel=1e-5)
+
+
+def test_every_loss_stands_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With x + 10 y as the loss of the weights at (x, y)."""
+    planes: list[Plane] = []
+
+    def choose_plane(*arguments: Any) -> Plane:
+        planes.append(original(*arguments))
+        return planes[-1]
+
+    def losses_at(_: nn.Module, vectors: list[Any], *__: Any, **___: Any) -> list[float]:
+        return [(x + 10 * y).item() for vector in vectors for x, y in planes[0].project(vector()[None]).coordinates]
+
+    original = landscape_run.choose_plane
+    monkeypatch.setattr(landscape_run, "choose_plane", choose_plane)
+    monkeypatch.setattr(landscape_run, "losses_at", losses_at)
+    numbers = trace_landscape(settings(tmp_path))
+    xs, ys = np.array(numbers["grid"]["x"]), np.array(numbers["grid"]["y"])
+    np.testing.assert_allclose(numbers["grid"]["loss"], xs[None, :] + 10 * ys[:, None], atol=1e-4)
+    for path in numbers["optimizers"].values():
+        expected = np.array(path["x"]) + 10 * np.array(path["y"])
+        np.testing.assert_allclose(path["loss_in_plane"], expected, atol=1e-4)
+        np.testing.assert_allclose(path["loss_of_snapshot"], expected, atol=1e-4)
+
+
+def test_a_diverged_optimizer_leaves_the_others_their_picture(tmp_path: Path) -> None:
+    optimizers = ["sgd:learning_rate=0.05", "sgd:learning_rate=1e39"]
+    numbers = trace_landscape(settings(tmp_path, optimizers=optimizers, every=1))
+    good, bad = numbers["optimizers"].values()
+    assert good["diverged_at"] is None and len(good["steps"]) == 5
+    assert bad["diverged_at"] == 1 and bad["steps"] == [0]
+    numbers["grid"]["loss"][0][0] = None  # as a loss that is not finite stands in JSON
+    flat, lifted, *_ = landscape_picture.draw_landscape(numbers).axes
+    assert "not finite" in flat.get_title()
+    told = [line.get_label() for line in flat.lines]
+    for line, index in ((0, -1), (4, 0)):  # true losses beside those in the plane: of the first one's end, of the start
+        pair = [f"{good[key][index]:.3g}" for key in ("loss_of_snapshot", "loss_in_plane")]
+        assert f"{pair[0]}, in this plane {pair[1]}" in told[line]
+    for axes in (flat, lifted):  # of both a line and an end, and the start
+        ways = [line.get_data_3d() if axes is lifted else line.get_data() for line in axes.lines]
+        np.testing.assert_array_equal(ways[0][:2], [good["x"], good["y"]])
+        np.testing.assert_array_equal([*ways[1][0], *ways[1][1]], [good["x"][-1], good["y"][-1]])
+        np.testing.assert_array_equal([*ways[4][0], *ways[4][1]], [good["x"][0], good["y"][0]])
+    top = landscape_picture.contour_levels(np.array(numbers["grid"]["loss"], dtype=float), good["loss_in_plane"][0])[-1]
+    np.testing.assert_array_equal(lifted.lines[0].get_data_3d()[2], np.minimum(good["loss_in_plane"], top))
+
+
+SCRIPT = "plot_loss_landscape"
+TEXT = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300"]
+TEXT += ["--block_size", "16", *RUN]
+
+
+def test_script_writes_the_picture_and_its_numbers(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "figure.png"
+    sizes = ["--steps", "4", "--grid", "3", "--examples", "24", "--output", str(output)]
+    assert load_script(SCRIPT).main(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG") and "<svg" in output.with_suffix(".svg").read_text()
+    numbers = json.loads(output.with_suffix(".json").read_text())
+    assert list(numbers["optimizers"]) == PAIR
+    assert np.isfinite(np.array(numbers["grid"]["loss"], dtype=float)).all()
+
+
+@pytest.mark.parametrize("plane", ["random", "file"])
+def test_other_planes_have_their_centre_at_the_end_of_the_first(tmp_path: Path, plane: str) -> None:
+    given = plane
+    if plane == "file":
+        model = next(iter(prepare_optimizers(settings(tmp_path)).values())).model
+        given = str(tmp_path / "directions.pt")
+        torch.save([model_parameters(model), model_parameters(model)], given)
+    numbers = trace_landscape(settings(tmp_path, plane=given))
+    first = numbers["optimizers"][PAIR[0]]
+    assert (first["x"][-1], first["y"][-1]) == pytest.approx((0, 0), abs=1e-6)
+    assert first["loss_in_plane"][-1] == pytest.approx(first["loss_of_snapshot"][-1], rel=1e-6)
+    assert numbers["grid"]["loss"][1][1] == pytest.approx(first["loss_of_snapshot"][-1], rel=1e-3)
+    assert numbers["grid"]["x"] == numbers["grid"]["y"] == [-1, 0, 1]
+
+
+def test_jobs_change_nothing_of_a_language_model(tmp_path: Path, files: dict[str, str]) -> None:
+    text = [item for split, path in files.items() for item in (f"--{split}_file", path)]
+    found = [
+        trace_landscape(
+            LandscapeSettings(
+                task="clm",
+                output=tmp_path / "figure.png",
+                optimizers=["adafisherw", "adamw:learning_rate=0.01"],
+                further=[*TEXT, *text],
+                **{**SMALL, "steps": 2, "jobs": jobs},
+            )
+        )
+        for jobs in (1, 2)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "1"], "--steps is 1; it must be at least 2"),
+        (["--grid", "1"], "--grid is 1; it must be at least 2"),
+        (["--every", "0"], "--every is 0; it must be at least 1"),
+        (["--every", "3"], "--every is 3; with 4 steps it must be at most 2"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--examples", "0"], "--examples is 0"),
+        (["--extent", "-1"], "--extent is -1.0"),
+        (["--snapshot_memory", "0"], "--snapshot_memory is 0.0"),
+        (["--snapshot_memory", "1e-4"], "a larger --every"),
+        (["--optimizers", "adam", "adamm"], "unknown optim 'adamm'"),
+        (["--optimizers", "adam", "adam"], "adam twice"),
+        (["--optimizers", "adam", "sgd:seed=7"], "sgd:seed=7 has seed=7, where the figure has 42"),
+        (["--optimizers", "adam", "sgd:max_train_samples=50"], "max_train_samples=50, where the figure has None"),
+        (["--optimizers", "adam", "sgd:per_device_train_batch_size=8"], "per_device_train_batch_size=8"),
+        (["--optimizers", "adam:max_steps=9"], "max_steps=9"),
+        (["--plane", "nowhere.pt"], "'nowhere.pt', and no such file"),
+        (["--max_steps", "5"], "--max_steps is not free here"),
+    ],
+)
+def test_bad_input_is_named_before_training(
+    no_training: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str], message: str
+) -> None:
+    base = ["--optimizers", *PAIR, "--steps", "4", "--output", str(tmp_path / "figure.png")]
+    assert load_script(SCRIPT).main([*base, *flags, *RUN, *TINY]) == 2
+    assert message in caplog.text
+
+
+def model_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pair: pair[0], "two directions"),
+        (lambda pair: [pair[0], {**pair[1], "other.weight": torch.ones(2)}], "'other.weight' is no trainable"),
+        (lambda pair: [{"0.weight": pair[0]["0.weight"]}, pair[1]], "'0.bias' is missing"),
+        (lambda pair: [pair[0], {**pair[1], "0.weight": torch.ones(2, 2)}], "(2, 2), the model's (7, 5)"),
+        (lambda pair: [pair[0], {**pair[1], "0.weight": 3}], "'0.weight' is int"),
+        (lambda pair: [pair[0], {name: -2 * value for name, value in pair[0].items()}], "parallel"),
+        (lambda pair: [pair[0], {name: 0 * value for name, value in pair[0].items()}], "zero"),
+        (lambda pair: [pair[0], {**pair[1], "0.bias": torch.full((7,), math.nan)}], "not finite"),
+    ],
+)
+def test_directions_of_another_model_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path, model = tmp_path / "directions.pt", network()
+    pair = [model_parameters(model), model_parameters(model)]
+    torch.save(pair, path)
+    for found, given in zip(landscape_directions.read_directions(path, model), pair, strict=True):
+        landscape.load_weights(model, found)
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in given.items())
+    torch.save(change(pair), path)
+    with pytest.raises(ValueError) as caught:
+        landscape_directions.read_directions(path, model)
+    assert message in str(caught.value)
+
+
+def test_a_file_of_other_kind_is_refused_before_training(
+    no_training: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "directions.pt"
+    path.write_text("not torch's")
+    with pytest.raises(ValueError, match=r"not a file of torch\.save"):
+        trace_landscape(settings(tmp_path, plane=str(path)))
+    torch.save([model_parameters(network()), model_parameters(network())], path)
+    with pytest.raises(ValueError, match="trainable parameter of this model"):
+        trace_landscape(settings(tmp_path, plane=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [(4, None, [0, 1, 2, 3, 4]), (2, None, [0, 1, 2]), (7, 3, [0, 3, 6, 7]), (100, None, list(range(0, 101, 2)))],
+)
+def test_snapshots_hold_start_and_end(tmp_path: Path, steps: int, every: int | None, expected: list[int]) -> None:
+    assert settings(tmp_path, steps=steps, every=every).snapshot_steps == expected
