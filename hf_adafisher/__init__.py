@@ -13,8 +13,12 @@ from hf_adafisher.optimizers import (
 )
 
 if TYPE_CHECKING:
-    from hf_adafisher.training import AdaFisherCallback, AdaFisherTrainer, AdaFisherTrainingArguments
-    from hf_adafisher.training.curvature import CurvatureCallback
+    from hf_adafisher.training import (
+        AdaFisherCallback,
+        AdaFisherTrainer,
+        AdaFisherTrainingArguments,
+        CurvatureCallback,
+    )
 
 __version__ = "0.1.0"
 
@@ -36,12 +40,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The optimizers work in a plain PyTorch loop: transformers is imported only where the Trainer is asked for.
-    if name in ("AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments"):
+    if name in ("AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments", "CurvatureCallback"):
         from hf_adafisher import training
 
         return getattr(training, name)
-    if name == "CurvatureCallback":
-        from hf_adafisher.training.curvature import CurvatureCallback
-
-        return CurvatureCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_adafisher.fisher.forms import diagonal_of
 from hf_adafisher.fisher.uses import ON_GRADIENT
+from hf_adafisher.optimizers.layer_curvature import at_floor
 
 if TYPE_CHECKING:
     from hf_adafisher.optimizers.adafisher import AdaFisher
@@ -91,7 +92,7 @@ def curvature_summary(optimizer: AdaFisher) -> dict[str, float]:
             if terms:
                 diagonal = diagonal_of(terms, p, group["damping"])
                 mean_sum += diagonal.sum(dtype=torch.float64).item()
-                floor_sum += (diagonal < 2 * group["damping"]).sum().item()
+                floor_sum += at_floor(diagonal, group["damping"]).sum().item()
                 values += p.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
     on_gradient = sum(row.share for row in coverage_of(optimizer) if row.rule == GRADIENT_FACTORS)

@@ -1,7 +1,8 @@
-"""How Hugging Face drives it: training arguments, a Trainer and a callback."""
+"""How Hugging Face drives it: training arguments, a Trainer and callbacks."""
 
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.callbacks import AdaFisherCallback
+from hf_adafisher.training.curvature import CurvatureCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
-__all__ = ["AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments"]
+__all__ = ["AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments", "CurvatureCallback"]

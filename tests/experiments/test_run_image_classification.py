@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_adafisher.data.images import load_images
 from hf_adafisher.experiments.image_arguments import parse_arguments
+from hf_adafisher.training.curvature import CURVATURE_FILE, read_curvature
 from tests.data.image_samples import class_folders, picture
 from tests.experiments.image_runs import TINY, prepared, run
 from tests.scripts import read_results
@@ -151,6 +152,14 @@ def test_timing_only_trains_and_writes_the_times(tmp_path: Path, capsys: pytest.
     assert results["validation"] is None and results["test"] is None and results["model"]["name"] == "cct-2-3x2"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results.json"]
     assert "completed" in capsys.readouterr().out
+
+
+def test_the_curvature_is_recorded_where_it_is_asked_for(finished: Path, tmp_path: Path) -> None:
+    assert not (finished / CURVATURE_FILE).exists()
+    assert run(*TINY, *FEW, "--max_steps", 3, "--curvature_log", "true", "--output_dir", tmp_path) == 0
+    (line,) = read_curvature(tmp_path / CURVATURE_FILE)  # the factors are refreshed every ten steps
+    model = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert line["step"] == 1 and set(line["layers"]) == {name for name, _ in model.named_parameters()}
 
 
 def test_a_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
