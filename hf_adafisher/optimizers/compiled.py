@@ -19,7 +19,7 @@ from hf_adafisher.optimizers.update import scalars
 
 logger = logging.getLogger(__name__)
 
-COMPILED_FROM = 1 << 14
+COMPILED_FROM = 1 << 17
 """Smaller parameters are updated eagerly: the call of a compiled function costs more than their few operations."""
 
 

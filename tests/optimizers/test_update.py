@@ -27,8 +27,9 @@ FORMS = pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "l
 
 
 @pytest.fixture(autouse=True)
-def fresh_kernels() -> Iterator[None]:
-    """No kernel of another test, and none left behind."""
+def fresh_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No kernel of another test, and none left behind; the models here are small, and to be compiled all the same."""
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 1 << 14)
     torch._dynamo.reset()
     compiled_module._kernel.cache_clear()
     counters.clear()
