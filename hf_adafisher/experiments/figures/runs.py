@@ -119,7 +119,8 @@ def prepare_run(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
-    taken = sorted({word[2:].partition("=")[0] for word in further if word.startswith("--")} & set(_OWN))
+    given = {word[2:].partition("=")[0] for word in further if word.startswith("--")}
+    taken = sorted(given & set(_OWN))
     if taken:
         raise ValueError(f"--{taken[0]} is not free here: this script decides it")
     arguments = [*further, "--max_steps", str(steps), "--output_dir", str(output.with_suffix("")) + "_run"]
@@ -134,7 +135,8 @@ def prepare_run(
         return clm_setup.prepare(*clm_arguments.parse_arguments(arguments))
     if task == "digits":
         arguments += ["--dataset", "digits"]
-        if optimizer is not None and "--learning_rate" not in arguments and optimizer.name in DIGITS_LEARNING_RATES:
+        free = optimizer is not None and "learning_rate" not in given | set(optimizer.arguments)
+        if optimizer is not None and free and optimizer.name in DIGITS_LEARNING_RATES:
             arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[optimizer.name])]
     return image_setup.prepare(*image_arguments.parse_arguments(arguments))
 
