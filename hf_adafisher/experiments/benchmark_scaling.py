@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hf_adafisher.experiments.benchmark import Workload, alternate, gpt2, timed, timer
+from hf_adafisher.experiments.drawing import new_figure
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 
 BASE = {"width": 256, "depth": 4, "vocabulary": 4096, "batch": 8}
@@ -101,12 +102,8 @@ def _activations(work: Workload) -> int:
 
 def write_scaling(path: Path, result: Mapping[str, Any]) -> None:
     """Draw an idle step over the parameters and the time for factors over the activations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (x, y, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    figure, panels = new_figure(1, 2, (11, 4.5), sharey=False)
+    for axes, (x, y, label) in zip(panels, PANELS, strict=True):
         for name, points in result["points"].items():
             points = sorted(points, key=lambda point: point[x])
             axes.plot([p[x] / 1e6 for p in points], [p[y] for p in points], marker="o", label=f"growing {name}")
@@ -115,6 +112,5 @@ def write_scaling(path: Path, result: Mapping[str, Any]) -> None:
         text = f"{fit['ms_per_million']:.2f} ms a million, R² {fit['r_squared']:.2f}"
         axes.plot([0, end], line, color="black", linestyle=":", label=text)
         axes.set(xlabel=f"{x}, millions", ylabel=label, xlim=(0, None), ylim=(0, None))
-        axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)

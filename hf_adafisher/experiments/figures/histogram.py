@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from hf_adafisher.experiments.callbacks import StopOnDivergence
-from hf_adafisher.experiments.figures.runs import AtSteps, OptimizerChoice, optimizer_choice, prepare_run
+from hf_adafisher.experiments.figures.runs import (
+    START_ARGUMENTS,
+    AtSteps,
+    OptimizerChoice,
+    optimizer_choice,
+    prepare_run,
+)
 from hf_adafisher.experiments.run import PreparedRun
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, did_you_mean
 from hf_adafisher.training.arguments import optimizer_name
@@ -31,8 +37,6 @@ _PEER_RATE = "learning_rate=0.001"
 """Its learning rate where ``prepare_run`` knows no better one: Trainer's own default, 5e-5, is for fine-tuning."""
 _ROTATED = frozenset({"soap"})
 """Optimizers whose second moment is not that of the weight's own values, but of their combinations."""
-_COMMON = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
-"""Arguments that decide the start, or which examples a step sees."""
 _CHUNK = 1 << 22
 
 Values = Callable[[Any, Tensor], Tensor]
@@ -189,7 +193,7 @@ def prepare_pair(settings: HistogramSettings) -> list[tuple[PreparedRun, Values]
         raise ValueError("this figure is made by one process: start it without torchrun")
     second = prepared(given[1] or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}"))
     check_second_moment(second)
-    for key in _COMMON:
+    for key in START_ARGUMENTS:
         values = getattr(first.training_args, key), getattr(second.training_args, key)
         if values[0] != values[1]:
             raise ValueError(f"both runs need the same {key}, got {values[0]} and {values[1]}: give it once, to both")

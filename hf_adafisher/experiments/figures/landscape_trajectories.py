@@ -15,7 +15,13 @@ from transformers import PrinterCallback, ProgressCallback
 
 from hf_adafisher.experiments.callbacks import StopOnDivergence
 from hf_adafisher.experiments.figures.landscape import flat_weights
-from hf_adafisher.experiments.figures.runs import AtSteps, OptimizerChoice, optimizer_choice, prepare_run
+from hf_adafisher.experiments.figures.runs import (
+    START_ARGUMENTS,
+    AtSteps,
+    OptimizerChoice,
+    optimizer_choice,
+    prepare_run,
+)
 from hf_adafisher.experiments.run import PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
@@ -23,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOTS = 50
 """About so many along each trajectory, unless told otherwise."""
-_COMMON = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
-"""Arguments of training that decide the start, or which examples a step sees."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def train(run: PreparedRun, settings: LandscapeSettings, label: str) -> tuple[Ad
 
 def _decisive(run: PreparedRun) -> dict[str, Any]:
     """All arguments that decide where training starts and what it sees."""
-    common = {name: getattr(run.training_args, name) for name in _COMMON}
+    common = {name: getattr(run.training_args, name) for name in START_ARGUMENTS}
     return {**asdict(run.model_args), **asdict(run.data_args), **common}
 
 

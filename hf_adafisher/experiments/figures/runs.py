@@ -45,6 +45,9 @@ DIGITS_LEARNING_RATES = {
 _OWN = ("max_steps", "num_train_epochs", "output_dir", "optim", "resume_from_checkpoint")
 """Arguments of a run that the figure's own script decides."""
 
+START_ARGUMENTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
+"""Arguments of training that decide the start, or which examples a step sees."""
+
 
 @dataclass(frozen=True)
 class OptimizerChoice:
