@@ -1,4 +1,4 @@
-"""AdaFisher and AdaFisherW for people who train with Hugging Face Transformers."""
+"""AdaFisher, AdaFisherW and SpectralAdaFisher for people who train with Hugging Face Transformers."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,6 +7,7 @@ from hf_adafisher.optimizers import (
     AdaFisher,
     AdaFisherW,
     OptimizerFactory,
+    SpectralAdaFisher,
     available_optimizers,
     create_optimizer,
     optimizer_state_bytes,
@@ -31,6 +32,7 @@ __all__ = [
     "CurvatureCallback",
     "LayerRule",
     "OptimizerFactory",
+    "SpectralAdaFisher",
     "available_optimizers",
     "create_optimizer",
     "optimizer_state_bytes",

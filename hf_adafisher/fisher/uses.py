@@ -65,9 +65,13 @@ def with_gradient_sums(form: ParameterForm, factors: Mapping[str, Tensor], grad:
     ``s_j = sum_v grad[v, j]^2 / (number of rows in use)``, which is what one backward over the whole batch records; the
     row of a ``padding_idx``, which has no gradient, is not in use.
     """
-    rows_in_use = factors[INPUT].count_nonzero().clamp(min=1)
     per_row = form.from_gradient(grad)[OUTPUT_GRAD]
-    return {**factors, OUTPUT_GRAD: per_row * (factors[INPUT].numel() / rows_in_use)}
+    return {**factors, OUTPUT_GRAD: per_row * (factors[INPUT].numel() / rows_in_use(factors))}
+
+
+def rows_in_use(factors: Mapping[str, Tensor]) -> Tensor:
+    """How many rows of a table were looked up, at least 1; a 0-dimensional tensor."""
+    return factors[INPUT].count_nonzero().clamp(min=1)
 
 
 ON_GRADIENT = "on_gradient"
@@ -119,3 +123,25 @@ def gradient_term(uses: Sequence[Use], grad: Tensor) -> Term:
     """The term that the parameter's own gradient gives, in the form of its first use."""
     form = uses[0].form
     return form.spread(form.from_gradient(grad), grad.shape)
+
+
+def estimated_terms(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size) -> list[Term]:
+    """As :func:`terms_of`, not normalised, and gradient factors such that their product estimates ``grad^2``."""
+    terms = terms_of(uses, state, shape, normalize=False)
+    on_gradient = uses[0].tracked is None or bool(state[ON_GRADIENT].item())
+    return [_estimate(term) for term in terms] if on_gradient else terms
+
+
+def gradient_estimate(uses: Sequence[Use], grad: Tensor) -> Term:
+    """As :func:`gradient_term`, for :func:`estimated_terms`."""
+    form = uses[0].form
+    return _estimate(form.spread(form.from_gradient(grad), grad.shape, normalize=False))
+
+
+def _estimate(term: Term) -> Term:
+    """Means of ``grad^2`` along each axis as a product on its scale: row times column over mean (Adafactor)."""
+    if len(term) < 2:
+        return term
+    first, *others = term
+    scale = first.mean() ** len(others)
+    return torch.where(scale > 0, first / scale, torch.zeros_like(first)), *others

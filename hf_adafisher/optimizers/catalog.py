@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from hf_adafisher.optimizers.baselines import groups
-from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, KFAC_KEYS
+from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, KFAC_KEYS, SPECTRAL_KEYS
 from hf_adafisher.optimizers.records import RECORDS, SECOND_ORDER, SHARDS, OptimizerRecord, Setting, did_you_mean
 
 ADAFISHER_LEARNING_RATE = 0.04
+SPECTRAL_LEARNING_RATE = 0.01
 TRAINER_LEARNING_RATE = 5e-5
 
 _TORCH, _PO, _SCHEDULEFREE = "torch 2.13.0", "pytorch-optimizer 4.1.0", "schedulefree 1.4.1"
@@ -59,6 +60,19 @@ def _torch(name: str, cls: str, paper: str, keys: set[str], size: int, **more: A
 
 _adafisher("adafisher", "AdaFisher", False)
 _adafisher("adafisherw", "AdaFisherW", True)
+_add(
+    "spectral-adafisher",
+    "hf_adafisher.optimizers.spectral:SpectralAdaFisher",
+    library="this package",
+    paper="this package, docs/spectral.md",
+    learning_rate=Setting(SPECTRAL_LEARNING_RATE, "docs/spectral.md"),
+    momentum="beta",
+    memory="4 + 4 (r + c) / (r c)",
+    checkpoint_keys=SPECTRAL_KEYS,
+    decoupled=True,
+    needs_model=True,
+    refuses=SHARDS | {"DataParallel"},
+)
 _torch(
     "sgd",
     "SGD",

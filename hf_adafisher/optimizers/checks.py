@@ -23,6 +23,9 @@ logger = logging.getLogger(__name__)
 ADAFISHER_KEYS = frozenset({"damping", "ema_decay", "update_interval"})
 """Options that the saved groups of AdaFisher(W) have and those of other optimizers lack."""
 
+SPECTRAL_KEYS = frozenset({"relative_damping", "ema_decay", "update_interval"})
+"""The same of SpectralAdaFisher."""
+
 KFAC_KEYS = frozenset({"damping", "stat_decay", "inverse_interval", "kl_clip"})
 """The same of K-FAC."""
 
@@ -157,6 +160,12 @@ def check_count(name: str, value: Any, unit: str) -> None:
         raise ValueError(f"{name} must be a whole number of {unit} >= 1, got {value!r}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises ValueError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_shared(name: str, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
     """Raises ValueError where a group's option differs from the first group's and the hooks need one for all."""
     if group[name] != first[name]:
@@ -175,8 +184,8 @@ def check_real(params: Iterable[Any], kind: str) -> None:
             )
 
 
-def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
-    """Check the options of one parameter group of AdaFisher(W).
+def check_factor_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
+    """Check the options that all optimizers with factors share, in one parameter group.
 
     Args:
         group: The group.
@@ -187,7 +196,6 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
         ValueError: An option is outside its range, or a parameter is complex.
     """
     check_size("lr", group["lr"])
-    check_size("damping", group["damping"], positive=True, why=f": it is the smallest value that {kind} divides by")
     check_size("weight_decay", group["weight_decay"])
     for name in ("beta", "ema_decay"):
         check_decay(name, group[name])
@@ -195,6 +203,29 @@ def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str)
     check_count("update_interval", group["update_interval"], "steps")
     check_shared("update_interval", group, first)
     check_real(group["params"], kind)
+
+
+def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
+    """:func:`check_factor_options`, and those of AdaFisher(W)."""
+    check_size("damping", group["damping"], positive=True, why=f": it is the smallest value that {kind} divides by")
+    check_factor_options(group, first, kind)
+
+
+def check_spectral_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
+    """:func:`check_factor_options`, and those of SpectralAdaFisher."""
+    check_size(
+        "relative_damping",
+        group["relative_damping"],
+        positive=True,
+        why=": it is what a row or a column without any gradient is divided by, in units of the average",
+    )
+    for name in ("input_exponent", "output_exponent"):
+        value = _number(name, group[name])
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}: 0.5 is the rule's, 0 leaves the factor out")
+    for name in ("spectral_heads", "nesterov"):
+        check_flag(name, group[name])
+    check_factor_options(group, first, kind)
 
 
 def check_kind(kind: str, keys: Set[str], decoupled: bool | None, groups: Iterable[Mapping[str, Any]]) -> None:

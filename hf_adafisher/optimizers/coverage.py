@@ -13,7 +13,7 @@ from hf_adafisher.fisher.uses import ON_GRADIENT
 from hf_adafisher.optimizers.layer_curvature import at_floor
 
 if TYPE_CHECKING:
-    from hf_adafisher.optimizers.adafisher import AdaFisher
+    from hf_adafisher.optimizers.factored import FactoredOptimizer
 
 GRADIENT_FACTORS = "gradient factors"
 
@@ -47,7 +47,7 @@ def owner_names(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
+def coverage_of(optimizer: FactoredOptimizer) -> list[ParameterCoverage]:
     """One row for every trainable parameter of ``optimizer``, in the order of its groups.
 
     After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
@@ -74,7 +74,7 @@ def coverage_of(optimizer: AdaFisher) -> list[ParameterCoverage]:
 
 
 @torch.no_grad()
-def curvature_summary(optimizer: AdaFisher) -> dict[str, float]:
+def curvature_summary(optimizer: FactoredOptimizer) -> dict[str, float]:
     """A few numbers about the curvature in use, for logs.
 
     Returns:
@@ -90,9 +90,10 @@ def curvature_summary(optimizer: AdaFisher) -> dict[str, float]:
             state = optimizer.state.get(p)
             terms = optimizer._curvature.known_terms(p, state) if state else []
             if terms:
-                diagonal = diagonal_of(terms, p, group["damping"])
+                damping = optimizer.damping_of(group, terms)
+                diagonal = diagonal_of(terms, p, damping)
                 mean_sum += diagonal.sum(dtype=torch.float64).item()
-                floor_sum += at_floor(diagonal, group["damping"]).sum().item()
+                floor_sum += at_floor(diagonal, damping).sum().item()
                 values += p.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
     on_gradient = sum(row.share for row in coverage_of(optimizer) if row.rule == GRADIENT_FACTORS)

@@ -17,6 +17,7 @@ from hf_adafisher.fisher.uses import (
     find_uses,
     gradient_term,
     needs_gradient_factors,
+    rows_in_use,
     terms_of,
     with_gradient_sums,
 )
@@ -101,11 +102,19 @@ class Curvature(ParameterTracker):
         """
         key = id(p)
         if key not in self._terms:
-            self._terms[key] = terms_of(self.uses_of(p), state, p.shape)
+            self._terms[key] = self._averaged_terms(p, state, normalize=True)
         if not self._terms[key] or key in self._provisional:
             self._provisional.add(key)
-            self._terms[key] = [gradient_term(self.uses_of(p), whole(grad))]
+            self._terms[key] = [self._provisional_term(p, grad)]
         return self._terms[key]
+
+    def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[Term]:
+        """What the averages give, empty while there are none."""
+        return terms_of(self.uses_of(p), state, p.shape, normalize)
+
+    def _provisional_term(self, p: Tensor, grad: Tensor) -> Term:
+        """What stands in for them: the current gradient's."""
+        return gradient_term(self.uses_of(p), whole(grad))
 
     def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
         """The part of :meth:`terms` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
@@ -125,7 +134,11 @@ class Curvature(ParameterTracker):
         With ``normalize=False`` those of the averages, not normalised.
         """
         used = self._terms.get(id(p)) if normalize else None
-        return used or terms_of(self.uses_of(p), state, p.shape, normalize)
+        return used or self._averaged_terms(p, state, normalize)
+
+    def _recorded(self, factors: Mapping[str, Tensor], positions: float | Tensor) -> Mapping[str, Tensor]:
+        """The factors to be averaged, given the means over this many positions."""
+        return factors
 
     def collect(
         self,
@@ -159,9 +172,11 @@ class Curvature(ParameterTracker):
             for use in used:
                 assert use.tracked is not None
                 factors = sample.factors[use.tracked]
+                positions: float | Tensor = sample.counts[use.tracked]
                 if use.tracked in sample.batch_shared and len(uses) == 1:
                     factors = with_gradient_sums(use.form, factors, whole(grad))
-                recorded.append(FactorUpdate(group, p, use, factors, False))
+                    positions = rows_in_use(factors)
+                recorded.append(FactorUpdate(group, p, use, self._recorded(factors, positions), False))
             if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
                 full = whole(grad)
                 informative = informative or bool(full.any())

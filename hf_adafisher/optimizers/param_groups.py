@@ -107,6 +107,18 @@ def hidden_matrices(model: nn.Module) -> list[Matrix]:
     return list(found.values())
 
 
+def head_matrices(model: nn.Module) -> list[Matrix]:
+    """The weights of the output layers that :func:`hidden_matrices` leaves out, those tied to an embedding included."""
+    matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+    heads = {id(weight) for weight in _heads(model, matrices)}
+    found = {
+        id(module.weight): Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
+        for _, module in matrices
+        if id(module.weight) in heads
+    }
+    return list(found.values())
+
+
 def _is_matrix(module: nn.Module) -> bool:
     of_kind = isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or isinstance(find_rule(module), Conv1DRule)
     return of_kind and isinstance(module.weight, Tensor) and module.weight.dim() >= 2

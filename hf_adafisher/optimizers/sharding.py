@@ -41,6 +41,11 @@ def local_terms(terms: Sequence[Term], param: Any) -> list[Term]:
     return [tuple(_local_factor(_unsplit(factor, param), param) for factor in term) for term in terms]
 
 
+def local_values(full: Tensor, param: Any) -> Tensor:
+    """This process's part of a tensor that every process has in the shape of ``param``, cut as ``param`` is."""
+    return _local_factor(full, param) if is_sharded(param) else full
+
+
 def is_split(terms: Sequence[Term], param: Any) -> bool:
     """Whether a term has the weight of a grouped convolution as one axis more: its local part is of the weight's size.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -16,14 +17,17 @@ from hf_adafisher.optimizers.catalog import (
     available_optimizers,
     optimizer_record,
 )
-from hf_adafisher.optimizers.checks import check_options
+from hf_adafisher.optimizers.checks import check_options, check_spectral_options
 from hf_adafisher.optimizers.records import OptimizerRecord, did_you_mean
 
 logger = logging.getLogger(__name__)
 
 _ADAFISHER = ("adafisher", "adafisherw")
+_SPECTRAL = "spectral-adafisher"
+_FACTORED = (*_ADAFISHER, _SPECTRAL)
 _ADAM = ("adam", "adamw")
-_ADAFISHER_OPTIONS = ("beta", "damping", "ema_decay", "update_interval", "momentum_dtype")
+_FACTORED_OPTIONS = ("beta", "ema_decay", "update_interval", "momentum_dtype")
+_DAMPINGS = {"damping": _ADAFISHER, "relative_damping": (_SPECTRAL,)}
 _ADAM_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon")
 DEFAULT_LEARNING_RATE = ADAFISHER_LEARNING_RATE
 _RECOMPUTING = ("every_n_layers", "offload")  # transformers' own; the others are torch's, whose default is reentrant
@@ -49,8 +53,9 @@ class AdaFisherTrainingArguments(TrainingArguments):
             of this package (5e-5 for ``sgd``, ``adam`` and ``adamw``), and Trainer's 5e-5 for Trainer's own. AdaFisher
             divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
         beta: Decay of AdaFisher's first moment, in [0, 1). Default 0.9.
-        damping: AdaFisher's lambda, > 0. Default 3e-3. Tune it together with the learning rate: the largest step of a
-            value is ``learning_rate / damping`` times its momentum.
+        damping: The lambda of AdaFisher(W), > 0. Default 3e-3. Tune it together with the learning rate: the largest
+            step of a value is ``learning_rate / damping`` times its momentum.
+        relative_damping: The rho of spectral-adafisher, > 0, in units of the factors' means. Default 0.1.
         ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.95.
         update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 10.
         momentum_dtype: Dtype of AdaFisher's first moment. Default None: that of the weights; ``float32`` for weights in
@@ -71,6 +76,9 @@ class AdaFisherTrainingArguments(TrainingArguments):
     )
     beta: float = field(default=0.9, metadata={"help": "AdaFisher: decay of the first moment, in [0, 1)."})
     damping: float = field(default=3e-3, metadata={"help": "AdaFisher: lambda, > 0; tune together with learning_rate."})
+    relative_damping: float = field(
+        default=0.1, metadata={"help": "spectral-adafisher: rho, > 0, in units of the factors' means."}
+    )
     ema_decay: float = field(
         default=0.95, metadata={"help": "AdaFisher: decay gamma of the factors' average, in [0, 1)."}
     )
@@ -118,10 +126,11 @@ class AdaFisherTrainingArguments(TrainingArguments):
         if name in available_optimizers():
             options = self.optimizer_options()
             optimizer_record(name).check_names(options)
-            if name in _ADAFISHER:
-                group = {**options, "lr": self.learning_rate, "weight_decay": self.weight_decay, "params": ()}
-                check_options(group, group, f"optim={name}")
             own = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+            if name in _FACTORED:
+                group = {**_defaults_of(name), **options, **own, "params": ()}
+                check = check_spectral_options if name == _SPECTRAL else check_options
+                check(group, group, f"optim={name}")
             optimizer_record(name).check_values({**options, **own})
             self._refuse_unsupported(optimizer_record(name))
             self._warn_of_schedules()
@@ -134,8 +143,8 @@ class AdaFisherTrainingArguments(TrainingArguments):
             ValueError: ``optim_args`` is not of the form ``key=value,key=value``.
         """
         options: dict[str, Any] = {}
-        if self.optim in _ADAFISHER:
-            options = {name: getattr(self, name) for name in _ADAFISHER_OPTIONS}
+        if self.optim in _FACTORED:
+            options = {name: getattr(self, name) for name in _own_options(self.optim)}
         elif self.optim in _ADAM:
             options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         return {**options, **parse_options(self.optim_args, "optim_args")}
@@ -148,7 +157,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
         for mode, reason in self._unusual_modes().items():
             if mode in record.refuses:
                 raise ValueError(f"optim={record.name} does not support {reason}, or use another optim")
-        if record.name in _ADAFISHER and self.torch_compile and self.update_interval == 1:
+        if record.name in _FACTORED and self.torch_compile and self.update_interval == 1:
             logger.warning(
                 "torch_compile has no effect with update_interval=1: steps that refresh the factors run eagerly."
             )
@@ -191,21 +200,35 @@ class AdaFisherTrainingArguments(TrainingArguments):
 
     def _warn_ignored(self) -> None:
         """Say which optimizer settings were changed from their defaults but belong to another optimizer."""
-        ignored = () if self.optim in _ADAFISHER else _ADAFISHER_OPTIONS
+        own = _own_options(self.optim)
+        ignored = tuple(option for option in (*_FACTORED_OPTIONS, *_DAMPINGS) if option not in own)
         if self.optim in available_optimizers() and self.optim not in _ADAM:
             ignored = (*ignored, *_ADAM_OPTIONS)
         defaults = {f.name: f.default for f in fields(self)}
         changed = [name for name in ignored if getattr(self, name) != defaults[name]]
         if changed:
             name = optimizer_name(self)
-            own = optimizer_record(name).options() if name in available_optimizers() else []
-            hint = ", ".join(f"{option}={getattr(self, option)}" for option in changed if option in own)
+            known = optimizer_record(name).options() if name in available_optimizers() else []
+            hint = ", ".join(f"{option}={getattr(self, option)}" for option in changed if option in known)
             logger.warning(
                 "optim=%s does not use %s: these settings have no effect%s.",
                 name,
                 ", ".join(changed),
                 f' (its own are options: optim_args="{hint}")' if hint else "",
             )
+
+
+def _own_options(name: str) -> tuple[str, ...]:
+    """The arguments above that are options of this optimizer."""
+    if name not in _FACTORED:
+        return ()
+    return (*_FACTORED_OPTIONS, *(damping for damping, names in _DAMPINGS.items() if name in names))
+
+
+def _defaults_of(name: str) -> dict[str, Any]:
+    """What the optimizer's class has as the defaults of its options."""
+    parameters = inspect.signature(optimizer_record(name).cls.__init__).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def optimizer_name(args: TrainingArguments) -> str:

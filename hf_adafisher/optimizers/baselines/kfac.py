@@ -14,12 +14,12 @@ from hf_adafisher.optimizers.baselines.kfac_blocks import READY, Block
 from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerCurvature, check_kfac_options
 from hf_adafisher.optimizers.checks import KFAC_KEYS, refuse_shards
 from hf_adafisher.optimizers.coverage import ParameterCoverage, owner_names
-from hf_adafisher.optimizers.recording import ParamsT, RecordingOptimizer
+from hf_adafisher.optimizers.recording import CountsLossTerms, ParamsT, RecordingOptimizer
 
 PLAIN = "plain SGD"
 
 
-class KFAC(RecordingOptimizer):
+class KFAC(CountsLossTerms, RecordingOptimizer):
     """SGD with momentum along the gradient preconditioned by a damped Kronecker-factored Fisher.
 
     For a layer with inputs ``x`` (a last entry 1 for the bias) and output gradients ``g``
@@ -112,7 +112,6 @@ class KFAC(RecordingOptimizer):
         kl_clip: float | None = 1e-3,
         max_factor_dim: int = 8192,
     ) -> None:
-        self._loss_terms: float | None = None
         self._kl_factor = 1.0
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -126,29 +125,6 @@ class KFAC(RecordingOptimizer):
             "max_factor_dim": max_factor_dim,
         }
         super().__init__(model, params, defaults)
-
-    @property
-    def loss_terms(self) -> float:
-        """How many terms the loss of the coming step is the mean of, over all micro-batches and processes.
-
-        The Fisher of one term is what ``damping`` and ``kl_clip`` are compared with: ``G`` is the sum of ``g g^T`` over
-        all positions divided by this number, with ``g`` the gradients of the terms' own losses where
-        :attr:`gradient_scale` is set to what each is multiplied by (1 / number of terms, times the scale of a loss
-        scaler). Default: ``1 / gradient_scale``, and at least 1. A loss scaler hides the number of terms: set both.
-
-        Left alone, a mean loss is taken as a single term: the Fisher is then that of the mini-batch gradient, as many
-        times smaller as the batch has examples, and the damping counts that many times more.
-
-        Raises:
-            ValueError: On setting a value that is not finite and > 0; None gives the default back.
-        """
-        return max(1.0, 1.0 / self.gradient_scale) if self._loss_terms is None else self._loss_terms
-
-    @loss_terms.setter
-    def loss_terms(self, value: float | None) -> None:
-        if value is not None and not (math.isfinite(value) and value > 0.0):
-            raise ValueError(f"loss_terms must be finite and > 0, or None, got {value}")
-        self._loss_terms = None if value is None else float(value)
 
     def _new_tracker(self) -> KroneckerCurvature:
         return KroneckerCurvature(self.model)

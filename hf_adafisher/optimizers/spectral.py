@@ -1,0 +1,214 @@
+"""SpectralAdaFisher: steepest descent in the spectral norm of coordinates that the diagonal factors whiten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.factors import statistics_dtype
+from hf_adafisher.fisher.forms import Term
+from hf_adafisher.optimizers.checks import SPECTRAL_KEYS, check_spectral_options
+from hf_adafisher.optimizers.factored import FactoredOptimizer
+from hf_adafisher.optimizers.recording import CountsLossTerms, ParamsT
+from hf_adafisher.optimizers.sharding import local_part, local_values, whole
+from hf_adafisher.optimizers.spectral_curvature import SpectralCurvature
+from hf_adafisher.optimizers.spectral_update import diagonal_direction, spectral_directions
+
+BATCH_VALUES = 1 << 24
+"""At most this many values are orthogonalised at once (one matrix, where it has more)."""
+
+
+class _Member(NamedTuple):
+    """A parameter that is about to move."""
+
+    group: Mapping[str, Any]
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    step: int
+    terms: Sequence[Term]
+
+
+class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
+    """AdaFisher's two vectors a layer as the metric of a spectral descent, with decoupled weight decay.
+
+    A hidden matrix (of Linear, transformers' Conv1D, or a convolution seen as ``(out, in * kernel)``) with momentum
+    ``M`` and averaged factors ``S``, ``H``, which are not min-max normalised, moves by
+
+        ``a = (S / mean(S) + rho)^-e_S ,  b = (H / mean(H) + rho)^-e_H``       (``rho``: ``relative_damping``)
+        ``O = a * polar(a * M * b) * b``                                      (rows by ``a``, columns by ``b``)
+        ``theta <- theta - lr (0.2 O / rms(O) + weight_decay * theta)``
+
+    With ``e_S = e_H = 1/2`` this is the steepest descent under the norm ``|| S^1/2 dW H^1/2 ||``, the largest singular
+    value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon. ``polar`` is five
+    Newton-Schulz iterations (:func:`hf_adafisher.optimizers.polar.polar_factor`). Updates have a root mean square of
+    0.2, about that of Adam's, so that AdamW's weight decay and the order of its learning rates carry over.
+
+    Everything else (embeddings, heads, norms, biases) moves by its momentum over the root of the batch gradient's
+    second moment, as the factors estimate it:
+
+        ``u = m^ / sqrt(F + rho * mean(F)) ,  F = sum_n g_n^2 (x) mean_n x_n^2``
+        ``theta <- theta - lr (u / max(1, rms(u)) + weight_decay * theta)``
+
+    A parameter that no layer rule reaches takes ``F`` from its own gradient: exact for a vector, the row means times
+    the column means over the mean for a matrix; that of a single value is unknown, and it moves by the sign of its
+    momentum. The state is that of AdaFisher: one tensor of the parameter's size, and a few vectors.
+
+    Under FSDP2 every process gathers the momentum of one batch of matrices at a time and makes the whole update, of
+    which it keeps its part.
+
+    Args:
+        model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
+        params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
+            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``.
+        lr: Learning rate, >= 0. Default 0.01.
+        beta: Decay of the first moment, in [0, 1). Default 0.9.
+        relative_damping: rho, > 0: what is added to factors, and to F, in units of their means. Default 0.1.
+        ema_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.
+        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 10.
+        weight_decay: Decoupled weight decay, >= 0. Default 0.
+        input_exponent: e_H, in [0, 1]. Default 0.5; 0 leaves the input factor out of the hidden matrices' step.
+        output_exponent: e_S, in [0, 1], the same for the output-gradient factor. Default 0.5.
+        nesterov: Look one step ahead with the momentum of hidden matrices. Default False.
+        spectral_heads: Treat output layers, and embeddings tied to them, as hidden matrices. Default False.
+        momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: As :class:`hf_adafisher.AdaFisher`.
+
+    Example:
+        >>> import torch
+        >>> from hf_adafisher import SpectralAdaFisher
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        >>> with SpectralAdaFisher(model, lr=1e-2) as optimizer:
+        ...     model(torch.randn(8, 4)).square().mean().backward()
+        ...     _ = optimizer.step()
+    """
+
+    checkpoint_keys = SPECTRAL_KEYS
+    compared_on_load = (
+        "beta",
+        "relative_damping",
+        "ema_decay",
+        "update_interval",
+        "weight_decay",
+        "input_exponent",
+        "output_exponent",
+        "nesterov",
+        "spectral_heads",
+        "momentum_dtype",
+    )
+    decoupled: ClassVar[bool | None] = True
+    _curvature: SpectralCurvature
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None = None,
+        *,
+        lr: float = 1e-2,
+        beta: float = 0.9,
+        relative_damping: float = 0.1,  # rho
+        ema_decay: float = 0.95,
+        update_interval: int = 10,  # T_cov
+        weight_decay: float = 0.0,
+        input_exponent: float = 0.5,
+        output_exponent: float = 0.5,
+        nesterov: bool = False,
+        spectral_heads: bool = False,
+        momentum_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "beta": beta,
+            "relative_damping": relative_damping,
+            "ema_decay": ema_decay,
+            "update_interval": update_interval,
+            "weight_decay": weight_decay,
+            "input_exponent": input_exponent,
+            "output_exponent": output_exponent,
+            "nesterov": nesterov,
+            "spectral_heads": spectral_heads,
+            "momentum_dtype": momentum_dtype,
+            "decoupled_weight_decay": self.decoupled,
+        }
+        super().__init__(model, params, defaults)
+
+    def _new_tracker(self) -> SpectralCurvature:
+        return SpectralCurvature(self.model)
+
+    def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        check_spectral_options(group, first, type(self).__name__)
+
+    def damping_of(self, group: Mapping[str, Any], terms: Sequence[Term]) -> float:
+        """``relative_damping`` times the mean of the diagonal that the terms make."""
+        return group["relative_damping"] * self._curvature.mean_of(terms)
+
+    def _take_statistics(self) -> bool | None:
+        self._curvature.loss_terms = self.loss_terms
+        return super()._take_statistics()
+
+    def _update_parameters(self) -> None:
+        matrices: dict[Any, list[_Member]] = {}
+        for member in self._members():
+            exp_avg, grad = local_part(member.exp_avg), local_part(member.grad)
+            exp_avg.lerp_(grad.to(exp_avg.dtype), 1.0 - member.group["beta"])
+            p = member.param
+            if self._curvature.is_matrix(p, member.group["spectral_heads"]) and len(member.terms[0]) == 2:
+                rows, columns = p.shape[0], p.shape[1:].numel()
+                shape = min(rows, columns), max(rows, columns), rows > columns
+                matrices.setdefault((shape, p.device, statistics_dtype(p.dtype)), []).append(member)
+            else:
+                self._move(member, self._diagonal_step(member))
+        for (shape, _, _), alike in matrices.items():
+            most = max(1, BATCH_VALUES // max(shape[0] * shape[1], 1))
+            for first in range(0, len(alike), most):
+                batch = alike[first : first + most]
+                for member, direction in zip(batch, self._spectral_steps(batch), strict=True):
+                    self._move(member, direction)
+
+    def _members(self) -> list[_Member]:
+        """Every parameter with a gradient, its step counted."""
+        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
+        if members:
+            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
+        return [
+            _Member(group, p, grad, state["exp_avg"], int(state["step"].item()), self._curvature.terms(p, state, grad))
+            for group, p, grad, state in members
+            if p.numel()
+        ]
+
+    def _momentum(self, member: _Member, nesterov: bool) -> Tensor:
+        """The bias-corrected first moment of the whole parameter, in the dtype of statistics."""
+        beta, dtype = member.group["beta"], statistics_dtype(member.param.dtype)
+        momentum = whole(member.exp_avg).to(dtype)
+        if nesterov:
+            momentum = torch.lerp(whole(member.grad).to(dtype), momentum, beta)
+        return momentum / (1.0 - beta**member.step)
+
+    def _diagonal_step(self, member: _Member) -> Tensor:
+        return diagonal_direction(
+            self._momentum(member, nesterov=False), member.terms, member.group["relative_damping"]
+        )
+
+    def _spectral_steps(self, members: Sequence[_Member]) -> Iterator[Tensor]:
+        momenta, whitenings = [], []
+        for member in members:
+            momenta.append(self._momentum(member, member.group["nesterov"]).flatten(1))
+            whitenings.append(self._curvature.whitening(member.param, member.terms, member.group))
+        for member, direction in zip(members, spectral_directions(momenta, whitenings), strict=True):
+            yield direction.reshape(member.param.shape)
+
+    def _move(self, member: _Member, direction: Tensor) -> None:
+        lr, weight_decay, p = float(member.group["lr"]), member.group["weight_decay"], local_part(member.param)
+        direction = local_values(direction, member.param)
+        moved = p if p.dtype == direction.dtype else p.to(direction.dtype)
+        if weight_decay:
+            moved.mul_(1.0 - lr * weight_decay)
+        moved.add_(direction, alpha=-lr)
+        if moved is not p:
+            p.copy_(moved)
