@@ -36,14 +36,14 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     """AdaFisher's two vectors a layer as the metric of a spectral descent, with decoupled weight decay.
 
     A hidden matrix (of Linear, transformers' Conv1D, or a convolution seen as ``(out, in * kernel)``) with momentum
-    ``M`` and averaged factors ``S``, ``H``, which are not min-max normalised, moves by
+    ``M`` (one step ahead, Nesterov's) and averaged factors ``S``, ``H``, which are not min-max normalised, moves by
 
         ``a = (S / mean(S) + rho)^-e_S ,  b = (H / mean(H) + rho)^-e_H``       (``rho``: ``relative_damping``)
         ``O = a * polar(a * M * b) * b``                                      (rows by ``a``, columns by ``b``)
         ``theta <- theta - lr (0.2 O / rms(O) + weight_decay * theta)``
 
     With ``e_S = e_H = 1/2`` this is the steepest descent under the norm ``|| S^1/2 dW H^1/2 ||``, the largest singular
-    value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon. ``polar`` is five
+    value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon. ``polar`` is four
     Newton-Schulz iterations (:func:`hf_adafisher.optimizers.polar.polar_factor`). Updates have a root mean square of
     0.2, about that of Adam's, so that AdamW's weight decay and the order of its learning rates carry over.
 
@@ -72,7 +72,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         weight_decay: Decoupled weight decay, >= 0. Default 0.
         input_exponent: e_H, in [0, 1]. Default 0.5; 0 leaves the input factor out of the hidden matrices' step.
         output_exponent: e_S, in [0, 1], the same for the output-gradient factor. Default 0.5.
-        nesterov: Look one step ahead with the momentum of hidden matrices. Default False.
+        nesterov: Look one step ahead with the momentum of hidden matrices. Default True.
         spectral_heads: Treat output layers, and embeddings tied to them, as hidden matrices. Default False.
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own.
 
@@ -118,7 +118,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         weight_decay: float = 0.0,
         input_exponent: float = 0.5,
         output_exponent: float = 0.5,
-        nesterov: bool = False,
+        nesterov: bool = True,
         spectral_heads: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
     ) -> None:
