@@ -17,7 +17,7 @@ _DEFAULT_WINDOW = 10
 # They change what is learned, not what a step costs. A measurement leaves them at their defaults, so that another sweep
 # does not need another measurement.
 _FREE = {
-    "learning_rate", "damping", "weight_decay", "ema_decay", "beta", "max_grad_norm", "seed",
+    "learning_rate", "damping", "relative_damping", "weight_decay", "ema_decay", "beta", "max_grad_norm", "seed",
     "adam_beta1", "adam_beta2", "adam_epsilon",
 }  # fmt: skip
 # They decide how many steps an epoch has.
