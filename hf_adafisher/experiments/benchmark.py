@@ -279,16 +279,22 @@ def _measure_recording(rounds: int, device: str, **sizes: int) -> dict[str, Any]
 
 
 def _measure_whole(rounds: int, device: str, compiled: bool, **sizes: int) -> dict[str, dict[str, float]]:
-    """Whole training iterations under AdaFisherW and under the fused AdamW."""
-    ours, peer = gpt2(device, **sizes), gpt2(device, **sizes)
-    adafisher = AdaFisherW(ours.model, lr=1e-4, weight_decay=0.01, update_interval=T_COV, compiled=compiled)
-    fused = torch.optim.AdamW(peer.model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
-    whole = alternate(
-        {"adamw fused": _iterations(peer, fused, device), "adafisherw": _iterations(ours, adafisher, device)},
-        rounds,
-        "whole iterations",
-        warm_up=1,
-    )
+    """Whole training iterations under AdaFisherW, the spectral one and Muon if installed, and the fused AdamW."""
+    given: dict[str, tuple[str, dict[str, Any]]] = {
+        "adamw fused": ("adamw", {"fused": True}),
+        "adafisherw": ("adafisherw", {"update_interval": T_COV, "compiled": compiled}),
+        "spectral-adafisher": ("spectral-adafisher", {"update_interval": T_COV}),
+        "muon": ("muon", {}),
+    }
+    functions = {}
+    for key, (name, options) in given.items():
+        work = gpt2(device, **sizes)
+        try:
+            optimizer = create_optimizer(name, work.model, lr=1e-4, weight_decay=0.01, **options)
+        except ImportError:  # Muon's library
+            continue
+        functions[key] = _iterations(work, optimizer, device)
+    whole = alternate(functions, rounds, "whole iterations", warm_up=1)
     return {f"whole iteration, {key}": summary(values, whole["adamw fused"]) for key, values in whole.items()}
 
 
