@@ -17,7 +17,6 @@ from hf_adafisher.fisher.uses import (
     find_uses,
     gradient_term,
     needs_gradient_factors,
-    rows_in_use,
     terms_of,
     with_gradient_sums,
 )
@@ -136,8 +135,12 @@ class Curvature(ParameterTracker):
         used = self._terms.get(id(p)) if normalize else None
         return used or self._averaged_terms(p, state, normalize)
 
-    def _recorded(self, factors: Mapping[str, Tensor], positions: float | Tensor) -> Mapping[str, Tensor]:
+    def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
         """The factors to be averaged, given the means over this many positions."""
+        return factors
+
+    def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same, given those of a table whose rows served the whole batch, from its own gradient."""
         return factors
 
     def collect(
@@ -172,11 +175,11 @@ class Curvature(ParameterTracker):
             for use in used:
                 assert use.tracked is not None
                 factors = sample.factors[use.tracked]
-                positions: float | Tensor = sample.counts[use.tracked]
                 if use.tracked in sample.batch_shared and len(uses) == 1:
-                    factors = with_gradient_sums(use.form, factors, whole(grad))
-                    positions = rows_in_use(factors)
-                recorded.append(FactorUpdate(group, p, use, self._recorded(factors, positions), False))
+                    factors = self._shared(with_gradient_sums(use.form, factors, whole(grad)))
+                else:
+                    factors = self._recorded(factors, sample.counts[use.tracked])
+                recorded.append(FactorUpdate(group, p, use, factors, False))
             if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
                 full = whole(grad)
                 informative = informative or bool(full.any())

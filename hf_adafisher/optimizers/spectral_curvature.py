@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import OUTPUT_GRAD, Term
-from hf_adafisher.fisher.uses import estimated_terms, gradient_estimate
+from hf_adafisher.fisher.uses import estimated_terms, gradient_estimate, rows_in_use
 from hf_adafisher.optimizers.curvature import Curvature
 from hf_adafisher.optimizers.param_groups import head_matrices, hidden_matrices
 from hf_adafisher.optimizers.sharding import whole
@@ -58,8 +58,12 @@ class SpectralCurvature(Curvature):
         super().forget()
         self._whitenings: dict[int, Whitening] = {}
 
-    def _recorded(self, factors: Mapping[str, Tensor], positions: float | Tensor) -> Mapping[str, Tensor]:
+    def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
         return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * (positions / (self.loss_terms or 1.0) ** 2)}
+
+    def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # The positions are the rows, and the gradient is the batch's already.
+        return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * rows_in_use(factors)}
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[Term]:
         return estimated_terms(self.uses_of(p), state, p.shape)

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
+from hf_adafisher.optimizers.factored import FactoredOptimizer
 from hf_adafisher.optimizers.recording import RecordingOptimizer
 
 
@@ -46,6 +47,12 @@ def recording_optimizer_in(optimizer: Any) -> RecordingOptimizer | None:
     """The AdaFisher(W) or K-FAC in accelerate's wrapper or by itself; None for any other optimizer."""
     raw = getattr(optimizer, "optimizer", optimizer)
     return raw if isinstance(raw, RecordingOptimizer) else None
+
+
+def factored_in(optimizer: Any) -> FactoredOptimizer | None:
+    """The AdaFisher(W) or SpectralAdaFisher in accelerate's wrapper or by itself; None for any other optimizer."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    return raw if isinstance(raw, FactoredOptimizer) else None
 
 
 def adafisher_in(optimizer: Any) -> AdaFisher | None:

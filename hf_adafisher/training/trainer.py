@@ -24,7 +24,7 @@ from hf_adafisher.training.arguments import (
     default_learning_rate,
     optimizer_name,
 )
-from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in
+from hf_adafisher.training.callbacks import AdaFisherCallback, factored_in
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
 from hf_adafisher.training.second_order import second_derivatives
@@ -51,7 +51,7 @@ class AdaFisherTrainer(Trainer):
     steps that estimate the Hessian keep their graph. Optimizers that train other weights than those they evaluate
     (schedule-free) are switched to the latter before every checkpoint, and when training ends.
 
-    While AdaFisher(W) trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
+    While AdaFisher(W) or SpectralAdaFisher trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
     ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
     shows them; with K-FAC ``kfac/plain_share``, ``kl_factor`` and ``dropped_refreshes``.
     """
@@ -207,19 +207,19 @@ class AdaFisherTrainer(Trainer):
         """As in Trainer; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
         optimizer = self._raw_optimizer()
         if isinstance(optimizer, RecordingOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
-            kind = "kfac" if adafisher_in(optimizer) is None else "adafisher"
+            kind = "kfac" if factored_in(optimizer) is None else "adafisher"
             summary: dict[str, float] = getattr(optimizer, "curvature_summary", dict)()
             logs |= {f"{kind}/{key}": summary[key] for key in _LOGGED if key in summary}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with the optimizer and the options that were really used."""
-        optimizer, used = adafisher_in(self.optimizer), {}
+        optimizer, used = factored_in(self.optimizer), {}
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {}
         if optimizer is not None:
-            shown = ("lr", "beta", "damping", "ema_decay", "update_interval")
+            shown = ("lr", "beta", "damping", "relative_damping", "ema_decay", "update_interval")
             options = {**optimizer.param_groups[0], "lr": self.args.learning_rate}
-            used["optim_args"] = ", ".join(f"{key}={options[key]}" for key in shown)
+            used["optim_args"] = ", ".join(f"{key}={options[key]}" for key in shown if key in options)
         elif isinstance(group.get("betas"), (tuple, list)):  # the card shows the arguments' for all of Adam's kin
             used["adam_beta1"], used["adam_beta2"] = group["betas"][:2]
             used["adam_epsilon"] = group.get("eps", self.args.adam_epsilon)
