@@ -51,7 +51,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     second moment, as the factors estimate it:
 
         ``u = m^ / sqrt(F + rho * mean(F)) ,  F = sum_n g_n^2 (x) mean_n x_n^2``
-        ``theta <- theta - lr (u / max(1, rms(u)) + weight_decay * theta)``
+        ``theta <- theta - lr (0.5 u / max(1, rms(u)) + weight_decay * theta)``
 
     A parameter that no layer rule reaches takes ``F`` from its own gradient: exact for a vector, the row means times
     the column means over the mean for a matrix; that of a single value is unknown, and it moves by the sign of its
@@ -64,7 +64,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
             ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``.
-        lr: Learning rate, >= 0. Default 0.01.
+        lr: Learning rate, >= 0. Default 0.005.
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         relative_damping: rho, > 0: what is added to factors, and to F, in units of their means. Default 0.1.
         ema_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.
@@ -110,7 +110,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float = 1e-2,
+        lr: float = 5e-3,
         beta: float = 0.9,
         relative_damping: float = 0.1,  # rho
         ema_decay: float = 0.95,

@@ -13,6 +13,8 @@ from hf_adafisher.optimizers.spectral_curvature import Whitening
 
 UPDATE_RMS = 0.2
 """Root mean square of a hidden matrix's update before the learning rate; that of Adam's lies at 0.2 to 0.4."""
+REST_RMS = 0.5
+"""The largest one of everything else, which puts the best learning rates of both near each other (docs/spectral.md)."""
 
 
 def spectral_directions(momenta: Sequence[Tensor], whitenings: Sequence[Whitening]) -> Iterator[Tensor]:
@@ -34,12 +36,12 @@ def spectral_directions(momenta: Sequence[Tensor], whitenings: Sequence[Whitenin
 
 
 def diagonal_direction(momentum: Tensor, terms: Sequence[Term], relative_damping: float) -> Tensor:
-    """``u = m / sqrt(F + rho * mean(F))``, divided by its root mean square where that is above 1.
+    """``0.5 u / max(1, rms(u))`` with ``u = m / sqrt(F + rho * mean(F))``.
 
     Args:
         momentum: ``m``; the result takes its memory.
         terms: Whose products' sum is ``F``. A single term without tensors knows no scale: ``u`` then has the root mean
-            square 1, and so it has where ``F`` is zero.
+            square 1.
         relative_damping: rho.
 
     Returns:
@@ -54,4 +56,4 @@ def diagonal_direction(momentum: Tensor, terms: Sequence[Term], relative_damping
     else:
         least = tiny
     rms = torch.linalg.vector_norm(momentum) / momentum.numel() ** 0.5
-    return momentum.div_(rms.clamp_min(least))
+    return momentum.mul_(REST_RMS / rms.clamp_min(least))
