@@ -27,11 +27,13 @@ class CompiledUpdate:
     """Updates parameters with compiled kernels, one for each kind of parameter, whatever their sizes.
 
     What depends on options and the step count is passed as one tensor, so that schedules compile nothing again. Where
-    compiling fails, one warning says why, and everything is left to the eager update from then on.
+    compiling fails, one warning says why, and everything is left to the eager update from then on. A kernel that has
+    run once was compiled: what it raises later is an error of the step, which may be half done.
     """
 
     def __init__(self) -> None:
         self.works = True
+        self._proven: set[Callable[..., None]] = set()
         self._numbers: dict[str, Any] = {}
         self._scalars: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -55,7 +57,10 @@ class CompiledUpdate:
                 parts.kernel = _kernel(numbers["decoupled"], *_kind(part, own))
             scalars = self._as_tensor(numbers, _dtype_of(part.param.dtype, part.exp_avg.dtype), own.device)
             parts.kernel(part.param, own, part.exp_avg, parts.factors, scalars)
+            self._proven.add(parts.kernel)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
+            if parts.kernel in self._proven or isinstance(error, torch.OutOfMemoryError):
+                raise
             self.works = False
             logger.warning(
                 "torch.compile does not work here (%s: %s); parameters are updated eagerly, as with compiled=False.",

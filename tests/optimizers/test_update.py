@@ -362,6 +362,28 @@ def test_where_no_compiler_works_it_warns_once_and_is_eager(
     assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("calls", [0, 4], ids=["first call", "later"])
+def test_errors_of_a_step_are_not_taken_for_a_missing_compiler(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that has run was compiled; and memory may run out in the first call too."""
+    error = RuntimeError("device-side assert") if calls else torch.OutOfMemoryError("out of memory")
+
+    def compile(function: Any, **options: Any) -> Any:
+        left = iter(range(calls))
+
+        def call(*args: Any) -> None:
+            if next(left, None) is None:
+                raise error
+            function(*args)
+
+        return call
+
+    compiled_module._kernel.cache_clear()
+    monkeypatch.setattr(torch, "compile", compile)
+    with pytest.raises(type(error), match=str(error)):
+        train(AdaFisherW, True, 5)
+    compiled_module._kernel.cache_clear()
+
+
 def test_the_option_is_reached_by_name_and_checked(tmp_path: Any) -> None:
     model = nn.Linear(3, 2)
     optimizer: Any = create_optimizer("adafisherw", model, compiled=True)
