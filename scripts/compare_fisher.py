@@ -5,6 +5,10 @@ and four estimates of the same run are held against it: AdaFisher's F~, the same
 moving average of squared gradients, and what K-FAC divides by. Numbers are rank correlations, correlations of the
 logarithms, and log10 of the ratio of the means; "exact, half and half" is the same between two halves of the examples.
 
+The exact diagonal is that of the end, and the estimates are averages over the training, each with its own steps and
+decay. A second table has controls that average as F~ does, S (x) H without its scaling layer by layer, and K-FAC with
+a hundredth and a hundred times of the damping. What every column and row holds is printed below the tables.
+
     python scripts/compare_fisher.py --steps 200 --seeds 0 1 2 --output figures/exact_fisher.png
     python scripts/compare_fisher.py --kind true --steps 200 --output figures/true_fisher.png
     python scripts/compare_fisher.py --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 50
@@ -19,7 +23,7 @@ from pathlib import Path
 from hf_adafisher.experiments.exact_fisher import KINDS
 from hf_adafisher.experiments.figures.runs import figure_parser, optimizer_choice, run_figure
 from hf_adafisher.experiments.fisher_comparison import FisherSettings, compare_fisher
-from hf_adafisher.experiments.fisher_report import agreement_table, draw_agreement
+from hf_adafisher.experiments.fisher_report import FURTHER, LEGEND, agreement_table, draw_agreement
 
 TABLES = {
     "spearman": "Spearman's rank correlation with the exact diagonal",
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--examples", type=int, default=512, help="of the training data (default 512)")
     parser.add_argument("--draws", type=int, default=1, help="labels an example, true Fisher of language models only")
-    parser.add_argument("--kfac_damping", type=float, default=1e-2, help="lambda of K-FAC (default 0.01)")
+    parser.add_argument("--kfac_damping", type=float, default=1e-2, help="lambda of K-FAC, untuned (default 0.01)")
     parser.add_argument("--max_factor_dim", type=int, default=2048, help="of K-FAC's full factors (default 2048)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one training each (default 0)")
     args, further = parser.parse_known_args(argv)
@@ -60,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = compare_fisher(settings)
         for measure, title in TABLES.items():
             print(f"\n{title}:\n\n{agreement_table(found, measure).markdown()}")
+            print(f"{title}, controls:\n\n{agreement_table(found, measure, FURTHER).markdown()}")
+        print(LEGEND.format(damping=f"{args.kfac_damping:g}"))
         return draw_agreement(found, args.output)
 
     return run_figure(work)

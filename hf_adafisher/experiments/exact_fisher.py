@@ -53,7 +53,9 @@ class ExactFisher:
 
     Attributes:
         diagonals: of all examples, by the parameter's name, in its shape.
-        halves: the same of every other example; how far the two agree is what any estimate can be expected to reach.
+        halves: the same of every other example: two diagonals of half as many examples each. How far they agree says
+            how much of the diagonal is chance with so few examples. It is no ceiling: neither half is the truth, and an
+            estimate that averages over more examples can be closer to ``diagonals`` than the halves are to each other.
         examples: how many.
         terms: terms of the loss in them, M.
         looped: whether examples were taken one by one.
@@ -74,6 +76,7 @@ def exact_fisher(
     draws: int = 1,
     seed: int = 0,
     chunk: int | None = None,
+    one_by_one: bool = False,
     progress: bool = False,
 ) -> ExactFisher:
     """The exact diagonal of the Fisher over these examples, for every trainable parameter; see the module.
@@ -91,6 +94,7 @@ def exact_fisher(
         draws: labels drawn for each example where the true Fisher's sum over labels is too long, at least 1.
         seed: of these labels.
         chunk: examples at once; None for what fits about 128 MiB, at most 64.
+        one_by_one: without trying ``torch.func.vmap``, for a model that is known not to go through it.
         progress: whether to show a bar.
 
     Raises:
@@ -98,7 +102,7 @@ def exact_fisher(
     """
     _check(batches, kind, draws, chunk)
     model = _prepared(model)
-    gradients = _ExampleGradients(model)
+    gradients = _ExampleGradients(model, one_by_one)
     size = sum(p.numel() for p in gradients.params.values())
     chunk = chunk or min(_EXAMPLES_AT_ONCE, max(1, _VALUES_AT_ONCE // max(size, 1)))
     halves = tuple(
@@ -171,10 +175,10 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 class _ExampleGradients:
     """Gradients of ``log p(labels)`` of each example of a batch, all at once where the model lets vmap through."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, looped: bool = False) -> None:
         self.model = model
         self.params = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self.looped = False
+        self.looped = looped
         self._at_once = torch.func.vmap(torch.func.grad(self._score), in_dims=(None, 0, 0))
 
     def _score(self, params: Diagonals, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:

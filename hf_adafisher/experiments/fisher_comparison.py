@@ -1,4 +1,9 @@
-"""How close AdaFisher's F, Adam's second moment and K-FAC come to the exact diagonal of the Fisher, layer by layer."""
+"""How close AdaFisher's F, Adam's second moment and K-FAC come to the exact diagonal of the Fisher, layer by layer.
+
+The exact diagonal is that of the last weights; the estimates are averages over the training, as the optimizers make
+them, each with its own steps and decay. What of a difference that alone makes, controls show: see
+``fisher_agreement.CONTROLS``.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,12 @@ from hf_adafisher.experiments.exact_fisher import KINDS, ExactFisher, exact_fish
 from hf_adafisher.experiments.figures.histogram import weights_by_layer
 from hf_adafisher.experiments.figures.runs import AtSteps, OptimizerChoice, fixed_batches, prepare_run
 from hf_adafisher.experiments.fisher_agreement import (
+    SCALE_SPREAD,
+    Agreement,
     LayerAgreement,
     average,
     compare_layers,
+    layers_in_mean,
     mean_of,
     over_seeds,
 )
@@ -42,7 +50,8 @@ class FisherSettings:
         kind: labels of the exact Fisher, "empirical" (those of the data) or "true" (the model's).
         examples: of the training data, without augmentation, at least 2, or all if there are fewer.
         draws: labels drawn for each example where the true Fisher cannot be summed up, at least 1.
-        kfac_damping: lambda of K-FAC, > 0, in units of one term of the loss.
+        kfac_damping: lambda of K-FAC, > 0, in units of one term of the loss; a hundredth and a hundred times of it are
+            shown beside it.
         max_factor_dim: longest side with a full factor of K-FAC, at least 1.
         seeds: of the trainings, different ones.
         further: arguments of the runs.
@@ -82,7 +91,8 @@ def compare_fisher(settings: FisherSettings) -> dict[str, Any]:
 
     Returns:
         What the tables and the picture show and the JSON file holds: ``layers`` (means over seeds), ``mean`` (over
-        layers, with the standard deviation over seeds) and ``by_seed`` (both of each).
+        layers, then seeds) and ``by_seed`` (both of each). Means have the standard deviation over seeds, and say over
+        how many seeds and, of those over layers, over how many of the ``complete_layers`` in the seed with the fewest.
 
     Raises:
         ValueError: the optimizer is another than AdaFisher(W), training in fp16 or with several processes, what
@@ -100,8 +110,30 @@ def compare_fisher(settings: FisherSettings) -> dict[str, Any]:
         {"seed": seed, "mean": mean, "layers": [asdict(row) for row in layers]}
         for seed, mean, layers in zip(settings.seeds, means, by_seed, strict=True)
     ]
-    averaged = [asdict(average(rows)) for rows in zip(*by_seed, strict=True)]
-    return {**told, "layers": averaged, "mean": over_seeds(means), "by_seed": each}
+    averaged = [asdict(row) for row in average(by_seed)]
+    complete = max(sum(row.complete for row in layers) for layers in by_seed)
+    return {
+        **told,
+        "layers": averaged,
+        "complete_layers": complete,
+        "mean": _with_layers(means, by_seed),
+        "by_seed": each,
+    }
+
+
+def _with_layers(means: Sequence[Agreement], by_seed: Sequence[Sequence[LayerAgreement]]) -> dict[str, Any]:
+    """Means over layers and seeds, with the fewest layers that any seed had for each."""
+    counts = [layers_in_mean(layers) for layers in by_seed]
+    return {
+        name: {
+            key: {
+                **spread,
+                "layers": min(count.get(name, {}).get(key.replace(SCALE_SPREAD, "log_scale"), 0) for count in counts),
+            }
+            for key, spread in spreads.items()
+        }
+        for name, spreads in over_seeds(means).items()
+    }
 
 
 def _told(settings: FisherSettings, run: PreparedRun, exact: ExactFisher) -> dict[str, Any]:
@@ -149,8 +181,11 @@ def compare_one(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerA
     if watch.diverged_at is not None or not estimates:
         raise ValueError(f"training diverged by step {watch.diverged_at}: lower the learning rate")
     estimates["second_moment"] = observer.moments.moments()
+    estimates["second_moment_window"] = observer.window_moments.moments()
     estimates |= in_units_of_a_term(estimates, observer.factors.products(), observer.last_terms, observer.last_scale)
-    estimates["kfac"] = observer.factors.diagonals(settings.kfac_damping)
+    estimates["exact_window"] = observer.window.diagonals()
+    for name, factor in {"kfac": 1.0, "kfac_weaker": 1e-2, "kfac_stronger": 1e2}.items():
+        estimates[name] = observer.factors.diagonals(settings.kfac_damping * factor)
     getattr(trainer.optimizer, "optimizer", trainer.optimizer).close()  # type: ignore[union-attr]
     exact = exact_fisher(
         run.model,
@@ -166,25 +201,30 @@ def compare_one(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerA
 def in_units_of_a_term(
     estimates: Mapping[str, Mapping[int, Tensor]], products: Mapping[int, Tensor], terms: int, scale: float
 ) -> dict[str, dict[int, Tensor]]:
-    """``S (x) H`` and Adam's second moment as Fishers of one term of the loss; within a layer only the scale changes.
+    """``S (x) H`` and second moments as Fishers of one term of the loss; within a layer only the scale changes.
 
     The second moment of a mean of M independent gradients is the M-th part of one's, if their mean is small. S has
     gradients of the loss as it is scaled in a step, and is a mean over the positions of a layer where a term has their
-    sum. Normalisation layers have no full factors, from which to know these positions: of theirs the mean stays.
+    sum: ``S (x) H`` times the positions of a term, which differ from layer to layer, estimates the same quantity as the
+    exact diagonal, also in its scale. Normalisation layers have no full factors, from which to know these positions: of
+    theirs the mean stays. So does that of every layer in "product_unscaled", where all layers have the same factor.
 
     Args:
-        estimates: with "product" and "second_moment", by ``id(parameter)``.
+        estimates: with "product" and second moments, by ``id(parameter)``.
         products: the diagonals of ``A (x) G``, where there are any.
         terms: of the loss of a step.
         scale: AdaFisher's ``gradient_scale``, by which S has been brought back already: ``1 / terms`` where Trainer
             counts the terms, as for texts, and 1 where it does not.
     """
-    found: dict[str, dict[int, Tensor]] = {"product": {}, "second_moment": {}}
+    found: dict[str, dict[int, Tensor]] = {"product": {}, "product_unscaled": {}}
     for key, value in estimates["product"].items():
         known = key in products and bool(value.any())
-        unit = products[key].double().mean().item() / value.double().mean().item() if known else (terms * scale) ** 2
-        found["product"][key] = value * unit
-    found["second_moment"] = {key: value * terms for key, value in estimates["second_moment"].items()}
+        shared = (terms * scale) ** 2
+        unit = products[key].double().mean().item() / value.double().mean().item() if known else shared
+        found["product"][key], found["product_unscaled"][key] = value * unit, value * shared
+    for name in ("second_moment", "second_moment_window"):
+        if name in estimates:
+            found[name] = {key: value * terms for key, value in estimates[name].items()}
     return found
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.experiments.exact_fisher import count_terms
+from hf_adafisher.experiments.fisher_window import ExactAverage
 from hf_adafisher.fisher.factors import MovingAverage, statistics_dtype
 from hf_adafisher.fisher.forms import OUTPUT_GRAD
 from hf_adafisher.fisher.recorder import FactorRecorder
@@ -31,7 +32,9 @@ class KroneckerFactors:
 
         ``(A + pi sqrt(damping) I)^-1 (x) (G + sqrt(damping) / pi I)^-1``
 
-    if one looks at that value alone; ``pi`` as in ``kfac_inverse.split_damping``.
+    if one looks at that value alone; ``pi`` as in ``kfac_inverse.split_damping``. Its ranks depend on the damping, and
+    without any there is none: factors of few examples have no inverse. What K-FAC has without damping and inversion,
+    the diagonal of ``A (x) G``, has the ranks of ``S (x) H`` within a layer.
 
     Args:
         model: hooks are put on its layers while :meth:`arm` says so.
@@ -54,17 +57,19 @@ class KroneckerFactors:
         else:
             self.recorder.disarm()
 
-    def refresh(self, terms: int) -> None:
-        """Takes in what a step recorded, whose loss was the mean of so many terms; nothing if it is not finite."""
+    def refresh(self, terms: int) -> bool:
+        """Takes in what a step recorded, whose loss was the mean of so many terms; False, and nothing, if it is not
+        finite."""
         sample = self.recorder.flush()
         if sample.non_finite:
-            return
+            return False
         for block, state in zip(self.blocks, self.states, strict=True):
             for use in block.uses:
                 if use.tracked in sample.factors:
                     means = dict(sample.factors[use.tracked])
                     means[OUTPUT_GRAD] = means[OUTPUT_GRAD] * float(terms) ** 2  # gradients of a term's own loss
                     use.update_(state, means, sample.counts[use.tracked] / terms, self.decay)
+        return True
 
     def diagonals(self, damping: float) -> dict[int, Tensor]:
         """What K-FAC divides each value by, by ``id(parameter)``, for weights and the biases in their blocks."""
@@ -138,7 +143,10 @@ class SecondMoments:
 
 
 class RunObserver:
-    """Collects both beside a run that trains with AdaFisher(W), on the steps on which that refreshes its factors.
+    """Collects both beside a run that trains with AdaFisher(W), and controls for what they average over.
+
+    AdaFisher's factors and K-FAC's are averages over the steps on which AdaFisher refreshes, with its decay; Adam's
+    second moment is one over all steps, with its own. The controls average over AdaFisher's steps with its decay too.
 
     Use :meth:`after_step` as the function of an ``AtSteps`` for every step, and :meth:`close` when training has ended.
 
@@ -150,14 +158,17 @@ class RunObserver:
 
     Attributes:
         factors: of K-FAC.
-        moments: of Adam.
+        moments: of Adam, over all steps.
+        window_moments: squared gradients, averaged as AdaFisher averages its factors.
+        window: the exact diagonals of the same mini-batches, averaged so too.
         last_terms: terms of the loss of the last step that was due.
         last_scale: AdaFisher's ``gradient_scale`` in it.
     """
 
     def __init__(self, model: nn.Module, ema_decay: float, beta2: float, max_factor_dim: int) -> None:
+        self.window = ExactAverage(model, ema_decay)  # copies the model, so before there are hooks on it
         self.factors = KroneckerFactors(model, ema_decay, max_factor_dim)
-        self.moments = SecondMoments(beta2)
+        self.moments, self.window_moments = SecondMoments(beta2), SecondMoments(ema_decay)
         self.last_terms, self.last_scale = 0, 1.0
         self._terms = 0
         self._due = True
@@ -166,6 +177,8 @@ class RunObserver:
 
     def _count(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if module.training and torch.is_grad_enabled():
+            if self._due:
+                self.window.add(module, args, kwargs)
             labels = kwargs.get("labels")
             if labels is None or labels.is_floating_point():  # smoothed or mixed: those of images
                 self._terms += len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
@@ -175,9 +188,11 @@ class RunObserver:
     def after_step(self, step: int, model: nn.Module, optimizer: Any) -> None:
         """Takes in the step's gradients, and its factors if it was due; then follows the optimizer's schedule."""
         self.moments.update(model)
-        if self._due:
-            self.factors.refresh(self._terms)
+        if self._due and self.factors.refresh(self._terms):
+            self.window_moments.update(model)
+            self.window.refresh()
             self.last_terms, self.last_scale = self._terms, optimizer.gradient_scale
+        self.window.forget()
         self._terms, self._due = 0, optimizer.refresh_due
         self.factors.arm(self._due)
 

@@ -40,7 +40,7 @@ class AdaFisherTrainingArguments(TrainingArguments):
 
     Every argument of TrainingArguments keeps its meaning and default, and every other ``optim`` of Trainer keeps
     working. Defaults that differ from the paper's (learning rate and damping 1e-3, ema_decay 0.8, update_interval 100)
-    are for language models trained from scratch, by the README's tables "WikiText-2, ten optimizers at equal time"
+    are for language models trained from scratch, by the README's tables "WikiText-2, eleven optimizers at equal time"
     (damping 3e-3 is the better of two, learning rates 0.03 and 0.04 are 0.01 nats apart) and "WikiText-2, every cell"
     (0.04 is the best at this damping). ``max_grad_norm`` stays at Trainer's 1.0, which they need. Fine-tuning was not
     measured: scan the learning rate downwards.

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,9 @@ class CurvatureCallback(TrainerCallback):
       :func:`hf_adafisher.optimizers.layer_curvature.layer_curvature`: ``fisher_min``, ``fisher_median``,
       ``fisher_max``, ``condition_number``, ``floor_share``, ``update_rms``, ``step_gain``. What is not finite is null;
     * ``record_seconds``: what the record has cost since the line before, and ``interval_seconds``: the time since
-      then, or since training began.
+      then, or since training began. A device that works on its own (a GPU) is waited for on either side of the record,
+      so that all of the record's work and none of the step's counts. What the waiting itself costs the run, whose
+      processor cannot prepare the next kernels meanwhile, is in ``interval_seconds`` alone.
 
     A resumed run goes on with the file: lines of steps after the checkpoint are dropped, as the run makes them again.
     A run that starts from the beginning starts the file anew.
@@ -97,10 +99,11 @@ class CurvatureCallback(TrainerCallback):
             return
         self._refreshes = _refreshes(optimizer)
         if (self._refreshes - 1) % self.every == 0 and (state.is_world_process_zero or needs_every_process(optimizer)):
-            if torch.accelerator.is_available():  # or the time of the step's own kernels would count as the record's
-                torch.accelerator.synchronize()
+            devices = {p.device for group in optimizer.param_groups for p in group["params"]}
+            _wait_for(devices)  # or the time of the step's own kernels would count as the record's
             begin = time.perf_counter()
             self._layers = layer_curvature(optimizer)
+            _wait_for(devices)
             self._spent += time.perf_counter() - begin
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -189,6 +192,14 @@ def _reporters_beside(callback: TrainerCallback, optimizer: Any) -> list[Trainer
     handlers = [found for found in gc.get_objects() if issubclass(type(found), CallbackHandler)]
     mine = [h for h in handlers if h.optimizer is optimizer and any(other is callback for other in h.callbacks)]
     return [other for handler in mine for other in handler.callbacks if isinstance(other, kinds)]
+
+
+def _wait_for(devices: Iterable[torch.device]) -> None:
+    """Until every kernel that was launched has ended; nothing for a CPU, where they end before the next line."""
+    accelerator = torch.accelerator.current_accelerator()
+    for device in devices:
+        if accelerator is not None and device.type == accelerator.type:
+            torch.accelerator.synchronize(device)
 
 
 def _record_file(args: TrainingArguments) -> Path:

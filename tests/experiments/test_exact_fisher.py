@@ -37,7 +37,7 @@ from hf_adafisher.experiments.fisher_comparison import (
     prepare,
 )
 from hf_adafisher.experiments.fisher_estimates import KroneckerFactors, RunObserver, SecondMoments
-from hf_adafisher.experiments.fisher_report import agreement_table
+from hf_adafisher.experiments.fisher_report import FURTHER, LEGEND, agreement_table
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.experiments.image_runs import TINY
 from tests.scripts import load_script
@@ -320,12 +320,16 @@ def test_factors_are_those_of_kfac_and_their_diagonals_adafishers(network: str) 
             # AdaFisher's gradients are those of the mean of 4 terms, and its means are over all positions.
             expected = optimizer.fisher_diagonal(weight, normalized=False) * positions * 4**2
             torch.testing.assert_close(products[id(weight)], expected)
-            raw = {"product": {id(weight): expected / (positions * 16), 0: expected}, "second_moment": {1: expected}}
-            scaled = in_units_of_a_term(raw, products, 4, 1.0)
+            plain = expected / (positions * 16)
+            raw = {"product": {id(weight): plain, 0: expected}, "second_moment": {1: expected}}
+            scaled = in_units_of_a_term({**raw, "second_moment_window": {2: plain}}, products, 4, 1.0)
             torch.testing.assert_close(scaled["product"], {id(weight): expected, 0: expected * 16})
+            torch.testing.assert_close(scaled["product_unscaled"], {id(weight): plain * 16, 0: expected * 16})
             torch.testing.assert_close(scaled["second_moment"], {1: expected * 4})
+            torch.testing.assert_close(scaled["second_moment_window"], {2: plain * 4})
             counted = in_units_of_a_term(raw, {}, 4, 1 / 4)  # S is that of each term's own loss
             torch.testing.assert_close(counted["product"], raw["product"])
+            torch.testing.assert_close(counted["product_unscaled"], raw["product"])
     factors.recorder.close()
     options = {"momentum": 0.0, "damping": 0.03, "stat_decay": 0.7, "kl_clip": None}
     with KFAC(model, lr=0.0, update_interval=1, inverse_interval=1, **options) as kfac:
@@ -359,6 +363,8 @@ def test_an_estimate_that_is_exact_has_correlation_one() -> None:
         "product": {id(p): truth[name] * (100 if name == "first" else 1) for name, p in layers.items()},
         "second_moment": {id(p): 1 / truth[name] for name, p in layers.items()},
         "kfac": {id(layers["second"]): truth["second"]},
+        "exact_window": {id(p): 1 / truth[name] for name, p in layers.items()},
+        "kfac_weaker": {id(layers["second"]): truth["second"]},
     }
     rows = {row.layer: row for row in compare_layers(model, exact, estimates)}
     assert list(rows) == ["first", "second", TOGETHER]
@@ -366,14 +372,18 @@ def test_an_estimate_that_is_exact_has_correlation_one() -> None:
     assert first["fisher"] == pytest.approx({"spearman": 1.0, "log_pearson": 1.0, "log_scale": 0.0}, abs=1e-9)
     assert first["product"]["log_scale"] == pytest.approx(2.0)
     assert first["second_moment"]["spearman"] == pytest.approx(-1.0) and "kfac" not in first
+    for name in ("exact_window", "fisher_against_window", "product_against_window"):
+        assert first[name]["spearman"] == pytest.approx(-1.0)
     expected = spearman(*(half["first.weight"] for half in exact.halves))
     assert first[HALVES]["spearman"] == pytest.approx(expected)
     assert rows[TOGETHER].values == 12  # the first layer has no K-FAC
+    assert rows[TOGETHER].measures["kfac_weaker"]["spearman"] == pytest.approx(1.0)
     estimates["kfac"][id(layers["first"])] = truth["first"]
     rows = {row.layer: row for row in compare_layers(model, exact, estimates)}
     assert rows[TOGETHER].values == 32
     assert rows[TOGETHER].measures["fisher"]["spearman"] == pytest.approx(1.0)
     assert rows[TOGETHER].measures["product"]["spearman"] < 0.99
+    assert "kfac_weaker" not in rows[TOGETHER].measures  # only one of these layers has it
 
 
 def row(name: str, values: int, number: float, *names: str) -> LayerAgreement:
@@ -389,8 +399,8 @@ def test_means_are_weighted_by_size() -> None:
     rows[1].measures["kfac"]["spearman"] = math.nan
     assert mean_of(rows)["kfac"]["spearman"] == pytest.approx(0.5)
     seeds = over_seeds([mean, mean_of([row("a", 30, 0.8)])])
-    assert seeds["kfac"]["spearman"] == pytest.approx({"mean": 0.7, "sd": 0.2 / math.sqrt(2)})
-    assert over_seeds([mean])["kfac"]["spearman"] == {"mean": pytest.approx(0.6), "sd": None}
+    assert seeds["kfac"]["spearman"] == pytest.approx({"mean": 0.7, "sd": 0.2 / math.sqrt(2), "seeds": 2})
+    assert over_seeds([mean])["kfac"]["spearman"] == {"mean": pytest.approx(0.6), "sd": None, "seeds": 1}
 
 
 def settings(folder: Path, **changes: Any) -> FisherSettings:
@@ -477,9 +487,11 @@ def test_script_on_text(tmp_path: Path, command: list[str], capsys: pytest.Captu
     assert "transformer.wte" in layers and "lm_head" not in layers  # tied
     for index, name in enumerate(layers):
         each = [entry["layers"][index]["measures"]["fisher"]["spearman"] for entry in found["by_seed"]]
-        assert layers[name]["measures"]["fisher"]["spearman"] == pytest.approx(sum(each) / 2)
+        assert layers[name]["measures"]["fisher"]["spearman"]["mean"] == pytest.approx(sum(each) / 2)
     means = [entry["mean"]["fisher"]["spearman"] for entry in found["by_seed"]]
     assert found["mean"]["fisher"]["spearman"]["mean"] == pytest.approx(sum(means) / 2)
     table = agreement_table(found, "spearman")
     assert f"{sum(means) / 2:.2f} ± {abs(means[0] - means[1]) / math.sqrt(2):.2f}" == table.rows[-1][2]
-    assert table.markdown() in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table.markdown() in printed and agreement_table(found, "spearman", FURTHER).markdown() in printed
+    assert LEGEND.format(damping=0.01) in printed

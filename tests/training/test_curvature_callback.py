@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,7 @@ from hf_adafisher import (
 )
 from hf_adafisher.optimizers import layer_curvature as module
 from hf_adafisher.optimizers.layer_curvature import NUMBERS, layer_curvature, needs_every_process
+from hf_adafisher.training import curvature as callback_module
 from hf_adafisher.training.curvature import CURVATURE_FILE, read_curvature
 from tests.model_zoo import family
 
@@ -363,6 +364,45 @@ def test_only_process_zero_writes_and_a_number_that_is_not_finite_is_null(
         assert (tmp_path / "new" / CURVATURE_FILE).exists() == zero
     (line,) = [json.loads(text) for text in (tmp_path / "new" / CURVATURE_FILE).read_text().splitlines()]
     assert line["layers"]["gain"]["step_gain"] is None and line["layers"]["gain"]["update_rms"] == 0
+
+
+def test_only_devices_that_work_on_their_own_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    devices = [torch.device("cpu"), torch.device("cuda", 1)]
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: None)
+    callback_module._wait_for(devices)
+    assert waited == []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    callback_module._wait_for(devices)
+    assert waited == devices[1:]
+
+
+def test_the_device_is_waited_for_on_both_sides_of_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock stands still until the step's kernels have ended, and goes on until the record's have."""
+    clock, queued = [0.0], [100.0]  # seconds, those of the step's kernels being queued
+
+    def wait(devices: Iterable[torch.device]) -> None:
+        assert set(devices) == {torch.device("cpu")}
+        clock[0] += queued.pop() if queued else 0.0
+
+    def look(_: Any) -> dict[str, dict[str, float]]:
+        queued.append(7.0)
+        return {}
+
+    _, optimizer, _ = trained()
+    monkeypatch.setattr(callback_module, "_wait_for", wait)
+    monkeypatch.setattr(callback_module, "layer_curvature", look)
+    monkeypatch.setattr(callback_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    callback = CurvatureCallback()
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, epoch=0.0)
+    events: Any = (SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    callback.on_train_begin(*events, optimizer=optimizer)
+    callback._refreshes -= 1
+    callback.on_optimizer_step(*events, optimizer=optimizer)
+    callback.on_step_end(*events, optimizer=optimizer)
+    (line,) = read_curvature(tmp_path / CURVATURE_FILE)
+    assert (line["record_seconds"], line["interval_seconds"]) == (7.0, 107.0)
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
