@@ -1,7 +1,7 @@
 """The slow oracle: the diagonal Kronecker Fisher and the optimizer, in plain loops from the equations.
 
 Nothing here is shared with the package. The factors are sums over batch, position and channel in python
-floats (float64). `ReferenceAdaFisher` does not attach tensor hooks to outputs: it adds a *probe*, a tensor of
+floats (float64). `ReferenceFactored` does not attach tensor hooks to outputs: it adds a *probe*, a tensor of
 zeros that requires grad, to the output of every module it watches. Adding zero changes no value, and after
 the backward pass the probe's `.grad` is, by the chain rule, the gradient of the loss with respect to that
 output: also when the output is a view, is modified in place afterwards, or the module is called often.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -439,13 +440,15 @@ class Call:
 class Watched:
     """A module with a rule: the calls since the last step, and the averages of its two factors.
 
-    `believed` is whether its first call computed what its class says.
+    `output_grad_sum` averages the sums over positions that `output_grad_factor` averages the means of. `believed` is
+    whether its first call computed what its class says.
     """
 
     module: nn.Module
     kind: Kind
     input_factor: Average
     output_grad_factor: Average
+    output_grad_sum: Average
     calls: list[Call] = field(default_factory=list)
     believed: bool | None = None
 
@@ -457,13 +460,17 @@ class Watched:
         kind, module = self.kind, self.module
         inputs = [input_rows(kind, call.x, **input_options(kind, module, call.x)) for call in used]
         probes = [call.probe.grad for call in used if call.probe.grad is not None]
-        grads = [grad_rows(kind, grad, **grad_options(kind, module)) for grad in probes]
+        grads = [row for grad in probes for row in grad_rows(kind, grad, **grad_options(kind, module))]
         self.input_factor.add(mean_of_squares(itertools.chain(*inputs)))
-        self.output_grad_factor.add(mean_of_squares(itertools.chain(*grads)))
+        self.output_grad_factor.add(mean_of_squares(grads))
+        self.output_grad_sum.add(len(grads) * mean_of_squares(grads))
 
-    def product(self, role: str, *, normalized: bool) -> Tensor:
-        """This module's term of the Fisher diagonal of its `role` ("weight" or "bias"), flat or a matrix."""
-        h, s = self.input_factor.read(), self.output_grad_factor.read()
+    def product(self, role: str, *, normalized: bool = False, summed: bool = False) -> Tensor:
+        """This module's term of the Fisher diagonal of its `role` ("weight" or "bias"), flat or a matrix.
+
+        Output gradients enter as means over positions, or, `summed`, as sums.
+        """
+        h, s = self.input_factor.read(), (self.output_grad_sum if summed else self.output_grad_factor).read()
         shape = minmax if normalized else torch.clone
         if role == "bias":
             return shape(s)
@@ -511,10 +518,10 @@ class Slot:
         return conv_product(*factors, shape)
 
 
-class ReferenceAdaFisher:
-    """AdaFisher and AdaFisherW, slowly: everything in float64, every quantity as its equation says.
+class ReferenceFactored(ABC):
+    """What both optimizers have in common: factors of modules and of gradients, their averages, a first moment.
 
-    `groups` are dicts with "params" and, if wanted, their own "lr", "beta", "damping" or "weight_decay".
+    `groups` are dicts with "params" and, if wanted, their own values of the `options`.
 
     A parameter takes its curvature from the modules that own it and were called on a refresh; where there are
     none, from its own gradient, averaged over refreshes alike; before its first refresh (a layer first used
@@ -524,22 +531,17 @@ class ReferenceAdaFisher:
     def __init__(
         self,
         model: nn.Module,
-        groups: list[dict[str, Any]] | None = None,
+        groups: list[dict[str, Any]] | None,
         *,
-        lr: float,  # alpha
-        beta: float,
-        damping: float,  # lambda
         ema_decay: float,  # gamma
         update_interval: int,  # T_cov
-        weight_decay: float,  # kappa
-        decoupled: bool,
+        **options: Any,
     ) -> None:
         """Watch every module that has a rule."""
-        defaults = {"lr": lr, "beta": beta, "damping": damping, "weight_decay": weight_decay}
         if groups is None:
             groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        self.groups = [defaults | group | {"params": list(group["params"])} for group in groups]
-        self.ema_decay, self.update_interval, self.decoupled = ema_decay, update_interval, decoupled
+        self.groups = [options | group | {"params": list(group["params"])} for group in groups]
+        self.ema_decay, self.update_interval = ema_decay, update_interval
         self.time = 0
         self.slots = {param: Slot() for group in self.groups for param in group["params"]}
         self.watched: list[Watched] = []
@@ -547,11 +549,19 @@ class ReferenceAdaFisher:
         for module in model.modules():
             self._watch(module)
 
+    @abstractmethod
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        """Move one parameter that has a gradient."""
+
+    @abstractmethod
+    def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
+        """In the parameter's shape: as the step takes it, or the raw sum of products."""
+
     def _watch(self, module: nn.Module) -> None:
         kind = kind_of(module)
         if kind is None:
             return
-        watched = Watched(module, kind, Average(self.ema_decay), Average(self.ema_decay))
+        watched = Watched(module, kind, *(Average(self.ema_decay) for _ in range(3)))
         roles = [(name, param) for name, param in module._parameters.items() if param in self.slots]
         for role, param in roles:
             assert param is not None
@@ -618,20 +628,49 @@ class ReferenceAdaFisher:
         """The uses of a parameter that have statistics."""
         return [(watched, role) for watched, role in self.slots[param].uses if watched.input_factor.value is not None]
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+    def _take_momentum(self, param: Tensor, group: dict[str, Any], grad: Tensor) -> Tensor:
+        """The bias-corrected first moment with this step's gradient in it."""
         slot = self.slots[param]
-        assert param.grad is not None
-        theta = param.detach().double()
-        grad = param.grad.double()
-        decay = group["weight_decay"] * theta
-        if not self.decoupled:
-            grad = grad + decay
         if slot.exp_avg is None:
-            slot.exp_avg = torch.zeros_like(theta)
+            slot.exp_avg = torch.zeros_like(grad)
         slot.step += 1
         slot.exp_avg = group["beta"] * slot.exp_avg + (1 - group["beta"]) * grad
-        momentum = slot.exp_avg / (1 - group["beta"] ** slot.step)
-        direction = momentum / self.fisher_diagonal(param)
+        return slot.exp_avg / (1 - group["beta"] ** slot.step)
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.groups:
+            if any(param is member for member in group["params"]):
+                return group
+        raise KeyError("the parameter is in no group")
+
+
+class ReferenceAdaFisher(ReferenceFactored):
+    """AdaFisher and AdaFisherW, slowly: everything in float64, every quantity as its equation says."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]] | None = None,
+        *,
+        lr: float,  # alpha
+        beta: float,
+        damping: float,  # lambda
+        ema_decay: float,  # gamma
+        update_interval: int,  # T_cov
+        weight_decay: float,  # kappa
+        decoupled: bool,
+    ) -> None:
+        """Groups may have their own "lr", "beta", "damping" or "weight_decay"."""
+        options = {"lr": lr, "beta": beta, "damping": damping, "weight_decay": weight_decay}
+        super().__init__(model, groups, ema_decay=ema_decay, update_interval=update_interval, **options)
+        self.decoupled = decoupled
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        theta = param.detach().double()
+        decay = group["weight_decay"] * theta
+        grad = param.grad.double() if self.decoupled else param.grad.double() + decay
+        direction = self._take_momentum(param, group, grad) / self.fisher_diagonal(param)
         if self.decoupled:
             direction = direction + decay
         param.copy_(theta - group["lr"] * direction)
@@ -647,10 +686,121 @@ class ReferenceAdaFisher:
             terms = [slot.gradient_product([minmax(v) for v in factors] if normalized else factors, param.shape)]
         total = sum(term.reshape(param.shape) for term in terms)
         assert isinstance(total, Tensor)
-        return total + self._damping(param) if normalized else total
+        return total + self._group_of(param)["damping"] if normalized else total
 
-    def _damping(self, param: Tensor) -> float:
-        for group in self.groups:
-            if any(param is member for member in group["params"]):
-                return group["damping"]
-        raise KeyError("the parameter is in no group")
+
+MATRIX_RMS, REST_RMS = 0.2, 0.5
+"""Root mean squares of updates: that of a hidden matrix, and the largest of anything else."""
+
+
+def iterated_values(s: Tensor) -> Tensor:
+    """What four Newton-Schulz steps make of singular values, in units of the Frobenius norm."""
+    s = s / 1.01
+    s = 7.7110 * s - 22.1138 * s**3 + 16.2487 * s**5
+    s = 4.1772 * s - 3.5156 * s**3 + 0.7581 * s**5
+    s = 3.6231 * s - 2.8774 * s**3 + 0.6095 * s**5
+    return 2.5061 * s - 1.8478 * s**3 + 0.4383 * s**5
+
+
+def iterated_polar(matrix: Tensor) -> Tensor:
+    """What Newton-Schulz does to a matrix, by its singular values: `U p(s / |s|) V^T`."""
+    u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
+    if not s.any():
+        return torch.zeros_like(matrix)
+    return u @ torch.diag(iterated_values(s / s.norm())) @ vt
+
+
+def root_mean_square(values: Tensor) -> Tensor:
+    """Over all entries."""
+    return (values**2).mean() ** 0.5
+
+
+class ReferenceSpectralAdaFisher(ReferenceFactored):
+    """SpectralAdaFisher, slowly, in float64.
+
+    `hidden` are the weights that move as matrices, with whether each is stored as (inputs, outputs). Groups may have
+    their own value of every option but `ema_decay` and `update_interval`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]] | None = None,
+        *,
+        hidden: dict[Tensor, bool],
+        lr: float,
+        beta: float,
+        relative_damping: float,  # rho
+        ema_decay: float,
+        update_interval: int,
+        weight_decay: float,
+        input_exponent: float = 0.5,  # e_H
+        output_exponent: float = 0.5,  # e_S
+        nesterov: bool = True,
+    ) -> None:
+        """Take the options."""
+        options = {
+            "lr": lr,
+            "beta": beta,
+            "relative_damping": relative_damping,
+            "weight_decay": weight_decay,
+            "input_exponent": input_exponent,
+            "output_exponent": output_exponent,
+            "nesterov": nesterov,
+        }
+        super().__init__(model, groups, ema_decay=ema_decay, update_interval=update_interval, **options)
+        self.hidden = hidden
+
+    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        assert param.grad is not None
+        theta, grad = param.detach().double(), param.grad.double()
+        momentum = self._take_momentum(param, group, grad)
+        if param in self.hidden:
+            if group["nesterov"]:
+                ahead = (1 - group["beta"]) * grad / (1 - group["beta"] ** self.slots[param].step)
+                momentum = ahead + group["beta"] * momentum
+            direction = self._matrix_direction(param, group, momentum.reshape(len(momentum), -1)).reshape(theta.shape)
+        else:
+            direction = self._diagonal_direction(param, momentum)
+        param.copy_(theta - group["lr"] * (direction + group["weight_decay"] * theta))
+
+    def _matrix_direction(self, param: Tensor, group: dict[str, Any], momentum: Tensor) -> Tensor:
+        """`O = diag(a) polar(diag(a) M diag(b)) diag(b)`, scaled; a and b from the means of F along its lines."""
+        diagonal = self.fisher_diagonal(param, normalized=False).reshape(momentum.shape)
+        exponents = [group["output_exponent"], group["input_exponent"]]
+        if self.hidden[param]:
+            exponents.reverse()
+        whitenings = []
+        for axis, exponent in enumerate(exponents):
+            means = diagonal.mean(1 - axis)
+            relative = means / means.mean() if means.any() else torch.ones_like(means)
+            whitenings.append(torch.diag((relative + group["relative_damping"]) ** -exponent))
+        a, b = whitenings
+        direction = a @ iterated_polar(a @ momentum @ b) @ b
+        return MATRIX_RMS * direction / root_mean_square(direction) if direction.any() else direction
+
+    def _diagonal_direction(self, param: Tensor, momentum: Tensor) -> Tensor:
+        diagonal = self.fisher_diagonal(param)
+        unknown = param.numel() == 1 and not self.slots[param].uses
+        if unknown or not diagonal.any():
+            return REST_RMS * momentum / root_mean_square(momentum) if momentum.any() else momentum
+        direction = momentum / diagonal**0.5
+        return REST_RMS * direction / max(1.0, float(root_mean_square(direction)))
+
+    def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
+        """In the parameter's shape: on the scale of the batch's gradient, with `relative_damping` or raw."""
+        slot = self.slots[param]
+        modules = self._modules_of(param)
+        if modules:
+            terms = [watched.product(role, summed=True) for watched, role in modules]
+        else:
+            factors = [average.read() for average in slot.from_gradient]
+            product = slot.gradient_product(factors, param.shape)
+            told = [factor for factor in factors if slot.uses or len(factor) > 1]
+            if len(told) > 1:  # each of them has the mean of grad^2
+                mean = told[0].mean()
+                product = product / mean ** (len(told) - 1) if mean > 0 else torch.zeros_like(product)
+            terms = [product]
+        total = sum(term.reshape(param.shape) for term in terms)
+        assert isinstance(total, Tensor)
+        return total + self._group_of(param)["relative_damping"] * total.mean() if normalized else total

@@ -26,6 +26,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_adafisher.optimizers.adafisher as adafisher_module
 import hf_adafisher.optimizers.factory as factory_module
+import hf_adafisher.optimizers.spectral as spectral_module
 from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
@@ -229,7 +230,7 @@ def test_d13_options_come_back_with_the_state() -> None:
 
 
 def test_d14_the_examples_in_the_docstrings_run() -> None:
-    for module in (adafisher_module, factory_module):
+    for module in (adafisher_module, factory_module, spectral_module):
         outcome = doctest.testmod(module, extraglobs={"OptimizerFactory": factory_module.OptimizerFactory})
         assert outcome.attempted > 0 and outcome.failed == 0
 

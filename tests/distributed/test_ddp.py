@@ -10,15 +10,19 @@ from torch.testing import assert_close
 from tests.distributed import worker
 from tests.distributed.conftest import Results
 
+SCENARIOS = pytest.mark.parametrize("scenario", ["data_parallel", "spectral_data_parallel"])
 
-def test_d27_ddp_factors_are_bit_identical_on_the_ranks_without_being_asked_for(two: Results) -> None:
-    first, second = (result["data_parallel"] for result in two)
+
+@SCENARIOS
+def test_d27_ddp_factors_are_bit_identical_on_the_ranks_without_being_asked_for(two: Results, scenario: str) -> None:
+    first, second = (result[scenario] for result in two)
     assert_close(first["state"], second["state"], rtol=0, atol=0)
     assert_close(first["weights"], second["weights"], rtol=0, atol=0)
 
 
-def test_ddp_training_equals_one_process_on_the_same_global_batch(two: Results) -> None:
-    alone, both = worker.data_parallel(), two[0]["data_parallel"]
+@SCENARIOS
+def test_ddp_training_equals_one_process_on_the_same_global_batch(two: Results, scenario: str) -> None:
+    alone, both = worker.data_parallel(spectral=scenario.startswith("spectral")), two[0][scenario]
     assert_close(both["weights"], alone["weights"])
     assert_close(both["diagonals"], alone["diagonals"])
     assert_close(both["state"], alone["state"])

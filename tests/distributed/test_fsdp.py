@@ -27,9 +27,20 @@ def test_fsdp_updates_of_sharded_parameters_equal_one_process(two: Results, name
     )
 
 
+@pytest.mark.parametrize("name", ["gpt2", "convnext"])
+def test_fsdp_spectral_updates_equal_one_process(two: Results, name: str) -> None:
+    """Tied head and Conv1D; hidden convolutions, and depthwise ones, which are no matrices."""
+    alone = worker.data_parallel(name, spectral=True)
+    for result in two:
+        both = result[f"spectral_fully_sharded_{name}"]
+        assert both["sharded"] and both["reductions"] == 3
+        for part in ("weights", "diagonals", "state"):
+            assert_close(both[part], alone[part])
+
+
 def test_fsdp_every_optimizer_that_is_said_to_work_equals_one_process(two: Results) -> None:
     alone = worker.others_sharded()
-    assert {"adafisherw", "adamw", "muon", "sgd"} <= alone.keys()
+    assert {"adafisherw", "spectral-adafisher", "adamw", "muon", "sgd"} <= alone.keys()
     for result in two:
         for name, weights in alone.items():
             rounding = {"rtol": 1e-2, "atol": 1e-3} if name == "muon" else {}  # its iteration is in bfloat16
@@ -75,12 +86,23 @@ def test_fsdp_through_accelerate_which_replaces_the_parameters_of_a_built_optimi
         assert_close(first["state"], second["state"])
 
 
-def test_fsdp_resume_from_a_distributed_checkpoint_is_bitwise(two: Results) -> None:
+def test_fsdp_spectral_through_accelerate_still_knows_its_matrices(two: Results) -> None:
+    alone = worker.data_parallel("vit", spectral=True)
     for result in two:
-        runs = result["distributed_checkpoint"]
+        for part in ("weights", "state"):
+            assert_close(result["spectral_through_accelerate"][part], alone[part])
+
+
+@pytest.mark.parametrize(
+    ("scenario", "damping"),
+    [("distributed_checkpoint", "damping"), ("spectral_distributed_checkpoint", "relative_damping")],
+)
+def test_fsdp_resume_from_a_distributed_checkpoint_is_bitwise(two: Results, scenario: str, damping: str) -> None:
+    for result in two:
+        runs = result[scenario]
         for part in ("weights", "state"):
             assert_close(runs["resumed"][part], runs["uninterrupted"][part], rtol=0, atol=0)
-        assert runs["resumed"]["options"] == {"damping": 0.1, "steps": 7, "next_refresh": 9, "refreshes": 3}
+        assert runs["resumed"]["options"] == {damping: 0.1, "steps": 7, "next_refresh": 9, "refreshes": 3}
 
 
 def test_fsdp_resume_onto_another_number_of_processes(two: Results, three: Results) -> None:

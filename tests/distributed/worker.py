@@ -24,15 +24,18 @@ from hf_adafisher import (
     AdaFisherTrainer,
     AdaFisherTrainingArguments,
     AdaFisherW,
+    SpectralAdaFisher,
     available_optimizers,
     create_optimizer,
 )
 from hf_adafisher.fisher import reduce
 from hf_adafisher.optimizers import sharding
 from hf_adafisher.optimizers.catalog import optimizer_record
+from hf_adafisher.optimizers.factored import FactoredOptimizer
 from tests.model_zoo import family
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}
+SPECTRAL: dict[str, Any] = {key: value for key, value in OPTIONS.items() if key != "damping"}
 STEPS = 7
 GLOBAL_BATCH = 12
 """Rows that one, two and three processes share evenly."""
@@ -46,7 +49,11 @@ def full(value: Any) -> Any:
     return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value.detach().clone()
 
 
-def state_of(model: nn.Module, optimizer: AdaFisherW) -> dict[str, dict[str, Tensor]]:
+def build_optimizer(model: nn.Module, spectral: bool) -> FactoredOptimizer:
+    return SpectralAdaFisher(model, **SPECTRAL) if spectral else AdaFisherW(model, **OPTIONS)
+
+
+def state_of(model: nn.Module, optimizer: FactoredOptimizer) -> dict[str, dict[str, Tensor]]:
     """The whole state of every parameter by name."""
     named = dict(model.named_parameters())
     return {
@@ -71,7 +78,7 @@ def build(name: str) -> nn.Module:
     return family(name).build().double()
 
 
-def loop(name: str, model: nn.Module, optimizer: AdaFisherW, first: int = 0, last: int = STEPS) -> None:
+def loop(name: str, model: nn.Module, optimizer: FactoredOptimizer, first: int = 0, last: int = STEPS) -> None:
     """Steps over global batches of equal rows; the loss is a mean, so that gradients average over processes."""
     for step in range(first, last):
         optimizer.zero_grad()
@@ -98,11 +105,11 @@ class CountAllReduces:
 # --- DistributedDataParallel ------------------------------------------------------------------
 
 
-def data_parallel(name: str = "gpt2") -> dict[str, Any]:
+def data_parallel(name: str = "gpt2", spectral: bool = False) -> dict[str, Any]:
     """A plain loop under DistributedDataParallel."""
     model = build(name)
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
-    optimizer = AdaFisherW(model, **OPTIONS)
+    optimizer = build_optimizer(model, spectral)
     with CountAllReduces() as reductions:
         loop(name, wrapped, optimizer)
     diagonals = {key: optimizer.fisher_diagonal(p) for key, p in model.named_parameters()}
@@ -249,10 +256,10 @@ def shard(model: nn.Module, replicas: int = 1) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def fully_sharded(name: str, replicas: int = 1) -> dict[str, Any]:
+def fully_sharded(name: str, replicas: int = 1, spectral: bool = False) -> dict[str, Any]:
     """As in a plain loop: shard, then build the optimizer."""
     model = shard(build(name), replicas)
-    optimizer = AdaFisherW(model, **OPTIONS)
+    optimizer = build_optimizer(model, spectral)
     with CountAllReduces() as reductions:
         loop(name, model, optimizer)
     kinds = {key: isinstance(p, DTensor) for key, p in model.named_parameters()}
@@ -320,7 +327,7 @@ def factor_of_an_offloaded_shard() -> dict[str, Any]:
     return {"devices": [rows.device.type, columns.device.type], "shapes": [tuple(rows.shape), tuple(columns.shape)]}
 
 
-def through_accelerate(name: str) -> dict[str, Any]:
+def through_accelerate(name: str, spectral: bool = False) -> dict[str, Any]:
     """accelerate's own code for FSDP2, which replaces the parameters of an optimizer that was built before.
 
     Its public `prepare` shards on accelerators only, so the method behind it is called on the CPU.
@@ -337,32 +344,32 @@ def through_accelerate(name: str) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model = build(name)
-    optimizer = AdaFisherW(model, **OPTIONS)
+    optimizer = build_optimizer(model, spectral)
     model, prepared = accelerator._prepare_fsdp2(model, optimizer)
     assert prepared.optimizer is optimizer
     loop(name, model, optimizer)
     return {"weights": weights_of(model), "state": state_of(model, optimizer)}
 
 
-def distributed_checkpoint(folder: Path) -> dict[str, Any]:
+def distributed_checkpoint(folder: Path, spectral: bool = False) -> dict[str, Any]:
     """Save in the middle of an interval, load into a new model and optimizer, go on."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model = shard(build("gpt2"))
-    optimizer = AdaFisherW(model, **OPTIONS)
+    optimizer = build_optimizer(model, spectral)
     loop("gpt2", model, optimizer, last=4)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "dcp"))
     loop("gpt2", model, optimizer, first=4)
     return {
         "uninterrupted": {"weights": weights_of(model), "state": state_of(model, optimizer)},
-        "resumed": reload_distributed_checkpoint(folder),
+        "resumed": reload_distributed_checkpoint(folder, spectral),
         "fresh": saved_before_the_first_step(),
     }
 
 
-def reload_distributed_checkpoint(folder: Path) -> dict[str, Any]:
+def reload_distributed_checkpoint(folder: Path, spectral: bool = False) -> dict[str, Any]:
     """Load what `distributed_checkpoint` saved, with any number of processes, and make the remaining steps."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -373,7 +380,9 @@ def reload_distributed_checkpoint(folder: Path) -> dict[str, Any]:
         for p in model.parameters():
             p.normal_()
     shard(model)
-    optimizer = AdaFisherW(model, **{**OPTIONS, "damping": 0.7})
+    damping = "relative_damping" if spectral else "damping"
+    optimizer = build_optimizer(model, spectral)
+    optimizer.param_groups[0][damping] = 0.7
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "dcp"))
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
@@ -382,7 +391,7 @@ def reload_distributed_checkpoint(folder: Path) -> dict[str, Any]:
     return {
         "weights": weights_of(model),
         "state": state_of(model, optimizer),
-        "options": {key: group[key] for key in ("damping", "steps", "next_refresh", "refreshes")},
+        "options": {key: group[key] for key in (damping, "steps", "next_refresh", "refreshes")},
     }
 
 
@@ -407,12 +416,17 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         "fully_sharded_gpt2": lambda: fully_sharded("gpt2"),
         "fully_sharded_vit": lambda: fully_sharded("vit"),
         "fully_sharded_llama": lambda: fully_sharded("llama"),
+        "spectral_data_parallel": lambda: data_parallel(spectral=True),
+        "spectral_fully_sharded_gpt2": lambda: fully_sharded("gpt2", spectral=True),
+        "spectral_fully_sharded_convnext": lambda: fully_sharded("convnext", spectral=True),
+        "spectral_distributed_checkpoint": lambda: distributed_checkpoint(folder / "spectral", spectral=True),
         "grouped_convolution": grouped_convolution,
         "others_sharded": others_sharded,
         "factor_of_an_offloaded_shard": factor_of_an_offloaded_shard,
         "distributed_checkpoint": lambda: distributed_checkpoint(folder),
         "under_trainer": lambda: under_trainer(folder / "trainer"),
         "through_accelerate": lambda: through_accelerate("vit"),
+        "spectral_through_accelerate": lambda: through_accelerate("vit", spectral=True),
     }
 
 

@@ -36,8 +36,8 @@ def step(model: torch.nn.Module, optimizer: Any, record: Family) -> float:
 
 def test_the_names() -> None:
     assert available_optimizers() == [
-        *("adafisher", "adafisherw", "sgd", "adam", "adamw", "adahessian", "kfac", "shampoo", "lamb", "lars"),
-        *("muon", "soap", "lion", "adafactor", "schedule_free_adamw", "sophia"),
+        *("adafisher", "adafisherw", "spectral-adafisher", "sgd", "adam", "adamw", "adahessian", "kfac", "shampoo"),
+        *("lamb", "lars", "muon", "soap", "lion", "adafactor", "schedule_free_adamw", "sophia"),
     ]
 
 

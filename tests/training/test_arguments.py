@@ -44,6 +44,7 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
     [
         ("adafisherw", 0.04),
         ("adafisher", 0.04),
+        ("spectral-adafisher", 0.005),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
         (OptimizerNames.RMSPROP, 5e-5),
@@ -63,6 +64,7 @@ def test_the_default_learning_rate_depends_on_the_optimizer(optim: Any, expected
 def test_defaults_are_those_of_the_docstring_and_of_training_arguments(tmp_path: Path) -> None:
     ours, theirs = AdaFisherTrainingArguments(str(tmp_path), **CPU), TrainingArguments(str(tmp_path), **CPU)
     assert (ours.beta, ours.damping, ours.ema_decay, ours.update_interval) == (0.9, 3e-3, 0.95, 10)
+    assert ours.relative_damping == 0.1
     changed = {f.name for f in dataclasses.fields(theirs) if getattr(ours, f.name) != getattr(theirs, f.name)}
     assert changed - {"logging_dir"} == {"optim", "learning_rate"}
 
@@ -94,7 +96,7 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
     assert "optim=adafisherw does not use adam_beta1" in caplog.text
     caplog.clear()
     AdaFisherTrainingArguments(str(tmp_path), optim="adamw_torch", damping=0.5, update_interval=3, **CPU)
-    assert "optim=adamw_torch does not use damping, update_interval" in caplog.text
+    assert "optim=adamw_torch does not use update_interval, damping" in caplog.text
     AdaFisherTrainingArguments(str(tmp_path), optim="sgd", damping=0.5, adam_beta1=0.8, **CPU)
     assert "optim=sgd does not use damping, adam_beta1" in caplog.text
     caplog.clear()
@@ -105,14 +107,41 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
         caplog.clear()
         others = {"lr_scheduler_type": "constant", **CPU}
         AdaFisherTrainingArguments(str(tmp_path), optim=name, adam_beta2=0.8, beta=0.5, **others)
-        ignored = {"adafisher": "adam_beta2", "adafisherw": "adam_beta2", "adam": "beta", "adamw": "beta"}
+        factored = dict.fromkeys(("adafisher", "adafisherw", "spectral-adafisher"), "adam_beta2")
+        ignored = {**factored, "adam": "beta", "adamw": "beta"}
         assert f"optim={name} does not use {ignored.get(name, 'beta, adam_beta2')}: " in caplog.text
+
+
+def test_spectral_has_a_damping_of_its_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither optimizer takes the other's for its own, and each gets what belongs to it."""
+    spectral = AdaFisherTrainingArguments(str(tmp_path), optim="spectral-adafisher", relative_damping=0.5, **CPU)
+    ours = AdaFisherTrainingArguments(str(tmp_path), optim="adafisherw", damping=0.5, **CPU)
+    assert not caplog.text
+    shared = {"beta": 0.9, "ema_decay": 0.95, "update_interval": 10, "momentum_dtype": None}
+    assert spectral.optimizer_options() == {"relative_damping": 0.5, **shared}
+    assert ours.optimizer_options() == {"damping": 0.5, **shared}
+    AdaFisherTrainingArguments(str(tmp_path), optim="spectral-adafisher", damping=0.5, **CPU)
+    assert "optim=spectral-adafisher does not use damping: these settings have no effect." in caplog.text
+    caplog.clear()
+    for name in ("adafisher", "adafisherw", "sgd", "adamw_torch"):
+        AdaFisherTrainingArguments(str(tmp_path), optim=name, relative_damping=0.5, **CPU)
+        assert f"optim={name} does not use relative_damping: these settings have no effect." in caplog.text
+
+
+def test_spectral_options_of_its_own_are_given_as_words(tmp_path: Path) -> None:
+    text = "input_exponent=0, output_exponent=0.25, relative_damping=0.3"
+    arguments = parse(
+        tmp_path, "--optim", "spectral-adafisher", "--optim_args", text, "--relative_damping", "0.2", "--beta", "0.8"
+    )
+    options = arguments.optimizer_options()
+    assert (options["input_exponent"], options["output_exponent"], options["beta"]) == (0, 0.25, 0.8)
+    assert options["relative_damping"] == 0.3
 
 
 def test_kfacs_own_damping_is_pointed_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The fields are AdaFisher's, whose defaults are not K-FAC's."""
     AdaFisherTrainingArguments(str(tmp_path), optim="kfac", damping=0.5, ema_decay=0.1, **CPU)
-    assert 'does not use damping, ema_decay: these settings have no effect (its own are options: optim_args="damp' in (
+    assert 'does not use ema_decay, damping: these settings have no effect (its own are options: optim_args="damp' in (
         caplog.text
     )
     arguments = AdaFisherTrainingArguments(str(tmp_path), optim="kfac", optim_args="damping=0.5", **CPU)
@@ -189,6 +218,20 @@ def test_a_missing_library_is_known_before_any_work(tmp_path: Path, monkeypatch:
         ({"optim_args": "damping=-1"}, "damping must be finite and > 0, got -1"),
         ({"optim_args": "dampin=1"}, r"no option 'dampin', did you mean 'damping'\?"),
         ({"optim": "sgd", "optim_args": "betas=(0.9, 0.99)"}, "sgd has no option 'betas'.*momentum"),
+        (
+            {"optim": "spectral-adafisher", "relative_damping": 0.0},
+            "relative_damping must be finite and > 0, got 0.0",
+        ),
+        ({"optim": "spectral-adafisher", "beta": 1.0}, r"beta must lie in \[0, 1\), got 1.0"),
+        (
+            {"optim": "spectral-adafisher", "optim_args": "input_exponent=1.5"},
+            r"input_exponent must lie in \[0, 1\], got 1.5",
+        ),
+        ({"optim": "spectral-adafisher", "optim_args": "nesterov=1"}, "nesterov must be True or False, got 1"),
+        (
+            {"optim": "spectral-adafisher", "optim_args": "damping=1"},
+            r"spectral-adafisher has no option 'damping', did you mean 'relative_damping'\?",
+        ),
         ({"optim": "lars", "optim_args": "vectorlr=1"}, r"no option 'vectorlr', did you mean 'vector_lr'\?.*momentum"),
     ],
 )

@@ -68,16 +68,17 @@ def train(
     return trainer, count
 
 
-def test_compiled_training_equals_eager_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["adafisherw", "spectral-adafisher"])
+def test_compiled_training_equals_eager_training(optim: str, tmp_path: Path) -> None:
     """Statistics on steps 0, 3 and 6; graphs are made at the first other step, and no more of them later."""
-    compiled, count = train(tmp_path, **COMPILED)
+    compiled, count = train(tmp_path, optim=optim, **COMPILED)
     assert count.due == [True, False, False, True, False, False, True, False]
     assert count.graphs[0] == 0 < count.graphs[1]
     assert set(count.graphs[1:]) == {count.graphs[1]}
     optimizer = compiled.optimizer.optimizer
     assert optimizer.param_groups[0]["refreshes"] == 3
     assert {row.rule for row in optimizer.coverage()} == {"Conv1D", "Embedding", "Embedding+Linear", "LayerNorm"}
-    eager, _ = train(tmp_path)
+    eager, _ = train(tmp_path, optim=optim)
     assert_close(compiled.model.state_dict(), eager.model.state_dict(), rtol=1e-5, atol=1e-6)
 
 

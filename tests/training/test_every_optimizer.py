@@ -21,7 +21,8 @@ STEPS, MIDDLE = 20, 13
 LEARNING_RATES = {"adafisher": 0.02, "adafisherw": 0.02, "sgd": 0.05, "adam": 3e-3, "adamw": 3e-3, "lion": 1e-3}
 """Where the record's own is meant for longer runs."""
 OPTIONS: dict[str, dict[str, Any]] = {
-    name: {"damping": 1e-2, "update_interval": 5} for name in ("adafisher", "adafisherw")
+    **{name: {"damping": 1e-2, "update_interval": 5} for name in ("adafisher", "adafisherw")},
+    "spectral-adafisher": {"update_interval": 5},
 }
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_adafisher import AdaFisher, AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher.optimizers.factored import FactoredOptimizer
 from tests.model_zoo import FAMILIES, Family
 
 STEPS = 4
@@ -56,10 +57,10 @@ def model_of(trainer: AdaFisherTrainer) -> nn.Module:
     return trainer.model
 
 
-def adafisher_of(trainer: AdaFisherTrainer) -> AdaFisher:
+def adafisher_of(trainer: AdaFisherTrainer) -> FactoredOptimizer:
     """The optimizer inside accelerate's wrapper."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    assert isinstance(optimizer, AdaFisher)
+    assert isinstance(optimizer, FactoredOptimizer)
     return optimizer
 
 
@@ -75,10 +76,19 @@ def test_every_parameter_has_a_gradient(record: Family) -> None:
     assert seen == set(trainable(model))
 
 
-@each_family
-def test_every_parameter_moves(record: Family, tmp_path: Path) -> None:
-    """Bitwise, and to finite values, under AdaFisherW; and the coverage accounts for every value."""
-    before, trainer = train(record, tmp_path, "adafisherw")
+SPECTRAL = ("albert", "mixtral", "mamba", "swinv2", "convnextv2", "mobilenet_v2", "clip", "wav2vec2")
+"""Families with layers used twice, fused experts, weights that are read, grouped and weight-normed convolutions."""
+
+
+@pytest.mark.parametrize(
+    ("record", "optim"),
+    [(record, "adafisherw") for record in FAMILIES]
+    + [(record, "spectral-adafisher") for record in FAMILIES if record.name in SPECTRAL],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_every_parameter_moves(record: Family, optim: str, tmp_path: Path) -> None:
+    """Bitwise, and to finite values; and the coverage accounts for every value."""
+    before, trainer = train(record, tmp_path, optim)
     assert trainer.state.global_step == STEPS
     after = trainable(model_of(trainer))
     assert set(after) == set(before)

@@ -22,6 +22,7 @@ from hf_adafisher import (
     AdaFisherTrainingArguments,
     AdaFisherW,
     OptimizerFactory,
+    SpectralAdaFisher,
     create_optimizer,
 )
 from tests.cases import mlp
@@ -42,7 +43,7 @@ OPTIONS: dict[str, Any] = {
     "train_sampling_strategy": "sequential",
     "max_grad_norm": 0.0,  # accelerate unscales before it clips only where it set the scaler up itself
 }
-OURS: dict[str, Any] = {"learning_rate": 0.02, "update_interval": 3, "damping": 0.1}
+OURS: dict[str, Any] = {"learning_rate": 0.02, "update_interval": 3}
 
 
 def overflow(model: nn.Module, where: str) -> None:
@@ -76,7 +77,7 @@ def put_scaler(trainer: Trainer) -> None:
 def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str, by: str = "ours") -> Trainer:
     model = RECORD.build()
     overflow(model, where)
-    if by != "ours":
+    if by not in ("ours", "ours, spectral"):
         options: dict[str, Any] = {"name": "adafisherw", "lr": 0.02, "update_interval": 3, "damping": 0.1}
         given: dict[str, Any] = {"optimizer_cls_and_kwargs": (OptimizerFactory, options)}
         if by == "ours, optimizers=":
@@ -89,7 +90,8 @@ def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str
             **given,
         )
     else:
-        arguments = AdaFisherTrainingArguments(str(folder), max_steps=steps, **OURS, **OPTIONS)
+        optim = {"optim": "spectral-adafisher"} if by == "ours, spectral" else {"damping": 0.1}
+        arguments = AdaFisherTrainingArguments(str(folder), max_steps=steps, **OURS, **optim, **OPTIONS)
         trainer = AdaFisherTrainer(model, arguments, train_dataset=data)
     if scaled:
         put_scaler(trainer)
@@ -102,7 +104,9 @@ def optimizer_of(trainer: Trainer) -> AdaFisherW:
 
 
 @pytest.mark.parametrize("where", ["weight", "output"])
-@pytest.mark.parametrize("by", ["ours", "stock", "ours, optimizers=", "ours, optimizer_cls_and_kwargs="])
+@pytest.mark.parametrize(
+    "by", ["ours", "ours, spectral", "stock", "ours, optimizers=", "ours, optimizer_cls_and_kwargs="]
+)
 def test_d19_skipped_steps_neither_advance_nor_poison_anything(where: str, by: str, tmp_path: Path) -> None:
     """Three overflows, two of them on steps that are due: the run equals one that never saw their batches.
 
@@ -140,8 +144,9 @@ def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> 
         assert_close(left, right, rtol=1e-4, atol=1e-5 * float(left.abs().max()))
 
 
+@pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
 @pytest.mark.parametrize("reset", ["optimizer", "model"])
-def test_a_scaler_in_an_accelerate_loop(reset: str) -> None:
+def test_a_scaler_in_an_accelerate_loop(reset: str, kind: Any) -> None:
     """`optimizer.zero_grad()` drops a skipped step's statistics by itself; with `model.zero_grad()` the loop does."""
     results = []
     for skips in ([1, 2], []):
@@ -149,7 +154,7 @@ def test_a_scaler_in_an_accelerate_loop(reset: str) -> None:
         model = mlp(4, 6, 3)
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        raw = AdaFisherW(model, lr=0.1, update_interval=2)
+        raw = kind(model, lr=0.1, update_interval=2)
         model, optimizer = accelerator.prepare(model, raw)
         generator = torch.Generator().manual_seed(0)
         for step in range(7):

@@ -21,7 +21,14 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback
 
-from hf_adafisher import AdaFisher, AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
+from hf_adafisher import (
+    AdaFisherTrainer,
+    AdaFisherTrainingArguments,
+    AdaFisherW,
+    SpectralAdaFisher,
+    create_optimizer,
+)
+from hf_adafisher.optimizers.factored import FactoredOptimizer
 from tests.cases import CASES, WORDS
 from tests.equivalence import Training, assert_same_training, moved, training_of
 from tests.model_zoo import Family, family
@@ -67,7 +74,13 @@ def half_masked(record: Family, n: int) -> Examples:
     return examples
 
 
-def weights_of_averages(optimizer: AdaFisher) -> set[float]:
+def in_a_loop(kind: type[FactoredOptimizer], model: nn.Module, **options: Any) -> Any:
+    """An optimizer with the damping that it knows."""
+    damping = {"relative_damping" if kind is SpectralAdaFisher else "damping": 0.1}
+    return kind(model, lr=0.05, **damping, **options)  # type: ignore[call-arg]
+
+
+def weights_of_averages(optimizer: FactoredOptimizer) -> set[float]:
     """The weight of every moving average in the state."""
     return {
         value.item()
@@ -82,14 +95,15 @@ def weights_of_averages(optimizer: AdaFisher) -> set[float]:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
 @pytest.mark.parametrize("name", ["mlp", "tied", "norm", "experts"])
-def test_d15_micro_batches_in_a_plain_loop(name: str) -> None:
+def test_d15_micro_batches_in_a_plain_loop(name: str, kind: type[FactoredOptimizer]) -> None:
     """D15: k micro-batches are one batch, and one update of the factors, not k."""
     case, gamma, steps, k = BY_NAME[name], 0.7, 5, 4
     runs = []
     for parts in (1, k):
         model = case.build().double()
-        optimizer = AdaFisherW(model, lr=0.05, damping=0.1, ema_decay=gamma, update_interval=2)
+        optimizer = in_a_loop(kind, model, ema_decay=gamma, update_interval=2)
         for step in range(steps):
             generator = torch.Generator().manual_seed(step)
             if name == "tied":
@@ -110,12 +124,14 @@ def test_d15_micro_batches_in_a_plain_loop(name: str) -> None:
     assert moved(runs[0], case.build().double())
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_d15_accumulation_in_trainer(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "optim"), [("gpt2", "adafisherw"), ("llama", "adafisherw"), ("gpt2", "spectral-adafisher")]
+)
+def test_d15_accumulation_in_trainer(name: str, optim: str, tmp_path: Path) -> None:
     """D15: under Trainer, with labels masked in part; the epoch's last, incomplete window trains and counts."""
     record, n, k, epochs, gamma = family(name), 10, 4, 2, 0.8
     examples = half_masked(record, n)
-    options = {"update_interval": 1, "num_train_epochs": epochs, "ema_decay": gamma}
+    options = {"update_interval": 1, "num_train_epochs": epochs, "ema_decay": gamma, "optim": optim}
     whole = trained(tmp_path, record, examples, per_device_train_batch_size=k, **options)
     split = trained(tmp_path, record, examples, per_device_train_batch_size=1, gradient_accumulation_steps=k, **options)
     assert_same_training(split, whole)
@@ -159,7 +175,8 @@ def test_accumulation_with_another_loss(loss: str, tmp_path: Path) -> None:
     assert (difference > 1e-4) == bool(given), "label smoothing changes the run, the same loss does not"
 
 
-def test_accumulation_in_an_accelerate_loop() -> None:
+@pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
+def test_accumulation_in_an_accelerate_loop(kind: type[FactoredOptimizer]) -> None:
     """`accelerator.accumulate`: k micro-batches are one batch in a plain loop, in weights and in factors."""
     case, steps, k = BY_NAME["mlp"], 5, 4
     batches = [
@@ -167,13 +184,13 @@ def test_accumulation_in_an_accelerate_loop() -> None:
         for step in range(steps)
     ]
     plain = case.build().double()
-    optimizer = AdaFisherW(plain, lr=0.05, damping=0.1, update_interval=2)
+    optimizer = in_a_loop(kind, plain, update_interval=2)
     for batch in batches:
         optimizer.zero_grad()
         plain(batch).square().mean().backward()
         optimizer.step()
     model = case.build().double()
-    raw = AdaFisherW(model, lr=0.05, damping=0.1, update_interval=2)
+    raw = in_a_loop(kind, model, update_interval=2)
     try:
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k)
         prepared, wrapped = accelerator.prepare(model, raw)
@@ -191,20 +208,22 @@ def test_accumulation_in_an_accelerate_loop() -> None:
     assert moved(Training(model, raw), case.build().double())
 
 
+@pytest.mark.parametrize("optim", ["adafisherw", "spectral-adafisher"])
 @pytest.mark.parametrize("averaged", [True, False])
 def test_the_scale_of_the_loss_where_each_process_counts_its_own_items(
-    averaged: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    averaged: bool, optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three processes with 16 items each: in the loss averaged over them each position weighs 1/48.
 
     Trainer says 48 where it counts over all processes, and 16 where each counts its own.
     """
-    trainer = trainer_of(tmp_path, family("gpt2"), [], average_tokens_across_devices=averaged)
+    trainer = trainer_of(tmp_path, family("gpt2"), [], average_tokens_across_devices=averaged, optim=optim)
     optimizer: Any = trainer.create_optimizer()
     monkeypatch.setattr(Trainer, "training_step", lambda *args: torch.zeros(()))
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 3)
     trainer.training_step(trainer.model, {}, torch.tensor(48 if averaged else 16))
     assert optimizer.gradient_scale == pytest.approx(1 / 48)
+    assert getattr(optimizer, "loss_terms", 48.0) == 48.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -233,12 +252,16 @@ def checkpoint_by_hand(model: nn.Module, reentrant: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True], ids=["nonreentrant", "reentrant"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "albert"])
-def test_d16_gradient_checkpointing(name: str, reentrant: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "optim"),
+    [("gpt2", "adafisherw"), ("llama", "adafisherw"), ("albert", "adafisherw"), ("gpt2", "spectral-adafisher")],
+)
+def test_d16_gradient_checkpointing(name: str, optim: str, reentrant: bool, tmp_path: Path) -> None:
     """D16: recomputed forwards count once, also those of albert's one layer, which is called several times."""
     record = family(name)
     examples = record.dataset(12)
     options: dict[str, Any] = {"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options["optim"] = optim
     runs, calls = [], []
     for checkpointing in (False, True):
         model = record.build()
@@ -301,12 +324,14 @@ class Interruptions(TrainerCallback):
         self.interrupt()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5"])
-def test_d20_evaluation_prediction_and_generation_change_nothing(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "optim"), [("gpt2", "adafisherw"), ("t5", "adafisherw"), ("gpt2", "spectral-adafisher")]
+)
+def test_d20_evaluation_prediction_and_generation_change_nothing(name: str, optim: str, tmp_path: Path) -> None:
     """D20: what does not train leaves no trace, in an armed window or not."""
     record = family(name)
     examples = record.dataset(12)
-    options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    options = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "optim": optim}
     plain = trained(tmp_path, record, examples, **options)
     interruptions = Interruptions()
     interrupted = trainer_of(tmp_path, record, examples, interruptions, **options)
@@ -331,8 +356,9 @@ def raw_diagonals(trainer: AdaFisherTrainer) -> dict[str, Tensor]:
     return {name: diagonal / diagonal.max() for name, diagonal in diagonals.items()}
 
 
+@pytest.mark.parametrize("optim", ["adafisherw", "spectral-adafisher"])
 @pytest.mark.parametrize("mode", ["autocast", "weights"])
-def test_d18_bfloat16_under_trainer(mode: str, tmp_path: Path) -> None:
+def test_d18_bfloat16_under_trainer(mode: str, optim: str, tmp_path: Path) -> None:
     """D18: it learns, statistics are float32 and, after one step, those of float32 up to bfloat16's rounding."""
     record = family("gpt2")
     examples = record.dataset(8)
@@ -342,7 +368,8 @@ def test_d18_bfloat16_under_trainer(mode: str, tmp_path: Path) -> None:
         if low and mode == "weights":
             model.to(torch.bfloat16)
         options = {"max_steps": steps, "per_device_train_batch_size": 8, "bf16": low and mode == "autocast"}
-        return trained(tmp_path, record, examples, model=model, logging_strategy="steps", logging_steps=1, **options)
+        options |= {"logging_strategy": "steps", "logging_steps": 1, "optim": optim}
+        return trained(tmp_path, record, examples, model=model, **options)
 
     exact, rounded = raw_diagonals(run(1, low=False)), raw_diagonals(run(1, low=True))
     for name, diagonal in rounded.items():
@@ -512,8 +539,8 @@ def test_a_batch_of_one_row_is_the_exact_fisher() -> None:
 
 
 @pytest.mark.parametrize("declared", [True, False], ids=["scale-declared", "sums"])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_trainer_is_a_plain_loop(rows: int, declared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("rows", "optim"), [(1, "adafisherw"), (3, "adafisherw"), (3, "spectral-adafisher")])
+def test_trainer_is_a_plain_loop(rows: int, optim: str, declared: bool, tmp_path: Path) -> None:
     """Over the batches that a Trainer saw, batches of one row among them.
 
     Bitwise where the loop declares the scale of its mean loss; up to rounding where it records the sum of the
@@ -526,18 +553,21 @@ def test_trainer_is_a_plain_loop(rows: int, declared: bool, tmp_path: Path) -> N
         return batches[-1]
 
     options = {"per_device_train_batch_size": rows, "num_train_epochs": 1, "lr_scheduler_type": "constant"}
-    trainer = trainer_of(tmp_path, record, half_masked(record, 7), **options)
+    trainer = trainer_of(tmp_path, record, half_masked(record, 7), optim=optim, **options)
     trainer.data_collator = collate
     trainer.train()
     assert [len(batch["labels"]) for batch in batches] == ([1] * 7 if rows == 1 else [3, 3, 1])
 
     model = record.build()
-    given = {key: OPTIONS[key] for key in ("weight_decay", "damping", "ema_decay", "update_interval")}
-    optimizer = create_optimizer("adafisherw", model, lr=OPTIONS["learning_rate"], **given)
-    assert isinstance(optimizer, AdaFisher)
+    names = ("weight_decay", "ema_decay", "update_interval", *(("damping",) if optim == "adafisherw" else ()))
+    given = {key: OPTIONS[key] for key in names}
+    optimizer = create_optimizer(optim, model, lr=OPTIONS["learning_rate"], **given)
+    assert isinstance(optimizer, FactoredOptimizer)
     for batch in batches:
         items = int(batch["labels"][:, 1:].ne(-100).sum())
         optimizer.gradient_scale = 1 / items if declared else 1.0
+        if isinstance(optimizer, SpectralAdaFisher):
+            optimizer.loss_terms = items
         optimizer.zero_grad()
         model(**batch, num_items_in_batch=items if declared else 1).loss.backward()
         for p in model.parameters():

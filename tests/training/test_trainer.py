@@ -18,6 +18,7 @@ from hf_adafisher import (
     AdaFisherTrainingArguments,
     AdaFisherW,
     OptimizerFactory,
+    SpectralAdaFisher,
 )
 from tests.model_zoo import family
 
@@ -54,13 +55,14 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("name", ["adafisher", "adafisherw", "sgd", "adam", "adamw"])
+@pytest.mark.parametrize("name", ["adafisher", "adafisherw", "spectral-adafisher", "sgd", "adam", "adamw"])
 def test_a_name_gives_its_class(name: str, tmp_path: Path) -> None:
     trainer = our_trainer(tmp_path, optim=name, learning_rate=0.02, max_steps=24, logging_steps=8)
     trainer.train()
     assert losses(trainer)[-1] < losses(trainer)[0]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    assert type(raw(trainer)) is {**kinds, "adafisher": AdaFisher, "adafisherw": AdaFisherW}[name]
+    ours = {"adafisher": AdaFisher, "adafisherw": AdaFisherW, "spectral-adafisher": SpectralAdaFisher}
+    assert type(raw(trainer)) is {**kinds, **ours}[name]
 
 
 def test_trainers_own_names_keep_working(tmp_path: Path) -> None:
@@ -69,11 +71,17 @@ def test_trainers_own_names_keep_working(tmp_path: Path) -> None:
     assert type(raw(trainer)) is torch.optim.AdamW
 
 
-def test_arguments_reach_the_optimizer_and_the_groups_are_trainers(tmp_path: Path) -> None:
-    options = {"beta": 0.8, "damping": 0.3, "ema_decay": 0.7, "update_interval": 5}
-    trainer = our_trainer(tmp_path, learning_rate=0.04, weight_decay=0.2, **options)
+@pytest.mark.parametrize(
+    ("optim", "kind", "damping"),
+    [("adafisherw", AdaFisherW, "damping"), ("spectral-adafisher", SpectralAdaFisher, "relative_damping")],
+)
+def test_arguments_reach_the_optimizer_and_the_groups_are_trainers(
+    optim: str, kind: type[Any], damping: str, tmp_path: Path
+) -> None:
+    options = {"beta": 0.8, damping: 0.3, "ema_decay": 0.7, "update_interval": 5}
+    trainer = our_trainer(tmp_path, optim=optim, learning_rate=0.04, weight_decay=0.2, **options)
     optimizer = trainer.create_optimizer()
-    assert isinstance(optimizer, AdaFisherW)
+    assert isinstance(optimizer, kind)
     stock = Trainer(trainer.model, TrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)).create_optimizer()
     for group, expected in zip(optimizer.param_groups, stock.param_groups, strict=True):
         assert {key: group[key] for key in options} == options
@@ -114,7 +122,14 @@ def test_resume_equals_the_uninterrupted_run_bitwise(make: Callable[..., Trainer
 
 
 @pytest.mark.parametrize(
-    ("writer", "reader"), [("adamw", "adafisherw"), ("adafisherw", "adamw"), ("adafisher", "adafisherw")]
+    ("writer", "reader"),
+    [
+        ("adamw", "adafisherw"),
+        ("adafisherw", "adamw"),
+        ("adafisher", "adafisherw"),
+        ("adafisherw", "spectral-adafisher"),
+        ("spectral-adafisher", "adafisherw"),
+    ],
 )
 def test_a_checkpoint_of_another_optimizer_is_refused_on_resume(writer: str, reader: str, tmp_path: Path) -> None:
     our_trainer(tmp_path / "a", optim=writer, max_steps=2, save_strategy="steps", save_steps=2).train()
@@ -162,6 +177,21 @@ def test_the_model_card_names_the_optimizer_and_its_options(tmp_path: Path) -> N
     other.create_model_card()
     card = (tmp_path / "adam" / "README.md").read_text()
     assert "Use adamw with betas" in card and "AdaFisher" not in card
+
+
+def test_spectral_curvature_has_adafishers_name_in_logs_and_its_own_options_on_the_card(tmp_path: Path) -> None:
+    options = {"optim": "spectral-adafisher", "relative_damping": 0.25, "learning_rate": 0.03}
+    trainer = our_trainer(tmp_path, max_steps=2, logging_steps=1, **options)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["adafisher/fisher_mean"] > 0 and row["adafisher/dropped_refreshes"] == 0.0
+        assert not any(key.startswith("kfac/") for key in row)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "lr=0.03, beta=0.9, relative_damping=0.25, ema_decay=0.95, update_interval=10" in card
+    assert "Trained with SpectralAdaFisher" in card
 
 
 def test_stock_arguments_and_another_optimizers_default_learning_rate_are_pointed_out(

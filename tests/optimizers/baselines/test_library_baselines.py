@@ -606,6 +606,10 @@ def test_models_without_second_derivatives_are_refused() -> None:
 # --- state ----------------------------------------------------------------------------------
 
 
+OWN_TESTS = ("adafisher", "adafisherw", "spectral-adafisher", "kfac")
+"""Whose state has vectors that depend on the layers."""
+
+
 def bytes_of(name: str, p: Tensor, group: dict[str, Any]) -> int:
     """The state of one float32 parameter, written down from the papers, with the libraries' counters."""
     n, matrix = p.numel(), p.dim() > 1
@@ -624,7 +628,7 @@ def bytes_of(name: str, p: Tensor, group: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize("model_name", ["gpt2", "vit"])
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("adafisher", "adafisherw", "kfac")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in OWN_TESTS])
 def test_the_state_is_as_large_as_the_record_says(name: str, model_name: str) -> None:
     model, record = family(model_name).build(), optimizer_record(name)
     optimizer = create_optimizer(name, model)

@@ -1,0 +1,314 @@
+"""What SpectralAdaFisher keeps, its checkpoints, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.testing import assert_close
+
+from hf_adafisher import SpectralAdaFisher, create_optimizer, optimizer_state_bytes
+from tests.cases import CASES, Case, frozen_mlp, mlp
+from tests.model_zoo import family
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        case.loss(model, torch.Generator().manual_seed(step)).backward()
+        optimizer.step()
+
+
+# ------------------------------------------------------------------------------------ state
+
+
+def test_spectral_state_of_a_gpt2_is_half_of_adamws() -> None:
+    """Of one of the original's width, by shapes; those of a small one are what a step really makes."""
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
+    optimizer = SpectralAdaFisher(model)
+    ours = sum(
+        4 * torch.Size(shape).numel() for p in model.parameters() for shape in optimizer.state_shapes(p).values()
+    )
+    adamw = sum(8 * p.numel() + 4 for p in model.parameters())
+    assert 0.5 < ours / adamw <= 0.502
+
+    record = family("gpt2")
+    small = record.build()
+    optimizer, peer = SpectralAdaFisher(small), torch.optim.AdamW(small.parameters())
+    small(**record.batch()).loss.backward()
+    optimizer.step()
+    peer.step()
+    expected = 0
+    for p in small.parameters():
+        shapes = optimizer.state_shapes(p)
+        assert {key: tuple(value.shape) for key, value in optimizer.state[p].items()} == shapes
+        doubles = sum(key.startswith("factor_weight") for key in shapes)
+        expected += 4 * sum(torch.Size(shape).numel() for shape in shapes.values()) + 4 * doubles
+    assert optimizer_state_bytes(optimizer) == expected
+    assert optimizer_state_bytes(optimizer) < 0.62 * optimizer_state_bytes(peer)  # 16 wide: factors count for more
+
+
+def test_spectral_state_holds_plain_options() -> None:
+    """Which every kind of checkpoint can hold, a dtype among them as a word."""
+    optimizer = SpectralAdaFisher(mlp(3, 2), momentum_dtype=torch.float32)
+    plain = (bool, int, float, str, type(None))
+    assert all(isinstance(v, plain) for g in optimizer.param_groups for k, v in g.items() if k != "params")
+
+
+# ------------------------------------------------------------------------------ checkpoints
+
+
+@pytest.mark.parametrize("name", ["tied", "experts", "norm", "attention", "conv_batch_norm", "used_late"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_spectral_resumed_run_equals_an_uninterrupted_one_bitwise(name: str, dtype: torch.dtype, tmp_path: Any) -> None:
+    """Saved in the middle of an interval, loaded with weights_only, into an optimizer with other options."""
+    case = BY_NAME[name]
+    model = case.build().to(dtype)
+    options: dict[str, Any] = {
+        "relative_damping": 0.3,
+        "input_exponent": 0.4,
+        "output_exponent": 0.6,
+        "nesterov": False,
+    }
+    optimizer = SpectralAdaFisher(model, lr=1e-2, update_interval=4, weight_decay=0.1, **options)
+    train(model, case, optimizer, steps=6)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    forwards = getattr(model, "forwards", None)
+    train(model, case, optimizer, steps=6, start=6)
+
+    resumed = case.build(seed=1).to(dtype)
+    if forwards is not None:
+        resumed.forwards = forwards
+    restored = SpectralAdaFisher(resumed, lr=1.0)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    resumed.load_state_dict(checkpoint["model"])
+    restored.load_state_dict(checkpoint["optimizer"])
+    assert not restored.refresh_due
+    train(resumed, case, restored, steps=6, start=6)
+    assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert_close(restored.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
+
+
+def test_spectral_checkpoint_says_which_options_it_changes(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(3, 2)
+    saved = SpectralAdaFisher(model, relative_damping=0.3, input_exponent=0.0, output_exponent=1.0).state_dict()
+    with caplog.at_level(logging.WARNING):
+        SpectralAdaFisher(model).load_state_dict(saved)
+    for change in ("relative_damping: 0.1 -> 0.3", "input_exponent: 0.5 -> 0.0", "output_exponent: 0.5 -> 1.0"):
+        assert change in caplog.text
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
+def test_spectral_checkpoint_of_another_precision_loads_and_trains(saved: torch.dtype, loaded: torch.dtype) -> None:
+    case = BY_NAME["tied"]
+    model, other = case.build().to(saved), case.build().to(loaded)
+    optimizer, restored = SpectralAdaFisher(model), SpectralAdaFisher(other)
+    train(model, case, optimizer, steps=2)
+    restored.load_state_dict(optimizer.state_dict())
+    train(other, case, restored, steps=2)
+    for p in other.parameters():
+        state = restored.state[p]
+        assert state["exp_avg"].dtype == loaded and state["output_grad_factor"].dtype == torch.float32
+        assert p.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["adafisherw", "kfac", "adamw", "muon"])
+def test_spectral_refuses_other_checkpoints_and_others_refuse_its(name: str) -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    other = create_optimizer(name, model)
+    train(model, case, other, steps=1)
+    ours = SpectralAdaFisher(model)
+    train(model, case, ours, steps=1)
+    with pytest.raises(ValueError, match=r"not written by SpectralAdaFisher \(its options are .*resume with"):
+        ours.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"not written by .*relative_damping=0\.1.*resume with"):
+        other.load_state_dict(ours.state_dict())
+
+
+def test_spectral_refuses_another_models_checkpoint() -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    optimizer = SpectralAdaFisher(model)
+    train(model, case, optimizer, steps=1)
+    with pytest.raises(ValueError, match=r"0\.weight does not fit the model"):
+        SpectralAdaFisher(mlp(4, 7, 5, 3)).load_state_dict(optimizer.state_dict())
+
+
+# ---------------------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "allowed"),
+    [
+        ("lr", [-1e-3, float("nan"), "fast"], "lr must be"),
+        ("relative_damping", [0.0, -1.0, float("nan"), float("inf")], "relative_damping must be finite and > 0"),
+        ("input_exponent", [1.5, -0.1, float("nan")], r"input_exponent must lie in \[0, 1\]"),
+        ("output_exponent", [1.5, -0.1, float("nan")], r"output_exponent must lie in \[0, 1\]"),
+        ("ema_decay", [-0.1, 1.0], r"ema_decay must lie in \[0, 1\)"),
+        ("beta", [-0.1, 1.0], r"beta must lie in \[0, 1\)"),
+        ("update_interval", [0, 2.5, True], "update_interval must be a whole number of steps >= 1"),
+        ("weight_decay", [-0.1, float("inf")], "weight_decay must be finite and >= 0"),
+        ("nesterov", [1, "yes"], "nesterov must be True or False"),
+        ("momentum_dtype", ["int32"], "momentum_dtype must be None .*'float32'"),
+    ],
+)
+def test_spectral_options_outside_their_range(option: str, values: list[Any], allowed: str) -> None:
+    model = mlp(3, 2)
+    for value in values:
+        with pytest.raises(ValueError, match=allowed) as raised:
+            SpectralAdaFisher(model, **{option: value})
+        assert str(value) in str(raised.value)
+        with pytest.raises(ValueError, match=allowed):
+            SpectralAdaFisher(model, [{"params": model.parameters(), option: value}])
+
+
+@pytest.mark.parametrize("option", ["input_exponent", "output_exponent"])
+def test_spectral_exponents_may_be_the_ends_of_their_range(option: str) -> None:
+    for value in (0.0, 0, 1.0, 1):
+        assert SpectralAdaFisher(mlp(3, 2), **{option: value}).param_groups[0][option] == value
+
+
+def test_spectral_has_no_damping_of_adafishers() -> None:
+    with pytest.raises(TypeError, match="damping"):
+        SpectralAdaFisher(mlp(3, 2), damping=0.1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="spectral-adafisher has no option 'damping', did you mean 'relative_damping'"):
+        create_optimizer("spectral-adafisher", mlp(3, 2), damping=0.1)
+    with pytest.raises(TypeError, match="SpectralAdaFisher needs the model"):
+        SpectralAdaFisher(mlp(3, 2).parameters())  # type: ignore[arg-type]
+
+
+def test_spectral_options_reach_the_optimizer_by_name() -> None:
+    model = mlp(3, 4, 2)
+    options = {"relative_damping": 0.25, "input_exponent": 0.0, "update_interval": 3}
+    optimizer = create_optimizer("spectral-adafisher", model, lr=0.5, weight_decay=0.1, **options)
+    assert isinstance(optimizer, SpectralAdaFisher)
+    assert {key: optimizer.param_groups[0][key] for key in options} == options
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_spectral_groups_have_their_own_options() -> None:
+    """Over given gradients each parameter moves as in an optimizer whose options are all those of its group.
+
+    Hidden matrices of one shape, which are orthogonalised together, are in different groups.
+    """
+    options: list[dict[str, Any]] = [
+        {"lr": 0.01, "relative_damping": 0.05, "beta": 0.5, "ema_decay": 0.6, "momentum_dtype": "float32"},
+        {"lr": 0.03, "input_exponent": 0.0, "output_exponent": 0.9, "weight_decay": 0.2, "nesterov": False},
+    ]
+    runs = []
+    for kinds in ((0, 1), (0, 0), (1, 1)):
+        torch.manual_seed(0)
+        model = mlp(6, 6, 6, 6, 6, 3).double()
+        weights, vectors = ([p for p in model.parameters() if (p.dim() > 1) == wanted] for wanted in (True, False))
+        halves = [[*weights[::2], *vectors[1:]], [*weights[1::2], *vectors[:1]]]
+        groups = [{"params": half, **options[kind]} for half, kind in zip(halves, kinds, strict=True)]
+        optimizer = SpectralAdaFisher(model, groups, update_interval=2)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(4):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        runs.append([[p.detach() for p in half] for half in halves])
+    mixed, first, second = runs
+    assert_close(mixed, [first[0], second[1]], rtol=0, atol=0)
+    assert not any(torch.equal(p, q) for p, q in zip(first[0], second[0], strict=True))
+
+
+# ------------------------------------------------------------------------- the model changes
+
+
+def hooks(model: nn.Module) -> int:
+    """Forward hooks on all modules."""
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_spectral_leaves_no_hook_when_closed() -> None:
+    case = BY_NAME["mlp"]
+    model = case.build()
+    with SpectralAdaFisher(model, update_interval=1) as optimizer:
+        train(model, case, optimizer, steps=2)
+        assert hooks(model) > 0
+    assert hooks(model) == 0
+    assert optimizer.fisher_diagonal(model[0].weight).isfinite().all()
+    with pytest.raises(RuntimeError, match="was closed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("frozen", ["0.weight", "2.weight", "2.bias", "6.weight"])
+def test_spectral_leaves_frozen_parameters_alone(frozen: str) -> None:
+    case = Case("frozen", lambda: frozen_mlp(frozen), BY_NAME["mlp"].loss)
+    model = case.build()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = SpectralAdaFisher(model, weight_decay=0.1)
+    train(model, case, optimizer, steps=3)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (name == frozen)
+        assert (p in optimizer.state) == (name != frozen)
+
+
+def test_spectral_follows_a_model_that_grows() -> None:
+    """A layer that comes behind the last makes that a hidden matrix: from then on it moves as one."""
+    model = nn.Sequential(nn.Linear(4, 6))
+    optimizer = SpectralAdaFisher(model, lr=0.1, update_interval=2)
+
+    def moved_by(layer: nn.Linear) -> float:
+        before = layer.weight.detach().clone()
+        optimizer.zero_grad()
+        model(torch.randn(5, 4, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+        optimizer.step()
+        return float((layer.weight.detach() - before).square().mean().sqrt())
+
+    assert moved_by(model[0]) > 0.1 * 0.25
+    model.append(nn.Linear(6, 2))
+    optimizer.add_param_group({"params": model[1].parameters(), "relative_damping": 0.4})
+    assert optimizer.param_groups[1]["relative_damping"] == 0.4
+    for _ in range(2):
+        assert moved_by(model[0]) == pytest.approx(0.1 * 0.2, rel=1e-4)
+    assert {row.name: row.rule for row in optimizer.coverage()} == dict.fromkeys(
+        ("0.weight", "0.bias", "1.weight", "1.bias"), "Linear"
+    )
+    with pytest.raises(ValueError, match="does not belong"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_spectral_curvature_summary_is_that_of_the_diagonals() -> None:
+    case = BY_NAME["tied"]
+    model = case.build()
+    optimizer = SpectralAdaFisher(model, relative_damping=0.2)
+    train(model, case, optimizer, steps=1)
+    summary = optimizer.curvature_summary()
+    means, floors, values = 0.0, 0.0, 0
+    for p in model.parameters():
+        raw, damped = optimizer.fisher_diagonal(p, normalized=False), optimizer.fisher_diagonal(p)
+        assert_close(damped - raw, torch.full_like(raw, 0.2 * raw.mean()), rtol=1e-3, atol=0)
+        means, values = means + damped.sum().item(), values + p.numel()
+        floors += (raw < 0.2 * raw.mean()).sum().item()
+    assert summary["fisher_mean"] == pytest.approx(means / values)
+    assert summary["floor_share"] == pytest.approx(floors / values, abs=1e-9)
+    assert (summary["refreshes"], summary["dropped_refreshes"], summary["gradient_factor_share"]) == (1, 0, 0)
+
+
+def test_spectral_drops_statistics_that_are_not_finite() -> None:
+    """The refresh stays due, and nothing of the broken batch is kept."""
+    case = BY_NAME["mlp"]
+    model, twin = case.build(), case.build()
+    optimizer, reference = SpectralAdaFisher(model), SpectralAdaFisher(twin)
+    case.loss(model, torch.Generator().manual_seed(0)).backward()
+    model(torch.full((2, 4), float("inf"))).sum().backward()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    optimizer.step()
+    assert optimizer.refresh_due and optimizer.param_groups[0]["dropped_refreshes"] == 1
+    reference.step()
+    train(model, case, optimizer, 2, start=1)
+    train(twin, case, reference, 2, start=1)
+    assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
