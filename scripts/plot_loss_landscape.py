@@ -4,8 +4,9 @@
     python scripts/plot_loss_landscape.py --task clm --n_layer 2 --n_embd 64 --n_head 2 \\
         --optimizers adafisherw adamw:learning_rate=0.001 --output out/clm.png
 
-The plane is that of the two principal components of all trajectories. Others are two random directions around the
-first optimizer's end, or two of your own, with filter normalisation (Li et al. 2018):
+The plane is that of the two principal components of all trajectories. It goes through their common start, so that
+every path begins at its true loss; with --origin mean it goes through the mean of all weights on the way. Others are
+two random directions around the first optimizer's end, or two of your own, with filter normalisation (Li et al. 2018):
 
     python scripts/plot_loss_landscape.py --plane random --plane_seed 1 --output out/random.png
     python scripts/plot_loss_landscape.py --plane directions.pt --output out/own.png
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--every", type=int, help="steps between snapshots of the weights (default: about 50 snapshots)")
     add("--grid", type=int, default=25, help="points on each axis of the grid of losses (default 25)")
     add("--plane", default="pca", help="pca, random, or a .pt file with two directions (default pca)")
+    add("--origin", help="of a pca plane: start, where all begin, or mean, of all snapshots (default start)")
     add("--plane_seed", type=int, default=0, help="of the random directions (default 0)")
     add("--extent", type=float, help="reach of the grid from the centre, at least (default: pca 0, else 1)")
     add("--examples", type=int, default=256, help="training examples for the loss, not augmented (default 256)")

@@ -1,4 +1,4 @@
-"""What all pictures share: colours and marks that anybody can tell apart, and how a figure is made and saved."""
+"""What all pictures share: colours and marks that anybody can tell apart, and how panels are made and saved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.report import write_json
+from hf_adafisher.experiments.report import empty_figure, write_json
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; beyond them, markers and dashes differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#9A8F00")
@@ -34,42 +34,13 @@ def new_figure(
     """A figure of ``size`` inches and its axes, row by row.
 
     Raises:
-        ImportError: matplotlib is not installed; see :func:`require_matplotlib`.
+        ImportError: matplotlib is not installed; see ``report.empty_figure``.
     """
     figure = empty_figure(size)
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=sharey).flat)
     for axes in panels:
         axes.grid(alpha=0.3)
     return figure, panels
-
-
-def empty_figure(size: tuple[float, float]) -> Any:
-    """A figure without axes, for layouts of its own.
-
-    Raises:
-        ImportError: matplotlib is not installed; see :func:`require_matplotlib`.
-    """
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
-    return figure
-
-
-def require_matplotlib() -> None:
-    """Ask before the work whose result is to be drawn.
-
-    Raises:
-        ImportError: matplotlib is not installed; the message says how to install it.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'pictures need matplotlib, which is not installed: pip install "hf_adafisher[plots]"'
-        ) from error
 
 
 def save_figure(figure: Any, path: Path, numbers: Mapping[str, Any]) -> list[Path]:

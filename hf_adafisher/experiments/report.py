@@ -134,13 +134,39 @@ def write_learning_curves(
 def new_panels(path: Path, rows: int = 1, size: tuple[float, float] | None = None) -> list[Any] | None:
     """The axes of a new picture, one below the other, or None, with a warning, where matplotlib is missing."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        figure = empty_figure(size or (7, 4.5 + 3 * (rows - 1)))
     except ImportError:
         logger.warning(
             "matplotlib is not installed, so %s was not drawn; install it with: pip install matplotlib", path
         )
         return None
-    figure = Figure(figsize=size or (7, 4.5 + 3 * (rows - 1)), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
     return list(figure.subplots(rows, 1, squeeze=False, sharex=True).flat)
+
+
+def empty_figure(size: tuple[float, float]) -> Any:
+    """A figure of ``size`` inches without axes.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: that would pick a window system and keep global state
+    return figure
+
+
+def require_matplotlib() -> None:
+    """Ask before the work whose result is to be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to install it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            'pictures need matplotlib, which is not installed: pip install "hf_adafisher[plots]"'
+        ) from error

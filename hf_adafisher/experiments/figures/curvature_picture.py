@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, empty_figure, save_figure
+from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, save_figure
+from hf_adafisher.experiments.report import empty_figure
 from hf_adafisher.optimizers.layer_curvature import NUMBERS
 from hf_adafisher.training.curvature import CURVATURE_FILE, read_curvature
 

@@ -19,9 +19,9 @@ from transformers import Trainer
 
 from hf_adafisher.experiments.callbacks import StopOnDivergence
 from hf_adafisher.experiments.figures.runs import (
-    START_ARGUMENTS,
     AtSteps,
     OptimizerChoice,
+    check_same_start,
     optimizer_choice,
     prepare_run,
 )
@@ -189,16 +189,10 @@ def prepare_pair(settings: HistogramSettings) -> list[tuple[PreparedRun, Values]
     if name not in PEERS:
         raise ValueError(f"the first optimizer is {name!r}; it must be adafisher or adafisherw, whose F is drawn")
     choose_weight(first.model, settings.layer)
-    if first.training_args.world_size > 1:
-        raise ValueError("this figure is made by one process: start it without torchrun")
-    second = prepared(given[1] or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}"))
+    peer = given[1] or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}")
+    second = prepared(peer)
     check_second_moment(second)
-    for key in START_ARGUMENTS:
-        values = getattr(first.training_args, key), getattr(second.training_args, key)
-        if values[0] != values[1]:
-            raise ValueError(f"both runs need the same {key}, got {values[0]} and {values[1]}: give it once, to both")
-    if not all(map(torch.equal, first.model.parameters(), second.model.parameters())):
-        raise ValueError("the two runs start from different weights: leave out what the optimizers' arguments change")
+    check_same_start({given[0] or name: first, peer: second})
     return [(first, fisher_values), (second, second_moment)]
 
 

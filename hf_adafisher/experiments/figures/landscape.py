@@ -7,7 +7,7 @@ d trainable parameters, flattened in the order of ``named_parameters`` and one a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from hf_adafisher.experiments.figures.buffers import load_buffers
 
 MARGIN = 0.25
 """Room around the trajectories, on each side, as a share of their extent along the axis."""
@@ -47,7 +49,8 @@ class Plane:
     Attributes:
         centre: point with the coordinates (0, 0), shape (d,), float32.
         directions: of the two axes, shape (2, d), float32; not necessarily orthogonal or of length 1.
-        explained: shares of the trajectories' variance along the axes; None if the plane does not come from them.
+        explained: how much of the trajectories lies along each axis, as shares of what :func:`principal_plane` holds
+            most of; None if the plane does not come from them.
     """
 
     centre: Tensor
@@ -98,27 +101,42 @@ def load_weights(model: nn.Module, vector: Tensor) -> None:
             parameter.copy_(part.view_as(parameter))
 
 
-def principal_plane(trajectories: Sequence[Tensor]) -> Plane:
-    """The plane that holds most of the variance of all points of all trajectories: their principal components.
+def principal_plane(trajectories: Sequence[Tensor], start: Tensor | None = None) -> Plane:
+    """The plane that holds most of all points of all trajectories: their principal components.
 
-    Its centre is the mean of all points, its directions are orthonormal, so that x and y are Euclidean distances in
-    weight space. With the centred points as the rows of X, shape (n, d), the eigenvectors u of the small matrix
-    ``X X^T`` give them, ``X^T u / ||X^T u||``; nothing of size (d, d) is made. A direction's sign is that with which
-    the point of its largest absolute coordinate has a positive one.
+    Its directions are orthonormal, so that x and y are Euclidean distances in weight space. Without a start, its centre
+    is the mean of all points, and it holds most of their variance. With one, it goes through the start and holds most
+    of the points' squared distances from there, each trajectory's divided by their sum: or else one that goes far
+    would have the plane for itself.
+
+    With the centred (and divided) points as the rows of X, shape (n, d), the eigenvectors u of the small matrix
+    ``X X^T`` give the directions, ``X^T u / ||X^T u||``; nothing of size (d, d) is made. A direction's sign is that
+    with which the row of X of its largest absolute coordinate has a positive one.
 
     Args:
         trajectories: each of shape (points, d).
+        start: the centre, shape (d,).
 
     Raises:
         ValueError: points that do not span a plane.
     """
     count, size = sum(map(len, trajectories)), trajectories[0].shape[1]
-    centre, gram = torch.empty(size), torch.zeros(count, count, dtype=torch.float64)
-    for part in _slices(trajectories[0], count):
-        rows = torch.cat([points[:, part] for points in trajectories]).double()
-        centre[part] = rows.mean(0)
-        rows -= rows.mean(0)
-        gram += rows @ rows.T
+    parts = list(_slices(trajectories[0], count))
+    if start is None:
+        means = [torch.cat([points[:, part] for points in trajectories]).double().mean(0) for part in parts]
+        centre, scales = torch.cat(means), [1.0] * len(trajectories)
+    else:
+        centre = start.double()
+        sizes = [sum((p[:, part].double() - centre[part]).square().sum() for part in parts) for p in trajectories]
+        scales = [float(size) ** -0.5 if size else 0.0 for size in sizes]
+
+    def rows(part: slice) -> Tensor:
+        own = zip(trajectories, scales, strict=True)
+        return torch.cat([(points[:, part].double() - centre[part]) * scale for points, scale in own])
+
+    gram = torch.zeros(count, count, dtype=torch.float64)
+    for part in parts:
+        gram += rows(part) @ rows(part).T
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0)[:2], vectors.flip(1)[:, :2]
     if count < 3 or not values[1] > _ON_A_LINE * values[0]:
@@ -128,11 +146,10 @@ def principal_plane(trajectories: Sequence[Tensor]) -> Plane:
         )
     vectors *= vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     directions = torch.empty(2, size)
-    for part in _slices(trajectories[0], count):
-        rows = torch.cat([points[:, part] for points in trajectories]).double()
-        directions[:, part] = ((vectors.T @ (rows - rows.mean(0))) / values.sqrt()[:, None]).float()
+    for part in parts:
+        directions[:, part] = ((vectors.T @ rows(part)) / values.sqrt()[:, None]).float()
     first, second = (values / gram.trace()).tolist()
-    return Plane(centre, directions, (first, second))
+    return Plane(centre.float(), directions, (first, second))
 
 
 def grid_axes(coordinates: Sequence[Tensor], points: int, extent: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +177,7 @@ def losses_at(
     vectors: Sequence[Callable[[], Tensor]],
     loss: Callable[[nn.Module], float],
     *,
+    buffers: Sequence[Mapping[str, Tensor]] | None = None,
     jobs: int = 1,
     label: str = "losses",
     progress: bool = True,
@@ -171,9 +189,10 @@ def losses_at(
     torch lets others work while it computes, and a new process would first import everything again.
 
     Args:
-        model: its buffers (BatchNorm's running statistics) and frozen parameters are used as they are.
+        model: its frozen parameters are used as they are.
         vectors: each gives the trainable parameters, shape (d,).
         loss: of a model; called by several threads at a time, on different models.
+        buffers: those (BatchNorm's running statistics) that go with each vector; None for the model's own with all.
         jobs: threads.
         label: of the progress bar.
         progress: show it.
@@ -188,6 +207,8 @@ def losses_at(
         own = copies.pop()
         try:
             load_weights(own, vectors[index]())
+            if buffers is not None:
+                load_buffers(own, buffers[index])
             results[index] = float(loss(own))
         finally:
             copies.append(own)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafisher.experiments.drawing import SEQUENTIAL, Style, empty_figure, line_style
+from hf_adafisher.experiments.drawing import DASHES, SEQUENTIAL, Style, line_style
+from hf_adafisher.experiments.report import empty_figure
 
 COLOUR_MAP = f"{SEQUENTIAL}_r"
 """Low losses are light, so that the lines, which end there, stand out."""
@@ -15,6 +16,8 @@ LEVELS = 16
 _CLIPPED_SHARE = 0.2
 _MARKS = 8
 """Marks on a line, about."""
+_HALF_WIDTH = 103
+"""Characters of the legend that fit into half of the figure."""
 _TURN = 30.0
 """Degrees between the view and the steepest way up."""
 Grid = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -47,7 +50,8 @@ def draw_landscape(numbers: Mapping[str, Any]) -> Any:
 
     A white star marks the start, a large mark the end of each trajectory. The surface is cut off at the highest level.
     The legend has the true losses of both beside those in the plane: weights off the plane may have quite another
-    loss than the point below them, so that a path may seem to climb where its loss fell.
+    loss than the point below them, so that a path may seem to climb where its loss fell. Where a model has running
+    statistics (BatchNorm), the legend says which the plane's losses use.
 
     Args:
         numbers: what ``landscape_run.trace_landscape`` returns, or the JSON file holds.
@@ -56,13 +60,14 @@ def draw_landscape(numbers: Mapping[str, Any]) -> Any:
         A figure of matplotlib.
     """
     from matplotlib.colors import BoundaryNorm
+    from matplotlib.patches import Patch
 
     xs, ys, losses = (np.array(numbers["grid"][key], dtype=float) for key in ("x", "y", "loss"))
     grid = (xs, ys, losses)
     paths = {label: _Path(path) for label, path in numbers["optimizers"].items()}
     levels = contour_levels(losses, next(iter(paths.values())).loss[0])
     look: Style = {"cmap": COLOUR_MAP, "norm": BoundaryNorm(levels, 256, extend="max")}
-    figure = empty_figure((14, 6.2))
+    figure = empty_figure((12, 5.4))
     cells = figure.add_gridspec(1, 2, width_ratios=(1.15, 1))
     flat = figure.add_subplot(cells[0])
     lifted = figure.add_subplot(cells[1], projection="3d", computed_zorder=False)
@@ -72,12 +77,19 @@ def draw_landscape(numbers: Mapping[str, Any]) -> Any:
     bar.set_label(f"{numbers['loss_label']}, levels closer near the lowest")
     _draw_surface(lifted, grid, levels, look)
     for index, (label, path) in enumerate(paths.items()):
-        path.draw(flat, lifted, levels[-1], line_style(index), label)
+        dashes = {"linestyle": DASHES[index % len(DASHES)]}  # where one path lies on another, both are seen
+        path.draw(flat, lifted, levels[-1], line_style(index) | dashes, label)
     _mark_start(flat, lifted, next(iter(paths.values())), levels[-1])
-    flat.set(xlabel=numbers["plane"]["axes"][0], ylabel=numbers["plane"]["axes"][1])
+    flat.set_xlabel(numbers["plane"]["axes"][0], fontsize=9)
+    flat.set_ylabel(numbers["plane"]["axes"][1], fontsize=9)
     lifted.set(xlabel="first axis", ylabel="second axis")
     lifted.set_title(f"height: {numbers['loss_label']}", fontsize=9)  # a label of the axis would meet the colour bar
-    figure.legend(*flat.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    handles, labels = flat.get_legend_handles_labels()
+    if numbers["plane"]["buffers"] is not None:
+        handles.append(Patch(facecolor=filled.cmap(0.5), edgecolor="black"))
+        labels.append(f"in this plane: {numbers['plane']['buffers']}; at ends: their own")
+    columns = 2 if max(map(len, labels)) <= _HALF_WIDTH else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8)
     figure.suptitle(_title(numbers), fontsize=11)
     return figure
 
@@ -142,7 +154,9 @@ def _draw_contours(axes: Any, grid: Grid, levels: np.ndarray, look: Style) -> An
 def _draw_surface(axes: Any, grid: Grid, levels: np.ndarray, look: Style) -> None:
     xs, ys, losses = grid
     heights = np.where(np.isfinite(losses), np.minimum(losses, levels[-1]), np.nan)
-    axes.plot_surface(*np.meshgrid(xs, ys), heights, rstride=1, cstride=1, linewidth=0.1, zorder=1, **look)
+    axes.plot_surface(
+        *np.meshgrid(xs, ys), heights, rstride=1, cstride=1, linewidth=0, antialiased=False, zorder=1, **look
+    )
     # Seen from where the surface is low, so that its hills stand behind the valley.
     rises = np.nan_to_num(heights - np.nanmean(heights))
     across, along = (np.sum(rises.mean(axis) * np.linspace(-1, 1, rises.shape[1 - axis])) for axis in (0, 1))

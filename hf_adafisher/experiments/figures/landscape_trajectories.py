@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
 from hf_adafisher.experiments.callbacks import StopOnDivergence
+from hf_adafisher.experiments.figures.buffers import flat_buffers
 from hf_adafisher.experiments.figures.landscape import flat_weights
 from hf_adafisher.experiments.figures.runs import (
-    START_ARGUMENTS,
     AtSteps,
     OptimizerChoice,
+    check_same_start,
     optimizer_choice,
     prepare_run,
 )
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 SNAPSHOTS = 50
 """About so many along each trajectory, unless told otherwise."""
+ORIGINS = ("start", "mean")
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class LandscapeSettings:
         task: one of ``runs.TASKS``.
         output: the picture.
         optimizers: as ``runs.optimizer_choice`` reads them; no two alike. The first one's end is the centre of planes
-            that do not come from the trajectories, and its buffers (BatchNorm's running statistics) are used for every
-            loss.
+            that do not come from the trajectories. The losses of the snapshots themselves have their own buffers;
+            those in the plane have BatchNorm statistics of the examples at every point, and the first one's other ones.
         steps: optimizer steps, at least 2.
         every: steps between two snapshots of the weights, from 1 to half of the steps; None for about 50 snapshots.
         grid: points on each axis of the grid of losses, at least 2.
         plane: "pca": the principal components of all trajectories; "random": two random directions with
             filter normalisation; else a file with two directions, see ``landscape_directions.read_directions``.
+        origin: what a plane of principal components goes through, see ``landscape.principal_plane``: the "start" of
+            all, or the "mean" of all snapshots, in which it follows them closest but may pass the start, and where each
+            ends, at a distance; None for the start. For "pca" only.
         plane_seed: of the random directions.
         extent: the grid reaches at least so far from the centre, in units of the directions; None for 0 with "pca" and
             1 otherwise, as in Li et al. (2018).
@@ -68,6 +73,7 @@ class LandscapeSettings:
     every: int | None = None
     grid: int = 25
     plane: str = "pca"
+    origin: str | None = None
     plane_seed: int = 0
     extent: float | None = None
     examples: int = 256
@@ -89,6 +95,10 @@ class LandscapeSettings:
             raise ValueError(f"--snapshot_memory is {self.snapshot_memory}; it must be more than 0 GiB")
         if self.plane not in ("pca", "random") and not Path(self.plane).is_file():
             raise FileNotFoundError(f"--plane is {self.plane!r}, and no such file exists: pca, random, or a .pt file")
+        if self.origin not in (None, *ORIGINS):
+            raise ValueError(f"--origin is {self.origin!r}; it must be one of {', '.join(ORIGINS)}")
+        if self.origin is not None and self.plane != "pca":
+            raise ValueError("--origin is for --plane pca; with another, the first optimizer's end is the centre")
         labels = [choice.label for choice in self.choices]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if not labels or twice:
@@ -116,7 +126,7 @@ class Trajectory:
         losses: step and training loss, of its own batch, at each step.
         diverged_at: step at which the loss or a weight was found not to be finite, or None; later snapshots are
             left out.
-        buffers: of the model at the end.
+        buffers: of the model at each snapshot, on the CPU; those that do not change are shared.
         learning_rate: the largest of the schedule.
     """
 
@@ -124,7 +134,7 @@ class Trajectory:
     points: Tensor
     losses: list[tuple[int, float]]
     diverged_at: int | None
-    buffers: dict[str, Tensor]
+    buffers: list[dict[str, Tensor]]
     learning_rate: float
 
 
@@ -135,23 +145,16 @@ def prepare_optimizers(settings: LandscapeSettings) -> dict[str, PreparedRun]:
         ValueError: an argument of one optimizer that would let it start elsewhere or see other data, snapshots that
             would take too much memory, several processes.
     """
-    further = list(settings.further)
-    if not any(word.partition("=")[0] == "--logging_steps" for word in further):
-        further += ["--logging_steps", "1"]
-    choices = settings.choices
+    further = ["--logging_steps", "1", *settings.further]
     runs = {
-        choice.label: prepare_run(settings.task, settings.steps, settings.output, choice, further) for choice in choices
+        choice.label: prepare_run(settings.task, settings.steps, settings.output, choice, further)
+        for choice in settings.choices
     }
-    first = runs[choices[0].label]
-    if first.training_args.world_size > 1:
-        raise ValueError("this figure is made by one process: start it without torchrun")
-    start = flat_weights(first.model)
-    for label, run in runs.items():
-        _check_alike(label, _decisive(run), {**_decisive(first), "max_steps": settings.steps})
-        if not torch.equal(flat_weights(run.model), start):
-            raise ValueError(f"{label} starts from other weights than {choices[0].label}")
+    check_same_start(runs)
+    model = next(iter(runs.values())).model
+    start = flat_weights(model)
     count = len(runs) * len(settings.snapshot_steps)
-    need = count * start.numel() * start.element_size() / 2**30
+    need = count * sum(kept.nbytes for kept in (start, *model.buffers())) / 2**30
     if need > settings.snapshot_memory:
         raise ValueError(
             f"{count} snapshots of {start.numel():,} parameters take {need:.2f} GiB, more than --snapshot_memory "
@@ -163,6 +166,7 @@ def prepare_optimizers(settings: LandscapeSettings) -> dict[str, PreparedRun]:
 def train(run: PreparedRun, settings: LandscapeSettings, label: str) -> tuple[AdaFisherTrainer, Trajectory]:
     """Trains one optimizer and keeps its snapshots; also returns its trainer, without the optimizer."""
     wanted, steps, start = frozenset(settings.snapshot_steps), [0], flat_weights(run.model)
+    buffers = [flat_buffers(run.model)]
     points = torch.empty(len(wanted), start.numel())
     points[0] = start
     watch = StopOnDivergence()
@@ -172,34 +176,23 @@ def train(run: PreparedRun, settings: LandscapeSettings, label: str) -> tuple[Ad
             bar.update()
             if step in wanted:
                 points[len(steps)] = flat_weights(model)
+                buffers.append(flat_buffers(run.model, buffers[-1]))
                 steps.append(step)
 
         trainer = run.new_trainer([AtSteps(None, keep), watch])
         for callback in (ProgressCallback, PrinterCallback):  # they show a line for every step
             trainer.remove_callback(callback)
         trainer.train()
-    bad = [index for index in range(len(steps)) if not torch.isfinite(points[index]).all()]
+    bad = [index for index in range(len(steps)) if not _finite(points[index], *buffers[index].values())]
     count = bad[0] if bad else len(steps)
     diverged_at = steps[bad[0]] if bad else watch.diverged_at
     if diverged_at is not None:
         logger.warning("%s diverged by step %d: its trajectory ends at step %d", label, diverged_at, steps[count - 1])
     trainer.optimizer = trainer.lr_scheduler = None  # as large as the weights, and not needed any more
     losses = [(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    buffers = {name: buffer.detach().clone() for name, buffer in run.model.named_buffers()}
     rate = float(run.training_args.learning_rate or 0.0)
-    return trainer, Trajectory(steps[:count], points[:count], losses, diverged_at, buffers, rate)
+    return trainer, Trajectory(steps[:count], points[:count], losses, diverged_at, buffers[:count], rate)
 
 
-def _decisive(run: PreparedRun) -> dict[str, Any]:
-    """All arguments that decide where training starts and what it sees."""
-    common = {name: getattr(run.training_args, name) for name in START_ARGUMENTS}
-    return {**asdict(run.model_args), **asdict(run.data_args), **common}
-
-
-def _check_alike(label: str, own: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for name, value in own.items():
-        if value != wanted[name]:
-            raise ValueError(
-                f"{label} has {name}={value}, where the figure has {wanted[name]}: optimizers are compared from the "
-                f"same weights on the same data; give --{name} once, for all of them"
-            )
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)

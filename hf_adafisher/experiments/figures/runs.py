@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from hf_adafisher.data.image_dataset import ImageDataset
 from hf_adafisher.experiments import clm_arguments, clm_setup, image_arguments, image_setup
-from hf_adafisher.experiments.drawing import require_matplotlib
+from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decided
+from hf_adafisher.experiments.report import require_matplotlib
 from hf_adafisher.experiments.run import PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
-TASKS = {
-    "digits": "a small network on scikit-learn's digits",
-    "image": "arguments of run_image_classification.py",
-    "clm": "arguments of run_clm.py",
-}
 DIGITS_LEARNING_RATES = {
     "adafisher": 0.01,
     "adafisherw": 0.04,
@@ -42,11 +42,8 @@ DIGITS_LEARNING_RATES = {
     "schedule_free_adamw": 0.001,
 }
 """Where none is given, of an optimizer that trains on the digits: the best of docs/results/digits-small."""
-_OWN = ("max_steps", "num_train_epochs", "output_dir", "optim", "resume_from_checkpoint")
-"""Arguments of a run that the figure's own script decides."""
-
-START_ARGUMENTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps")
-"""Arguments of training that decide the start, or which examples a step sees."""
+START_ARGUMENTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
+"""Arguments of training that decide the start, or which examples a step sees; those of model and data come on top."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,11 @@ class OptimizerChoice:
         """As it was written on the command line."""
         shown = ",".join(f"{key}={value}" for key, value in self.arguments.items())
         return f"{self.name}:{shown}" if shown else self.name
+
+    @property
+    def words(self) -> list[str]:
+        """The arguments as words of a command line."""
+        return [f"--{key}={value}" for key, value in self.arguments.items()]
 
 
 def optimizer_choice(text: str) -> OptimizerChoice:
@@ -112,36 +114,81 @@ def prepare_run(
     Args:
         task: one of ``TASKS``.
         steps: optimizer steps.
-        output: the picture; Trainer's own files, if any, go into a folder of that name beside it.
+        output: the picture; Trainer's own files, if any, go into a folder of that name beside it. An empty one is
+            removed when the run is no longer held.
         optimizer: None for the script's own choice. On the digits its default learning rate is the best of those
             tried there (``DIGITS_LEARNING_RATES``).
-        further: further arguments of the run, ``--name value``.
+        further: further arguments of the run, ``--name value``; the optimizer's own count before them.
 
     Raises:
-        ValueError: an argument that the figure decides by itself, and what the scripts raise.
+        ValueError: an argument that the figure decides by itself, several processes, and what the scripts raise.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
-    given = {word[2:].partition("=")[0] for word in further if word.startswith("--")}
-    taken = sorted(given & set(_OWN))
-    if taken:
-        raise ValueError(f"--{taken[0]} is not free here: this script decides it")
-    arguments = [*further, "--max_steps", str(steps), "--output_dir", str(output.with_suffix("")) + "_run"]
-    arguments += ["--eval_strategy", "no", "--save_strategy", "no"]
-    if "--report_to" not in arguments:
-        arguments += ["--report_to", "none"]
-    if optimizer is not None:
-        arguments += ["--optim", optimizer.name]
-        for key, value in optimizer.arguments.items():
-            arguments += [f"--{key}", value]
-    if task == "clm":
-        return clm_setup.prepare(*clm_arguments.parse_arguments(arguments))
+    refuse_decided(task, further)
+    arguments = ["--report_to", "none"]  # of arguments that are given twice the later one counts
     if task == "digits":
         arguments += ["--dataset", "digits"]
-        free = optimizer is not None and "learning_rate" not in given | set(optimizer.arguments)
-        if optimizer is not None and free and optimizer.name in DIGITS_LEARNING_RATES:
+        if optimizer is not None and optimizer.name in DIGITS_LEARNING_RATES:
             arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[optimizer.name])]
-    return image_setup.prepare(*image_arguments.parse_arguments(arguments))
+    arguments += further
+    if optimizer is not None:
+        refuse_decided(task, optimizer.words, optimizer.label)
+        arguments += [*optimizer.words, f"--optim={optimizer.name}"]
+    folder = output.with_name(f"{output.stem}_run")
+    arguments += ["--max_steps", str(steps), "--output_dir", str(folder)]
+    arguments += ["--eval_strategy", "no", "--save_strategy", "no"]
+    run = _prepare(task, arguments)
+    weakref.finalize(run, _remove_if_empty, folder)
+    return run
+
+
+def _prepare(task: str, arguments: Sequence[str]) -> PreparedRun:
+    if task == "clm":
+        of_text = clm_arguments.parse_arguments(arguments)
+        _check_alone(of_text[-1])
+        return clm_setup.prepare(*of_text)
+    of_images = image_arguments.parse_arguments(arguments)
+    _check_alone(of_images[-1])
+    return image_setup.prepare(*of_images)
+
+
+def _check_alone(training: TrainingArguments) -> None:
+    if training.world_size > 1:
+        raise ValueError("figures are made by one process: start this without torchrun")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty, or was never made
+        folder.rmdir()
+
+
+def check_same_start(runs: Mapping[str, PreparedRun]) -> None:
+    """Raises ValueError, which names the argument, unless all start from the same weights and see the same data.
+
+    Args:
+        runs: by their optimizers' labels.
+    """
+    (first, wanted), *others = ((label, _decisive(run)) for label, run in runs.items())
+    for label, own in others:
+        for name, value in own.items():
+            if value != wanted[name]:
+                raise ValueError(
+                    f"{label} has {name}={value}, where {first} has {wanted[name]}: optimizers are compared from the "
+                    f"same weights on the same data; give --{name} once, for all of them"
+                )
+        if not _same_state(runs[label].model.state_dict(), runs[first].model.state_dict()):
+            raise ValueError(f"{label} starts from other weights than {first}")
+
+
+def _decisive(run: PreparedRun) -> dict[str, Any]:
+    """All arguments that decide where training starts and what it sees."""
+    common = {name: getattr(run.training_args, name) for name in START_ARGUMENTS}
+    return {**asdict(run.model_args), **asdict(run.data_args), **common}
+
+
+def _same_state(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return own.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in own.items())
 
 
 def fixed_batches(trainer: AdaFisherTrainer, dataset: Dataset, examples: int) -> list[dict[str, Any]]:
@@ -152,10 +199,16 @@ def fixed_batches(trainer: AdaFisherTrainer, dataset: Dataset, examples: int) ->
         dataset: one of the run's ``datasets``.
         examples: how many, at most.
     """
+    if isinstance(dataset, ImageDataset):  # random crops are the data set's; all else is done by the train collator
+        dataset = ImageDataset(dataset.split, dataset.image_size, crop_ratio=dataset.crop_ratio)
     size = len(dataset)  # type: ignore[arg-type]
     count = min(examples, size)
     positions = [index * size // count for index in range(count)]
-    return [trainer._prepare_inputs(batch) for batch in trainer.get_test_dataloader(Subset(dataset, positions))]
+    drops, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
+    try:
+        return [trainer._prepare_inputs(batch) for batch in trainer.get_test_dataloader(Subset(dataset, positions))]
+    finally:
+        trainer.args.dataloader_drop_last = drops
 
 
 def mean_loss(trainer: AdaFisherTrainer, model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> float:

@@ -8,15 +8,17 @@ import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher.experiments.figures import landscape, landscape_directions, landscape_picture, landscape_run
+from hf_adafisher.experiments.figures.buffers import flat_buffers, load_buffers, refresh_statistics
 from hf_adafisher.experiments.figures.landscape import Plane
 from hf_adafisher.experiments.figures.landscape_run import trace_landscape
 from hf_adafisher.experiments.figures.landscape_trajectories import LandscapeSettings, Trajectory, prepare_optimizers
@@ -68,6 +70,24 @@ def test_principal_plane_is_that_of_the_singular_vectors(narrow: None) -> None:
     np.testing.assert_allclose(coordinates, left[:, :2] * values[:2] * signs, atol=1e-5)
 
 
+def test_plane_through_the_start_is_that_of_the_singular_vectors(narrow: None) -> None:
+    """Of the differences from the start, those of each trajectory divided by their norm, however far it goes."""
+    start = walks()[0][0]
+    trajectories = [start + size * (way - way[0]) for way, size in zip(walks(), (1.0, 30.0, 0.01), strict=True)]
+    trajectories.append(start[None])  # one that diverged at once
+    plane = landscape.principal_plane(trajectories, start)
+    moved = [(points - start).double().numpy() for points in trajectories]
+    rows = np.concatenate([way / max(float(np.linalg.norm(way)), 1e-300) for way in moved])
+    left, values, right = np.linalg.svd(rows, full_matrices=False)
+    assert torch.equal(plane.centre, start)
+    assert plane.explained == pytest.approx((values**2 / 3)[:2], rel=1e-5)
+    signs = np.sign(left[np.abs(left).argmax(0), range(left.shape[1])])[:2]
+    np.testing.assert_allclose(plane.directions, signs[:, None] * right[:2], atol=1e-5)
+    for way, points in zip(moved, trajectories, strict=True):
+        found = plane.project(points).coordinates
+        np.testing.assert_allclose(found, way @ plane.directions.double().numpy().T, atol=1e-4)
+
+
 def test_projection_is_least_squares_and_the_rest_is_counted(narrow: None) -> None:
     points, (first, second) = walks()[0], landscape_directions.random_directions(37, 0)
     plane = Plane(walks()[1][0], torch.stack([first, 0.2 * first + second]))
@@ -96,6 +116,8 @@ def test_a_path_in_the_plane_has_no_variance_outside_of_it() -> None:
 def test_points_on_a_line_have_no_plane(points: Tensor) -> None:
     with pytest.raises(ValueError, match="lie on a line"):
         landscape.principal_plane([points])
+    with pytest.raises(ValueError, match="lie on a line"):
+        landscape.principal_plane([points[:1], points[:1].clone()], points[0])
 
 
 class Quadratic(nn.Module):
@@ -160,6 +182,31 @@ def test_a_planar_trajectory_keeps_its_losses_in_the_plane() -> None:
         landscape.load_weights(model.eval(), point)
         assert torch.equal(landscape.flat_weights(model), point)
         assert loss == pytest.approx(cross_entropy(inputs, labels, model), rel=1e-5)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_each_vector_goes_with_its_own_buffers(jobs: int) -> None:
+    """In any order, on copies that others have used before; the model keeps its own."""
+    model = nn.BatchNorm1d(1, affine=True, eps=0.0)
+    means = torch.arange(12.0)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
+    kept = [{**flat_buffers(model), "running_mean": mean[None]} for mean in means]
+    vectors = [partial(torch.tensor, [1.0, 100.0 * index]) for index in range(12)]  # scale, shift
+    found = landscape.losses_at(
+        model, vectors, lambda own: own(torch.zeros(1, 1)).item(), buffers=kept, jobs=jobs, progress=False
+    )
+    assert found == [100 * index - mean for index, mean in enumerate(means.tolist())]
+    assert model.running_mean.item() == 0
+
+
+def test_buffers_that_do_not_change_are_kept_once() -> None:
+    model = nn.BatchNorm1d(2)
+    first = flat_buffers(model)
+    model.running_var.mul_(3)
+    second = flat_buffers(model, first)
+    assert first["running_mean"] is second["running_mean"] is not model.running_mean
+    assert first["running_var"].tolist() == [1, 1] and second["running_var"].tolist() == [3, 3]
+    load_buffers(model, first)
+    assert model.running_var.tolist() == [1, 1] and second["running_var"].tolist() == [3, 3]
 
 
 def test_jobs_work_at_the_same_time_each_on_a_model_of_its_own() -> None:
@@ -309,16 +356,25 @@ def test_all_start_alike_and_see_the_same_data(traced: dict[str, Any]) -> None:
     assert not torch.equal(ours[0], ours[1])
 
 
-def test_numbers_of_the_plane_agree(traced: dict[str, Any]) -> None:
-    numbers = traced["numbers"]
-    shares = numbers["plane"]["explained_variance"]
+@pytest.mark.parametrize("origin", ["start", "mean"])
+def test_numbers_of_the_plane_agree(traced: dict[str, Any], tmp_path: Path, origin: str) -> None:
+    numbers = traced["numbers"] if origin == "start" else trace_landscape(settings(tmp_path, origin="mean"))
+    shares, paths = numbers["plane"]["explained"], numbers["optimizers"].values()
     assert 0 < shares[1] < shares[0] < 1 and numbers["examples"] == 24
     assert f"{shares[0]:.1%}" in numbers["plane"]["axes"][0] and f"{shares[1]:.1%}" in numbers["plane"]["axes"][1]
-    points = [point for path in numbers["optimizers"].values() for point in zip(path["x"], path["y"], strict=True)]
-    inside = sum(x * x + y * y for x, y in points)
-    away = sum(d * d for path in numbers["optimizers"].values() for d in path["distance_from_plane"])
-    assert sum(shares) == pytest.approx(inside / (inside + away), rel=1e-4)
-    for path in numbers["optimizers"].values():
+    inside = [float(np.square([path["x"], path["y"]]).sum()) for path in paths]
+    away = [float(np.square(path["distance_from_plane"]).sum()) for path in paths]
+    if origin == "start":  # each path weighs the same; all begin in the plane, with their true loss
+        found = np.mean([own / (own + rest) for own, rest in zip(inside, away, strict=True)])
+    else:
+        found = sum(inside) / (sum(inside) + sum(away))
+    assert sum(shares) == pytest.approx(found, rel=1e-4)
+    for path in paths:
+        starts = [path[key][0] for key in ("x", "y", "distance_from_plane")]
+        same = path["loss_in_plane"][0] == pytest.approx(path["loss_of_snapshot"][0], rel=1e-6)
+        assert (max(map(abs, starts)) < 1e-6) == same == (origin == "start")
+    assert ("start of all" in numbers["plane"]["centre"]) == (origin == "start")
+    for path in paths:
         assert 0 <= path["variance_outside_of_plane"] < 1
         distances = np.subtract(path["loss_in_plane"], path["loss_of_snapshot"])
         assert np.abs(distances).max() > 0 or max(path["distance_from_plane"]) < 1e-5
@@ -326,6 +382,7 @@ def test_numbers_of_the_plane_agree(traced: dict[str, Any]) -> None:
 
 
 def test_trajectories_and_buffers_are_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path's own losses are those that a training without the figure has on the way, with its running statistics."""
     ends: list[tuple[AdaFisherTrainer, Trajectory]] = []
     original = landscape_run.train
 
@@ -338,14 +395,88 @@ def test_trajectories_and_buffers_are_the_models(tmp_path: Path, monkeypatch: py
     chosen = settings(tmp_path, network=TINY_RESNET, optimizers=optimizers)
     fresh = next(iter(prepare_optimizers(chosen).values()))  # now: new arguments would end what a trainer can do
     numbers = trace_landscape(chosen)
-    (trainer, own), (_, trajectory) = ends
-    assert torch.equal(own.points[0], landscape.flat_weights(fresh.model))
-    assert torch.equal(own.points[-1], landscape.flat_weights(trainer.model))
-    model, batches = trainer.model.eval(), fixed_batches(trainer, trainer.train_dataset, 24)
-    first, second = numbers["optimizers"].values()
-    assert first["loss_of_snapshot"][-1] == pytest.approx(mean_loss(trainer, model, batches), rel=1e-5)
-    landscape.load_weights(model, trajectory.points[-1])
-    assert second["loss_of_snapshot"][-1] == pytest.approx(mean_loss(trainer, model, batches), rel=1e-5)
+    paths = list(numbers["optimizers"].values())
+    batches = fixed_batches(ends[0][0], cast(Any, ends[0][0].train_dataset), 24)
+    start = mean_loss(ends[0][0], fresh.model.eval(), batches)
+    shared = ends[0][0].model
+    for (trainer, trajectory), path in zip(ends, paths, strict=True):
+        assert torch.equal(trajectory.points[0], landscape.flat_weights(fresh.model))
+        assert torch.equal(trajectory.points[-1], landscape.flat_weights(trainer.model))
+        assert path["loss_of_snapshot"][0] == pytest.approx(start, rel=1e-5)
+        own = mean_loss(ends[0][0], trainer.model.eval(), batches)
+        assert path["loss_of_snapshot"][-1] == pytest.approx(own, rel=1e-5)
+        for index, point in enumerate(trajectory.points):
+            landscape.load_weights(shared, point)
+            load_buffers(shared, trajectory.buffers[index])
+            assert path["loss_of_snapshot"][index] == pytest.approx(mean_loss(ends[0][0], shared, batches), rel=1e-5)
+    # In the plane the statistics are those of the examples, here by torch's own way to take them.
+    landscape.load_weights(shared, ends[0][1].points[0])
+    momenta = [module.momentum for module in shared.modules() if isinstance(module, nn.BatchNorm2d)]
+    torch.optim.swa_utils.update_bn([batch["pixel_values"] for batch in batches], shared)
+    in_plane = mean_loss(ends[0][0], shared.eval(), batches)
+    for path in paths:
+        assert path["loss_in_plane"][0] == pytest.approx(in_plane, rel=1e-4) and abs(in_plane / start - 1) > 1e-3
+    assert momenta == [module.momentum for module in ends[1][0].model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert numbers["plane"]["buffers"] == "BatchNorm statistics of these examples at every point"
+    told = [text.get_text() for text in landscape_picture.draw_landscape(numbers).legends[0].get_texts()]
+    assert "in this plane: BatchNorm statistics of these examples at every point; at ends: their own" in told
+
+
+def test_statistics_are_means_over_batches_and_all_else_stays() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout(0.9), nn.BatchNorm1d(2, track_running_stats=False)).eval()
+    model[0].running_mean.fill_(9.0)
+    batches = [torch.randn(size, 2, generator=torch.Generator().manual_seed(size)) for size in (4, 7)]
+    in_dropout: list[bool] = []
+    model[1].register_forward_hook(lambda module, inputs, output: in_dropout.append(torch.equal(inputs[0], output)))
+    refresh_statistics(model, [lambda own, batch=batch: own(batch) for batch in batches])
+    for name, expected in (
+        ("running_mean", [b.mean(0) for b in batches]),
+        ("running_var", [b.var(0) for b in batches]),
+    ):
+        torch.testing.assert_close(getattr(model[0], name), torch.stack(expected).mean(0))
+    assert in_dropout == [True, True] and model[0].momentum == 0.1
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_last_batch_of_one_example_has_no_statistics(tmp_path: Path) -> None:
+    flags = [*RUN, *TINY_RESNET, "--per_device_eval_batch_size", "4"]
+    whole, odd = (trace_landscape(settings(tmp_path, further=flags, network=[], examples=n)) for n in (8, 9))
+    assert odd["examples"] == 9
+    for path in odd["optimizers"].values():
+        assert np.isfinite(path["loss_in_plane"]).all()
+    assert odd["optimizers"][PAIR[0]]["x"] == whole["optimizers"][PAIR[0]]["x"]
+
+
+def test_a_model_without_statistics_needs_no_word_about_them(traced: dict[str, Any]) -> None:
+    assert traced["numbers"]["plane"]["buffers"] is None
+    told = [text.get_text() for text in landscape_picture.draw_landscape(traced["numbers"]).legends[0].get_texts()]
+    assert len(told) == 3 and not any("statistics" in text for text in told)
+
+
+def test_the_memory_of_snapshots_has_that_of_statistics(tmp_path: Path) -> None:
+    model = next(iter(prepare_optimizers(settings(tmp_path, network=TINY_RESNET)).values())).model
+    need = [sum(tensor.nbytes for tensor in part()) for part in (model.parameters, model.buffers)]
+    enough = 2 * 5 * sum(need) / 2**30
+    prepare_optimizers(settings(tmp_path, network=TINY_RESNET, snapshot_memory=1.01 * enough))
+    with pytest.raises(ValueError, match=r"10 snapshots of .* parameters take"):
+        prepare_optimizers(settings(tmp_path, network=TINY_RESNET, snapshot_memory=0.99 * enough))
+    assert need[1] > 0.03 * need[0]  # or the second would be refused without them
+
+
+def test_statistics_that_are_not_finite_end_a_trajectory(tmp_path: Path) -> None:
+    run = next(iter(prepare_optimizers(settings(tmp_path, network=TINY_RESNET)).values()))
+    name, _ = next((name, b) for name, b in run.model.named_buffers() if name.endswith("running_var"))
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                run.model.get_buffer(name).fill_(math.inf)
+
+    create = run.new_trainer
+    object.__setattr__(run, "new_trainer", lambda callbacks: create([*callbacks, Spoil()]))
+    _, trajectory = landscape_run.train(run, settings(tmp_path, every=1), "sgd")
+    assert trajectory.steps == [0, 1, 2] and trajectory.diverged_at == 3
+    assert len(trajectory.buffers) == len(trajectory.points) == 3
 
 
 def test_every_loss_stands_at_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,19 +585,23 @@ def test_jobs_change_nothing_of_a_language_model(tmp_path: Path, files: dict[str
         (["--snapshot_memory", "1e-4"], "a larger --every"),
         (["--optimizers", "adam", "adamm"], "unknown optim 'adamm'"),
         (["--optimizers", "adam", "adam"], "adam twice"),
-        (["--optimizers", "adam", "sgd:seed=7"], "sgd:seed=7 has seed=7, where the figure has 42"),
-        (["--optimizers", "adam", "sgd:max_train_samples=50"], "max_train_samples=50, where the figure has None"),
+        (["--optimizers", "adam", "sgd:seed=7"], "sgd:seed=7 has seed=7, where adam has 42"),
+        (["--optimizers", "adam", "sgd:max_train_samples=50"], "max_train_samples=50, where adam has None"),
         (["--optimizers", "adam", "sgd:per_device_train_batch_size=8"], "per_device_train_batch_size=8"),
-        (["--optimizers", "adam:max_steps=9"], "max_steps=9"),
+        (["--optimizers", "adam:max_steps=9"], "--max_steps is not free here in 'adam:max_steps=9'"),
+        (["--origin", "end"], "--origin is 'end'; it must be one of start, mean"),
+        (["--origin", "start", "--plane", "random"], "--origin is for --plane pca"),
         (["--plane", "nowhere.pt"], "'nowhere.pt', and no such file"),
         (["--max_steps", "5"], "--max_steps is not free here"),
+        ([*TINY_RESNET, "--examples", "1"], "--examples is 1; with BatchNorm"),
+        ([*TINY_RESNET, "--per_device_eval_batch_size", "1"], "--per_device_eval_batch_size is 1; with BatchNorm"),
     ],
 )
 def test_bad_input_is_named_before_training(
     no_training: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str], message: str
 ) -> None:
     base = ["--optimizers", *PAIR, "--steps", "4", "--output", str(tmp_path / "figure.png")]
-    assert load_script(SCRIPT).main([*base, *flags, *RUN, *TINY]) == 2
+    assert load_script(SCRIPT).main([*base, *RUN, *TINY, *flags]) == 2
     assert message in caplog.text
 
 
