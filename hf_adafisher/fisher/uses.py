@@ -143,5 +143,4 @@ def _estimate(term: Term) -> Term:
     if len(term) < 2:
         return term
     first, *others = term
-    scale = first.mean() ** len(others)
-    return torch.where(scale > 0, first / scale, torch.zeros_like(first)), *others
+    return first, *(torch.where(o.mean() > 0, o / o.mean(), torch.zeros_like(o)) for o in others)

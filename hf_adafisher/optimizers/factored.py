@@ -88,7 +88,10 @@ class FactoredOptimizer(RecordingOptimizer):
 
     @torch.no_grad()
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
-        """The damped diagonal F by which the last step divided this parameter's momentum (Eq. 4).
+        """The damped diagonal F of this parameter, as the last step knew it.
+
+        AdaFisher(W) divides the momentum by it (Eq. 4). SpectralAdaFisher divides by its root what is no hidden matrix;
+        its diagonal is that of the batch's gradient, and ``normalized`` only says whether it is damped.
 
         Args:
             param: A parameter that this optimizer trains.

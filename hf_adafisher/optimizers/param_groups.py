@@ -114,7 +114,7 @@ def head_matrices(model: nn.Module) -> list[Matrix]:
     found = {
         id(module.weight): Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
         for _, module in matrices
-        if id(module.weight) in heads
+        if id(module.weight) in heads and getattr(module, "groups", 1) == 1
     }
     return list(found.values())
 

@@ -27,8 +27,8 @@ def polar_factor(matrices: Tensor) -> Tensor:
 
     Each matrix is divided by its Frobenius norm, then ``X <- (a + b A + c A^2) X`` with ``A = X X^T`` acts on every
     singular value as a polynomial of ``COEFFICIENTS``. Small ones grow by at most 293 in all, so that noise is not
-    blown up to full size. Where the long side is long enough, the factors of ``X`` are multiplied first, and with it
-    once, which needs ``A`` at more than bfloat16's accuracy.
+    blown up to full size. Where the long side is long enough, the polynomials in ``A`` are multiplied with each other
+    first and applied to ``X`` once, which is less work; it would lose too much in bfloat16.
 
     Args:
         matrices: Shape ``(batch, rows, columns)``; only products of the shorter side's length are formed.
@@ -40,8 +40,8 @@ def polar_factor(matrices: Tensor) -> Tensor:
     dtype = matrices.dtype
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).mul_(_MARGIN)
-    x = x / norm.clamp_min(torch.finfo(dtype).tiny)
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # squares of small ones underflow
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).mul_(_MARGIN).clamp_min(torch.finfo(dtype).tiny)
     if x.device.type != "cpu":
         x = x.to(torch.bfloat16)
     short, long = x.shape[1:]

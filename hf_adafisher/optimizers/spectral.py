@@ -43,9 +43,9 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         ``theta <- theta - lr (0.2 O / rms(O) + weight_decay * theta)``
 
     With ``e_S = e_H = 1/2`` this is the steepest descent under the norm ``|| S^1/2 dW H^1/2 ||``, the largest singular
-    value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon. ``polar`` is four
-    Newton-Schulz iterations (:func:`hf_adafisher.optimizers.polar.polar_factor`). Updates have a root mean square of
-    0.2, about that of Adam's, so that AdamW's weight decay and the order of its learning rates carry over.
+    value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon's direction. ``polar`` is
+    four Newton-Schulz iterations (:func:`hf_adafisher.optimizers.polar.polar_factor`). Updates have a root mean square
+    of 0.2, about that of Adam's, so that AdamW's weight decay and the order of its learning rates carry over.
 
     Everything else (embeddings, heads, norms, biases) moves by its momentum over the root of the batch gradient's
     second moment, as the factors estimate it:
@@ -57,8 +57,12 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     the column means over the mean for a matrix; that of a single value is unknown, and it moves by the sign of its
     momentum. The state is that of AdaFisher: one tensor of the parameter's size, and a few vectors.
 
-    Under FSDP2 every process gathers the momentum of one batch of matrices at a time and makes the whole update, of
-    which it keeps its part.
+    An update of a hidden matrix has its full size whatever the size of the momentum, also where gradients have become
+    exactly zero: freeze what should rest. ``F`` is that of gradients before clipping, momentum is made of clipped ones;
+    so everything but hidden matrices takes smaller steps where the gradient is clipped.
+
+    Under FSDP2 every process gathers the momentum of one batch of matrices, or of one other parameter, at a time and
+    makes the whole update, of which it keeps its part.
 
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
@@ -158,7 +162,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
             exp_avg, grad = local_part(member.exp_avg), local_part(member.grad)
             exp_avg.lerp_(grad.to(exp_avg.dtype), 1.0 - member.group["beta"])
             p = member.param
-            if self._curvature.is_matrix(p, member.group["spectral_heads"]) and len(member.terms[0]) == 2:
+            if self._curvature.is_matrix(p, member.group["spectral_heads"]) and _are_sides(member.terms, p):
                 rows, columns = p.shape[0], p.shape[1:].numel()
                 shape = min(rows, columns), max(rows, columns), rows > columns
                 matrices.setdefault((shape, p.device, statistics_dtype(p.dtype)), []).append(member)
@@ -185,10 +189,10 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     def _momentum(self, member: _Member, nesterov: bool) -> Tensor:
         """The bias-corrected first moment of the whole parameter, in the dtype of statistics."""
         beta, dtype = member.group["beta"], statistics_dtype(member.param.dtype)
-        momentum = whole(member.exp_avg).to(dtype)
+        momentum = member.exp_avg.to(dtype)
         if nesterov:
-            momentum = torch.lerp(whole(member.grad).to(dtype), momentum, beta)
-        return momentum / (1.0 - beta**member.step)
+            momentum = momentum * beta + member.grad.to(dtype) * (1.0 - beta)
+        return whole(momentum) / (1.0 - beta**member.step)
 
     def _diagonal_step(self, member: _Member) -> Tensor:
         return diagonal_direction(
@@ -212,3 +216,8 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         moved.add_(direction, alpha=-lr)
         if moved is not p:
             p.copy_(moved)
+
+
+def _are_sides(terms: Sequence[Term], p: Tensor) -> bool:
+    """Whether every term has one factor for the rows and one for the columns (not so for grouped convolutions)."""
+    return all(len(term) == 2 and term[0].dim() == p.dim() for term in terms)

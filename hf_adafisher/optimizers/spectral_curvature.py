@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class SpectralCurvature(Curvature):
     def forget(self) -> None:
         """Forget every cached term, and what was made of it."""
         super().forget()
-        self._whitenings: dict[int, Whitening] = {}
+        self._whitenings: dict[Any, Whitening] = {}
 
     def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
         return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * (positions / (self.loss_terms or 1.0) ** 2)}
@@ -81,18 +82,17 @@ class SpectralCurvature(Curvature):
             terms: Of :meth:`terms`.
             group: Its parameter group.
         """
-        known = self._whitenings.get(id(p))
-        if known is not None and id(p) not in self._provisional:
-            return known
+        exponents, rho = (group["output_exponent"], group["input_exponent"]), group["relative_damping"]
+        key = id(p), exponents, rho
+        if key in self._whitenings and id(p) not in self._provisional:
+            return self._whitenings[key]
         sides = [(term[0].flatten(), term[1].flatten()) for term in terms]
         rows = sum((left * right.mean() for left, right in sides), start=torch.zeros_like(sides[0][0]))
         columns = sum((right * left.mean() for left, right in sides), start=torch.zeros_like(sides[0][1]))
-        exponents = group["output_exponent"], group["input_exponent"]
         if self._transposed.get(id(p), self._heads.get(id(p), False)):  # stored as (inputs, outputs)
             exponents = exponents[::-1]
-        rho = group["relative_damping"]
         found = Whitening(_power(rows, rho, exponents[0])[:, None], _power(columns, rho, exponents[1])[None])
-        self._whitenings[id(p)] = found
+        self._whitenings[key] = found
         return found
 
 

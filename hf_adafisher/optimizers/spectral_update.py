@@ -41,19 +41,21 @@ def diagonal_direction(momentum: Tensor, terms: Sequence[Term], relative_damping
     Args:
         momentum: ``m``; the result takes its memory.
         terms: Whose products' sum is ``F``. A single term without tensors knows no scale: ``u`` then has the root mean
-            square 1.
+            square 1 before it is halved, and so it has where ``F`` is zero.
         relative_damping: rho.
 
     Returns:
         A tensor of the momentum's shape, zero where the momentum is.
     """
     tiny = torch.finfo(momentum.dtype).tiny
+    largest = momentum.abs().amax().clamp_min(tiny)
     if any(term for term in terms):
         diagonal = diagonal_of(terms, momentum, 0.0)
-        diagonal.add_(diagonal.mean() * relative_damping)
-        momentum = momentum.div_(diagonal.sqrt_().clamp_min_(tiny**0.5))
-        least = 1.0
+        mean = diagonal.mean()
+        root = diagonal.add_(mean * relative_damping).sqrt_()
+        momentum = momentum.div_(torch.where(mean > 0, root, largest))
+        least = torch.where(mean > 0, torch.ones_like(mean), mean.new_tensor(tiny))
     else:
-        least = tiny
+        momentum, least = momentum.div_(largest), largest.new_tensor(tiny)
     rms = torch.linalg.vector_norm(momentum) / momentum.numel() ** 0.5
-    return momentum.mul_(REST_RMS / rms.clamp_min(least))
+    return momentum.mul_(REST_RMS / torch.maximum(rms, least))

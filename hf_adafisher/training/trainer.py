@@ -24,7 +24,7 @@ from hf_adafisher.training.arguments import (
     default_learning_rate,
     optimizer_name,
 )
-from hf_adafisher.training.callbacks import AdaFisherCallback, factored_in
+from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in, factored_in
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
 from hf_adafisher.training.second_order import second_derivatives
@@ -181,7 +181,7 @@ class AdaFisherTrainer(Trainer):
         if isinstance(optimizer, RecordingOptimizer) and optimizer.refresh_due:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
             if hasattr(optimizer, "loss_terms"):
-                optimizer.loss_terms = self._loss_terms(num_items_in_batch)
+                optimizer.loss_terms = self._loss_terms(num_items_in_batch) or 1.0
             optimizer._curvature.runs_eagerly = True
             stance = torch.compiler.set_stance("force_eager")  # whoever compiled what, it would not run the hooks
         with stance, second_derivatives(self.accelerator, optimizer, model):
@@ -232,10 +232,13 @@ class AdaFisherTrainer(Trainer):
         card = Path(self.args.output_dir or ".") / "README.md"
         if optimizer is not None and self.is_world_process_zero() and card.is_file():
             kind = type(optimizer).__name__
+            paper = (
+                "[AdaFisher: Adaptive Second Order Optimization via Fisher Information]"
+                "(https://arxiv.org/abs/2405.16397) (ICLR 2025), implemented in hf_adafisher"
+            )
+            origin = paper if adafisher_in(optimizer) else "hf_adafisher's own, which reads the factors of " + paper
             card.write_text(
-                card.read_text(encoding="utf-8")
-                + f"\n### Optimizer\n\nTrained with {kind}, [AdaFisher: Adaptive Second Order Optimization via Fisher "
-                "Information](https://arxiv.org/abs/2405.16397) (ICLR 2025), implemented in hf_adafisher.\n",
+                card.read_text(encoding="utf-8") + f"\n### Optimizer\n\nTrained with {kind}, {origin}.\n",
                 encoding="utf-8",
             )
 
