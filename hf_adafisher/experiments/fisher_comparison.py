@@ -149,13 +149,13 @@ def prepare(settings: FisherSettings, seed: int) -> PreparedRun:
     """The run of one seed, checked. Raises ValueError as :func:`compare_fisher`."""
     further = [*settings.further, "--seed", str(seed)]
     run = prepare_run(settings.task, settings.steps, settings.output, settings.optimizer, further)
+    if run.training_args.seed != seed:
+        raise ValueError(f"seed={run.training_args.seed} is among the optimizer's settings: use --seeds")
     name = optimizer_name(run.training_args)
     if name not in ("adafisher", "adafisherw"):
         raise ValueError(f"the optimizer is {name!r}; it must be adafisher or adafisherw, whose F is compared")
     if run.training_args.fp16:
         raise ValueError("fp16 is not supported here, whose loss scale would be in the factors: use bf16 or neither")
-    if run.training_args.world_size > 1:
-        raise ValueError("this comparison is made by one process: start it without torchrun")
     return run
 
 

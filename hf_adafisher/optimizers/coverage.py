@@ -79,7 +79,8 @@ def curvature_summary(optimizer: FactoredOptimizer) -> dict[str, float]:
 
     Returns:
         ``fisher_mean``: mean of the damped diagonal over all values with statistics;
-        ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step;
+        ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step (but
+        not that of SpectralAdaFisher's hidden matrices, whose sides are damped each for itself);
         ``gradient_factor_share``: share of values on gradient factors;
         ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
         The first two are missing before the first step.

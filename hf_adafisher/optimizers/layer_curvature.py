@@ -75,7 +75,12 @@ def layer_curvature(optimizer: AdaFisher) -> dict[str, dict[str, float]]:
     Returns:
         The names of the parameters, in the model's order and tied ones once, with their ``NUMBERS``. Empty before the
         first step.
+
+    Raises:
+        TypeError: The optimizer does not divide by the diagonal (SpectralAdaFisher).
     """
+    if "damping" not in optimizer.defaults:
+        raise TypeError(f"layer_curvature is about AdaFisher and AdaFisherW, got {type(optimizer).__name__}")
     members = _members(optimizer)
     motion = _motion(optimizer, members)
     return {

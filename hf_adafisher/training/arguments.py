@@ -52,7 +52,8 @@ class AdaFisherTrainingArguments(TrainingArguments):
         learning_rate: Default 0.04 for AdaFisher(W), that of ``scripts/list_optimizers.py`` for every other optimizer
             of this package (5e-5 for ``sgd``, ``adam`` and ``adamw``), and Trainer's 5e-5 for Trainer's own. AdaFisher
             divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
-        beta: Decay of AdaFisher's first moment, in [0, 1). Default 0.9.
+        beta: Decay of the first moment of AdaFisher(W) and of spectral-adafisher, which share this and the options
+            below but for their dampings, in [0, 1). Default 0.9.
         damping: The lambda of AdaFisher(W), > 0. Default 3e-3. Tune it together with the learning rate: the largest
             step of a value is ``learning_rate / damping`` times its momentum.
         relative_damping: The rho of spectral-adafisher, > 0, in units of the factors' means. Default 0.1.

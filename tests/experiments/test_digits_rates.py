@@ -33,7 +33,7 @@ def test_the_rates_of_the_digits_are_the_best_of_the_committed_comparison() -> N
     assert chosen == DIGITS_LEARNING_RATES
 
 
-@pytest.mark.parametrize("name", ["adafisher", "adafisherw"])
+@pytest.mark.parametrize("name", ["adafisher", "adafisherw", "schedule_free_adamw"])
 def test_a_figures_run_has_what_else_that_comparison_set(name: str, tmp_path: Path) -> None:
     """Damping and learning rate belong together, and so do the rate and its schedule."""
     args: Any = prepare_run("digits", 1, tmp_path / "a.png", optimizer_choice(name), ["--use_cpu"]).training_args

@@ -495,3 +495,10 @@ def test_script_on_text(tmp_path: Path, command: list[str], capsys: pytest.Captu
     printed = capsys.readouterr().out
     assert table.markdown() in printed and agreement_table(found, "spearman", FURTHER).markdown() in printed
     assert LEGEND.format(damping=0.01) in printed
+
+
+def test_a_seed_among_the_optimizers_settings_is_refused(tmp_path: Path) -> None:
+    """It would be that of every seed."""
+    chosen = settings(tmp_path, optimizer=fisher_comparison.OptimizerChoice("adafisher", {"seed": 3}))
+    with pytest.raises(ValueError, match="seed=3 is among the optimizer's settings: use --seeds"):
+        compare_fisher(chosen)

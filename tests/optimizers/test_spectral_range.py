@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from hf_adafisher import SpectralAdaFisher
 from hf_adafisher.fisher.forms import GradientForm
 from hf_adafisher.fisher.uses import Use, gradient_estimate
+from hf_adafisher.optimizers.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.polar import polar_factor
 from hf_adafisher.optimizers.spectral_update import diagonal_direction
 
@@ -117,3 +118,8 @@ def test_spectral_kernels_shared_by_convolutions_of_different_groups_move() -> N
     model(draw(2, 4, 12)).square().mean().backward()
     optimizer.step()
     assert model.dense.weight.isfinite().all() and not torch.equal(model.dense.weight, before)
+
+
+def test_spectral_steps_are_not_described_as_divisions_by_the_diagonal() -> None:
+    with pytest.raises(TypeError, match="about AdaFisher and AdaFisherW, got SpectralAdaFisher"):
+        layer_curvature(SpectralAdaFisher(nn.Linear(3, 2)))  # type: ignore[arg-type]

@@ -223,6 +223,27 @@ def test_spectral_groups_have_their_own_options() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(first[0], second[0], strict=True))
 
 
+@pytest.mark.parametrize("option", ["relative_damping", "input_exponent", "output_exponent"])
+def test_spectral_options_that_change_between_refreshes_count_at_the_next_step(option: str) -> None:
+    case = BY_NAME["mlp"]
+    moved = []
+    for when in ("never", "between", "from the start"):
+        model = case.build().double()
+        optimizer = SpectralAdaFisher(model, lr=0.05, beta=0.0, update_interval=10)
+        for step in range(2):
+            optimizer.zero_grad()
+            case.loss(model, torch.Generator().manual_seed(0)).backward()
+            before = [p.detach().clone() for p in model.parameters()]
+            if when == "from the start" or (when == "between" and step == 1):
+                optimizer.param_groups[0][option] = 0.9
+            optimizer.param_groups[0]["lr"] = 0.05 if step else 0.0
+            optimizer.step()
+        moved.append([p.detach() - old for p, old in zip(model.parameters(), before, strict=True)])
+    never, between, start = moved
+    assert_close(between, start, rtol=0, atol=0)
+    assert not torch.equal(never[0], start[0])
+
+
 # ------------------------------------------------------------------------- the model changes
 
 

@@ -127,6 +127,8 @@ def prepare_run(
         raise ValueError(f"steps is {steps}; it must be at least 1")
     refuse_decided(task, further)
     arguments = ["--report_to", "none"]  # of arguments that are given twice the later one counts
+    if optimizer is not None and optimizer.name == "schedule_free_adamw":
+        arguments += ["--lr_scheduler_type", "constant"]  # it averages weights instead of lowering the rate
     if task == "digits":
         arguments += ["--dataset", "digits"]
         if optimizer is not None and optimizer.name in DIGITS_LEARNING_RATES:

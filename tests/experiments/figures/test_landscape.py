@@ -438,13 +438,14 @@ def test_statistics_are_means_over_batches_and_all_else_stays() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_a_last_batch_of_one_example_has_no_statistics(tmp_path: Path) -> None:
+def test_a_last_batch_of_one_example_has_a_loss_but_no_statistics(tmp_path: Path) -> None:
     flags = [*RUN, *TINY_RESNET, "--per_device_eval_batch_size", "4"]
-    whole, odd = (trace_landscape(settings(tmp_path, further=flags, network=[], examples=n)) for n in (8, 9))
-    assert odd["examples"] == 9
-    for path in odd["optimizers"].values():
-        assert np.isfinite(path["loss_in_plane"]).all()
-    assert odd["optimizers"][PAIR[0]]["x"] == whole["optimizers"][PAIR[0]]["x"]
+    trainer = next(iter(prepare_optimizers(settings(tmp_path, further=flags, network=[])).values())).new_trainer([])
+    batches, model = fixed_batches(trainer, cast(Any, trainer.train_dataset), 9), trainer.model.eval()
+    assert [len(batch["labels"]) for batch in batches] == [4, 4, 1]
+    found = landscape_run._loss_in_plane(trainer, batches, model)
+    torch.optim.swa_utils.update_bn([batch["pixel_values"] for batch in batches[:2]], model)
+    assert found == pytest.approx(mean_loss(trainer, model.eval(), batches), rel=1e-5)
 
 
 def test_a_model_without_statistics_needs_no_word_about_them(traced: dict[str, Any]) -> None:
