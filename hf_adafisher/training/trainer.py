@@ -47,9 +47,9 @@ class AdaFisherTrainer(Trainer):
     accumulation, the number of processes and the loss scale. Gradient factors and those of position tables are taken
     from the gradient as the optimizer gets it, scaled back and clipped.
 
-    K-FAC is treated alike, and told how many terms the loss has. With AdaHessian and Sophia the backward passes of the
-    steps that estimate the Hessian keep their graph. Optimizers that train other weights than those they evaluate
-    (schedule-free) are switched to the latter before every checkpoint, and when training ends.
+    K-FAC and SpectralAdaFisher are treated alike, and told how many terms the loss has. With AdaHessian and Sophia the
+    backward passes of the steps that estimate the Hessian keep their graph. Optimizers that train other weights than
+    those they evaluate (schedule-free) are switched to the latter before every checkpoint, and when training ends.
 
     While AdaFisher(W) or SpectralAdaFisher trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
     ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
