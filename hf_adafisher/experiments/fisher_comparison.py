@@ -33,6 +33,7 @@ from hf_adafisher.experiments.fisher_agreement import (
 )
 from hf_adafisher.experiments.fisher_estimates import RunObserver
 from hf_adafisher.experiments.run import PreparedRun
+from hf_adafisher.optimizers.checks import unwrapped
 from hf_adafisher.training.arguments import optimizer_name
 
 logger = logging.getLogger(__name__)
@@ -186,7 +187,7 @@ def compare_one(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerA
     estimates["exact_window"] = observer.window.diagonals()
     for name, factor in {"kfac": 1.0, "kfac_weaker": 1e-2, "kfac_stronger": 1e2}.items():
         estimates[name] = observer.factors.diagonals(settings.kfac_damping * factor)
-    getattr(trainer.optimizer, "optimizer", trainer.optimizer).close()  # type: ignore[union-attr]
+    unwrapped(trainer.optimizer).close()
     exact = exact_fisher(
         run.model,
         batches,

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_adafisher.experiments.callbacks import StepTimer, StopOnDivergence
 from hf_adafisher.experiments.report import hardware, software_versions, write_json, write_learning_curves
 from hf_adafisher.experiments.run_arguments import RunTrainingArguments
+from hf_adafisher.optimizers.checks import unwrapped
 from hf_adafisher.optimizers.factory import optimizer_state_bytes
 from hf_adafisher.training.arguments import optimizer_name
 from hf_adafisher.training.curvature import CurvatureCallback
@@ -120,7 +121,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     # well and counts from a resume.
     cost = {
         "train_seconds": timer.total,
-        "optimizer_state_bytes": optimizer_state_bytes(getattr(trainer.optimizer, "optimizer", trainer.optimizer)),
+        "optimizer_state_bytes": optimizer_state_bytes(unwrapped(trainer.optimizer)),
     }
     if run.training_args.timing_only:
         status = "completed" if watch.diverged_at is None else "diverged"

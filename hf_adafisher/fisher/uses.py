@@ -121,8 +121,7 @@ def needs_gradient_factors(uses: Sequence[Use], state: Mapping[str, Tensor], sha
 
 def gradient_term(uses: Sequence[Use], grad: Tensor) -> Term:
     """The term that the parameter's own gradient gives, in the form of its first use."""
-    form = uses[0].form
-    return form.spread(form.from_gradient(grad), grad.shape)
+    return _gradient_term(uses, grad, normalize=True)
 
 
 def estimated_terms(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size) -> list[Term]:
@@ -134,8 +133,12 @@ def estimated_terms(uses: Sequence[Use], state: Mapping[str, Tensor], shape: tor
 
 def gradient_estimate(uses: Sequence[Use], grad: Tensor) -> Term:
     """As :func:`gradient_term`, for :func:`estimated_terms`."""
+    return _estimate(_gradient_term(uses, grad, normalize=False))
+
+
+def _gradient_term(uses: Sequence[Use], grad: Tensor, normalize: bool) -> Term:
     form = uses[0].form
-    return _estimate(form.spread(form.from_gradient(grad), grad.shape, normalize=False))
+    return form.spread(form.from_gradient(grad), grad.shape, normalize)
 
 
 def _estimate(term: Term) -> Term:

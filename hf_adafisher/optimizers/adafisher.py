@@ -113,10 +113,7 @@ class AdaFisher(FactoredOptimizer):
     def _update_parameters(self) -> None:
         scratch = Scratch()
         vectors: dict[tuple[int, int], Vectors] = {}
-        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
-        if members:
-            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
-        for group, p, grad, state in members:
+        for group, p, grad, state in self._count_step():
             step, terms = int(state["step"].item()), self._curvature.local_terms(p, state, grad)
             alike = vectors.get((id(group), step))
             if alike is None:

@@ -28,19 +28,22 @@ def _add(
     RECORDS[name] = OptimizerRecord(name, path, defaults=defaults or {}, **more)
 
 
-def _adafisher(name: str, cls: str, decoupled: bool) -> None:
+def _adafisher(name: str, path: str, decoupled: bool, **more: Any) -> None:
+    own: dict[str, Any] = {
+        "paper": "Gomes et al., ICLR 2025, arXiv 2405.16397",
+        "learning_rate": Setting(ADAFISHER_LEARNING_RATE, "the README's WikiText-2 sweep"),
+        "checkpoint_keys": ADAFISHER_KEYS,
+    }
     _add(
         name,
-        f"hf_adafisher.optimizers.adafisher:{cls}",
+        f"hf_adafisher.optimizers.{path}",
         library="this package",
-        paper="Gomes et al., ICLR 2025, arXiv 2405.16397",
-        learning_rate=Setting(ADAFISHER_LEARNING_RATE, "the README's WikiText-2 sweep"),
         momentum="beta",
         memory="4 + 4 (r + c) / (r c)",
-        checkpoint_keys=ADAFISHER_KEYS,
         decoupled=decoupled,
         needs_model=True,
         refuses=SHARDS | {"DataParallel"},
+        **{**own, **more},
     )
 
 
@@ -58,20 +61,15 @@ def _torch(name: str, cls: str, paper: str, keys: set[str], size: int, **more: A
     )
 
 
-_adafisher("adafisher", "AdaFisher", False)
-_adafisher("adafisherw", "AdaFisherW", True)
-_add(
+_adafisher("adafisher", "adafisher:AdaFisher", False)
+_adafisher("adafisherw", "adafisher:AdaFisherW", True)
+_adafisher(
     "spectral-adafisher",
-    "hf_adafisher.optimizers.spectral:SpectralAdaFisher",
-    library="this package",
+    "spectral:SpectralAdaFisher",
+    True,
     paper="this package, docs/spectral.md",
     learning_rate=Setting(SPECTRAL_LEARNING_RATE, "docs/spectral.md"),
-    momentum="beta",
-    memory="4 + 4 (r + c) / (r c)",
     checkpoint_keys=SPECTRAL_KEYS,
-    decoupled=True,
-    needs_model=True,
-    refuses=SHARDS | {"DataParallel"},
 )
 _torch(
     "sgd",

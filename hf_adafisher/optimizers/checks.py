@@ -128,6 +128,11 @@ def accelerate_state() -> Mapping[str, Any]:
     return {} if module is None else module.AcceleratorState._shared_state
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """The optimizer in accelerate's wrapper; any other as it is."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 def _refused_by_accelerate() -> str | None:
     """What accelerate is about to do to the model that AdaFisher does not support."""
     kind = shards_to_come()

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_adafisher.optimizers.checks import accelerate_state
+from hf_adafisher.optimizers.checks import accelerate_state, unwrapped
 
 _SEEN_TO: ContextVar[bool] = ContextVar("hf_adafisher_due_steps_run_eagerly", default=False)
 
@@ -53,8 +53,7 @@ def refuse_compiling_trainer(tracker: object) -> None:
     if trainers is None or not _accelerate_compiles():
         return
     for trainer in _alive(trainers.Trainer):
-        optimizer = getattr(trainer, "optimizer", None)
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = unwrapped(getattr(trainer, "optimizer", None))
         if getattr(optimizer, "_curvature", None) is tracker:
             refuse_compilation(type(optimizer).__name__)
 

@@ -53,6 +53,13 @@ class FactoredOptimizer(RecordingOptimizer):
             self._curvature.forget()
         return bool(updates)
 
+    def _count_step(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Tensor]]]:
+        """Group, parameter, gradient and state of every parameter with a gradient, its step counted."""
+        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
+        if members:
+            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
+        return members
+
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
         state = self.state[p]

@@ -97,24 +97,30 @@ def hidden_matrices(model: nn.Module) -> list[Matrix]:
     matrix; the first convolution, which reads pixels or sound; convolutions with several groups, which
     are many small matrices; parameters that no such layer owns (class tokens, position tables, fused experts).
     """
-    matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
-    outside = embedding_tables(model) | {id(weight) for weight in _heads(model, matrices)}
+    modules = _named_matrices(model)
+    outside = embedding_tables(model) | {id(weight) for weight in _heads(model, modules)}
     outside |= {id(m.weight) for m in [m for m in model.modules() if isinstance(m, _CONVOLUTIONS)][:1]}
-    found: dict[int, Matrix] = {}
-    for _, module in matrices:
-        if id(module.weight) not in outside and getattr(module, "groups", 1) == 1:
-            found[id(module.weight)] = Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
-    return list(found.values())
+    return _matrices(modules, lambda weight: id(weight) not in outside)
 
 
 def head_matrices(model: nn.Module) -> list[Matrix]:
     """The weights of the output layers that :func:`hidden_matrices` leaves out, those tied to an embedding included."""
-    matrices = [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
-    heads = {id(weight) for weight in _heads(model, matrices)}
+    modules = _named_matrices(model)
+    heads = {id(weight) for weight in _heads(model, modules)}
+    return _matrices(modules, lambda weight: id(weight) in heads)
+
+
+def _named_matrices(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that multiply by a matrix, with their names."""
+    return [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+
+
+def _matrices(modules: Iterable[tuple[str, Any]], chosen: Callable[[Tensor], bool]) -> list[Matrix]:
+    """The chosen weights of these modules, each once; those of several groups are no matrices."""
     found = {
         id(module.weight): Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
-        for _, module in matrices
-        if id(module.weight) in heads and getattr(module, "groups", 1) == 1
+        for _, module in modules
+        if chosen(module.weight) and getattr(module, "groups", 1) == 1
     }
     return list(found.values())
 

@@ -177,12 +177,9 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
 
     def _members(self) -> list[_Member]:
         """Every parameter with a gradient, its step counted."""
-        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
-        if members:
-            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
         return [
             _Member(group, p, grad, state["exp_avg"], int(state["step"].item()), self._curvature.terms(p, state, grad))
-            for group, p, grad, state in members
+            for group, p, grad, state in self._count_step()
             if p.numel()
         ]
 

@@ -33,12 +33,12 @@ class SpectralCurvature(Curvature):
 
     Attributes:
         loss_terms: How many terms the loss is the mean of, where ``gradient_scale`` takes factors as if it were one of
-            them; None where it does not.
+            them; 1 where it does not.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.loss_terms: float | None = None
+        self.loss_terms = 1.0
 
     def map_parameters(self) -> None:
         """Look everything up in the model again, the hidden matrices too."""
@@ -60,7 +60,7 @@ class SpectralCurvature(Curvature):
         self._whitenings: dict[Any, Whitening] = {}
 
     def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
-        return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * (positions / (self.loss_terms or 1.0) ** 2)}
+        return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * (positions / self.loss_terms**2)}
 
     def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
         # The positions are the rows, and the gradient is the batch's already.

@@ -6,8 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_adafisher.optimizers.adafisher import AdaFisher
-from hf_adafisher.optimizers.factored import FactoredOptimizer
+from hf_adafisher.optimizers.checks import unwrapped
 from hf_adafisher.optimizers.recording import RecordingOptimizer
 
 
@@ -23,39 +22,21 @@ class AdaFisherCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = recording_optimizer_in(kwargs.get("optimizer"))
-        if optimizer is not None:
+        optimizer = unwrapped(kwargs.get("optimizer"))
+        if isinstance(optimizer, RecordingOptimizer):
             optimizer.discard_statistics()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = recording_optimizer_in(kwargs.get("optimizer"))
+        optimizer = unwrapped(kwargs.get("optimizer"))
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        if optimizer is not None and optimizer.refresh_due and scaler is not None:
+        if isinstance(optimizer, RecordingOptimizer) and optimizer.refresh_due and scaler is not None:
             optimizer.gradient_scale = scaler.get_scale()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = recording_optimizer_in(kwargs.get("optimizer"))
-        if optimizer is not None and getattr(kwargs["optimizer"], "step_was_skipped", False):
+        optimizer = unwrapped(kwargs.get("optimizer"))
+        if isinstance(optimizer, RecordingOptimizer) and getattr(kwargs["optimizer"], "step_was_skipped", False):
             optimizer.discard_statistics()
-
-
-def recording_optimizer_in(optimizer: Any) -> RecordingOptimizer | None:
-    """The AdaFisher(W) or K-FAC in accelerate's wrapper or by itself; None for any other optimizer."""
-    raw = getattr(optimizer, "optimizer", optimizer)
-    return raw if isinstance(raw, RecordingOptimizer) else None
-
-
-def factored_in(optimizer: Any) -> FactoredOptimizer | None:
-    """The AdaFisher(W) or SpectralAdaFisher in accelerate's wrapper or by itself; None for any other optimizer."""
-    raw = getattr(optimizer, "optimizer", optimizer)
-    return raw if isinstance(raw, FactoredOptimizer) else None
-
-
-def adafisher_in(optimizer: Any) -> AdaFisher | None:
-    """The AdaFisher(W) in accelerate's wrapper or by itself; None for any other optimizer."""
-    raw = getattr(optimizer, "optimizer", optimizer)
-    return raw if isinstance(raw, AdaFisher) else None

@@ -18,8 +18,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
+from hf_adafisher.optimizers.checks import unwrapped
 from hf_adafisher.optimizers.layer_curvature import layer_curvature, needs_every_process
-from hf_adafisher.training.callbacks import adafisher_in
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +74,12 @@ class CurvatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Takes up the file where the run does."""
-        optimizer = adafisher_in(kwargs.get("optimizer"))
+        optimizer = unwrapped(kwargs.get("optimizer"))
         self._layers, self._reporters = None, []
-        if optimizer is None:
-            raw = kwargs.get("optimizer")
+        if not isinstance(optimizer, AdaFisher):
             logger.warning(
                 "CurvatureCallback records nothing: it needs AdaFisher or AdaFisherW, and the optimizer is %s.",
-                type(getattr(raw, "optimizer", raw)).__name__,
+                type(optimizer).__name__,
             )
             return
         self._refreshes = _refreshes(optimizer)
@@ -94,8 +93,8 @@ class CurvatureCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Looks at the layers while the learning rate is still that of the step."""
-        optimizer = adafisher_in(kwargs.get("optimizer"))
-        if optimizer is None or _refreshes(optimizer) == self._refreshes:
+        optimizer = unwrapped(kwargs.get("optimizer"))
+        if not isinstance(optimizer, AdaFisher) or _refreshes(optimizer) == self._refreshes:
             return
         self._refreshes = _refreshes(optimizer)
         if (self._refreshes - 1) % self.every == 0 and (state.is_world_process_zero or needs_every_process(optimizer)):

@@ -14,7 +14,10 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_adafisher.optimizers.adafisher import AdaFisher
+from hf_adafisher.optimizers.checks import unwrapped
 from hf_adafisher.optimizers.compilation import due_steps_run_eagerly
+from hf_adafisher.optimizers.factored import FactoredOptimizer
 from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
 from hf_adafisher.optimizers.recording import RecordingOptimizer
 from hf_adafisher.training.arguments import (
@@ -24,7 +27,7 @@ from hf_adafisher.training.arguments import (
     default_learning_rate,
     optimizer_name,
 )
-from hf_adafisher.training.callbacks import AdaFisherCallback, adafisher_in, factored_in
+from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
 from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
 from hf_adafisher.training.second_order import second_derivatives
@@ -154,7 +157,7 @@ class AdaFisherTrainer(Trainer):
             self._raw_optimizer().eval()
 
     def _raw_optimizer(self) -> Any:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return unwrapped(self.optimizer)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """As in Trainer; a checkpoint that an earlier run left in this place does not count as complete meanwhile."""
@@ -207,16 +210,17 @@ class AdaFisherTrainer(Trainer):
         """As in Trainer; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
         optimizer = self._raw_optimizer()
         if isinstance(optimizer, RecordingOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
-            kind = "kfac" if factored_in(optimizer) is None else "adafisher"
+            kind = "adafisher" if isinstance(optimizer, FactoredOptimizer) else "kfac"
             summary: dict[str, float] = getattr(optimizer, "curvature_summary", dict)()
             logs |= {f"{kind}/{key}": summary[key] for key in _LOGGED if key in summary}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with the optimizer and the options that were really used."""
-        optimizer, used = factored_in(self.optimizer), {}
+        optimizer, used = self._raw_optimizer(), {}
+        factored = isinstance(optimizer, FactoredOptimizer)
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {}
-        if optimizer is not None:
+        if factored:
             shown = ("lr", "beta", "damping", "relative_damping", "ema_decay", "update_interval")
             options = {**optimizer.param_groups[0], "lr": self.args.learning_rate}
             used["optim_args"] = ", ".join(f"{key}={options[key]}" for key in shown if key in options)
@@ -230,15 +234,15 @@ class AdaFisherTrainer(Trainer):
         finally:
             vars(self.args).update(previous)
         card = Path(self.args.output_dir or ".") / "README.md"
-        if optimizer is not None and self.is_world_process_zero() and card.is_file():
+        if factored and self.is_world_process_zero() and card.is_file():
             kind = type(optimizer).__name__
             paper = (
                 "[AdaFisher: Adaptive Second Order Optimization via Fisher Information]"
                 "(https://arxiv.org/abs/2405.16397) (ICLR 2025), implemented in hf_adafisher"
             )
-            origin = paper if adafisher_in(optimizer) else "hf_adafisher's own, which reads the factors of " + paper
+            ours = "" if isinstance(optimizer, AdaFisher) else "hf_adafisher's own, which reads the factors of "
             card.write_text(
-                card.read_text(encoding="utf-8") + f"\n### Optimizer\n\nTrained with {kind}, {origin}.\n",
+                card.read_text(encoding="utf-8") + f"\n### Optimizer\n\nTrained with {kind}, {ours}{paper}.\n",
                 encoding="utf-8",
             )
 

@@ -21,6 +21,7 @@ from hf_adafisher.experiments import clm_arguments, clm_setup, image_arguments, 
 from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decided
 from hf_adafisher.experiments.report import require_matplotlib
 from hf_adafisher.experiments.run import PreparedRun
+from hf_adafisher.optimizers.checks import unwrapped
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 DIGITS_LEARNING_RATES = {
@@ -244,7 +245,7 @@ class AtSteps(TrainerCallback):
         if self.steps is None or step in self.steps:
             optimizer = kwargs["optimizer"]
             model = kwargs["model"]
-            self.function(step, getattr(model, "module", model), getattr(optimizer, "optimizer", optimizer))
+            self.function(step, getattr(model, "module", model), unwrapped(optimizer))
 
 
 def run_figure(main: Callable[[], list[Path]]) -> int:

@@ -46,8 +46,10 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
     over the examples of one backward. Their sum of ``g g^T`` has the same expectation where examples are independent,
     but how a batch is split into micro-batches or processes is seen in it; nothing else depends on that.
 
-    ``lr`` and ``damping`` belong together, and both belong to the scale of the loss: see :attr:`loss_terms`. The
-    defaults are this package's; they train tiny models of its tests, and everything else needs a scan.
+    ``lr`` and ``damping`` belong together, and both belong to the scale of the loss: ``damping`` and ``kl_clip``
+    are compared with the Fisher of one term of it, ``G`` being the sum over all positions divided by
+    :attr:`loss_terms`. The defaults are this package's; they train tiny models of its tests, and everything else
+    needs a scan.
 
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
