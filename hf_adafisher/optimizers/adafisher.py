@@ -111,7 +111,7 @@ class AdaFisher(FactoredOptimizer):
         return group["damping"]
 
     def _update_parameters(self) -> None:
-        scratch = Scratch()
+        scratch, compiled = Scratch(), self._compiled
         vectors: dict[tuple[int, int], Vectors] = {}
         for group, p, grad, state in self._count_step():
             step, terms = int(state["step"].item()), self._curvature.local_terms(p, state, grad)
@@ -123,13 +123,15 @@ class AdaFisher(FactoredOptimizer):
                 local = (local_part(p), local_part(grad), local_part(state["exp_avg"]))
                 update_parameter(*local, terms, **alike.numbers, scratch=scratch)
             elif not alike.take(*tensors, terms):  # vectors are updated below, with their like
-                if self._compiled is not None and self._compiled.takes(p):
-                    if self._compiled(self._parts_of(*tensors, terms, whole), grad, alike.numbers):
-                        continue
-                    self._curvature.parts.clear()  # no compiler works: from now on everything is eager
-                update_parts(self._parts_of(*tensors, terms, cut), grad, alike.numbers, scratch)
+                if compiled is not None and compiled.takes(p):
+                    compiled.add(self._parts_of(*tensors, terms, whole), grad, alike.numbers)
+                else:
+                    update_parts(self._parts_of(*tensors, terms, cut), grad, alike.numbers, scratch)
         for alike in vectors.values():
             alike.update_()
+        if compiled is not None and not compiled.run():  # no compiler works: from now on everything is eager
+            self._compiled = None
+            self._curvature.parts.clear()
 
     def _parts_of(
         self, p: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], make: Callable[..., Parts]

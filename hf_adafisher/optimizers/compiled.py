@@ -7,7 +7,7 @@ import logging
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.optimizers.layout import Part, Parts, aligned, merged
-from hf_adafisher.optimizers.update import scalars
+from hf_adafisher.optimizers.update import scalars, update_parameter
 
 logger = logging.getLogger(__name__)
 
 COMPILED_FROM = 1 << 17
 """Smaller parameters are updated eagerly: the call of a compiled function costs more than their few operations."""
+
+
+class Call(NamedTuple):
+    """The update of one parameter by a kernel; ``arguments`` are the kernel's."""
+
+    kernel: Callable[..., None]
+    arguments: tuple[Any, ...]
+    part: Part
+    grad: Tensor
+    numbers: Mapping[str, Any]
 
 
 class CompiledUpdate:
@@ -33,6 +43,7 @@ class CompiledUpdate:
 
     def __init__(self) -> None:
         self.works = True
+        self._calls: list[Call] = []
         self._proven: set[Callable[..., None]] = set()
         self._numbers: dict[str, Any] = {}
         self._scalars: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -42,8 +53,8 @@ class CompiledUpdate:
         size = param.numel()
         return self.works and size >= COMPILED_FROM and size > 0 and type(param) in (Tensor, nn.Parameter)
 
-    def __call__(self, parts: Parts, grad: Tensor, numbers: Mapping[str, Any]) -> bool:
-        """Update a parameter in place; False, from then on, where no compiler works.
+    def add(self, parts: Parts, grad: Tensor, numbers: Mapping[str, Any]) -> None:
+        """Take a parameter in, which :meth:`run` updates; at once, if it has factors of its own size.
 
         Args:
             parts: The parameter, from :func:`whole`.
@@ -52,14 +63,25 @@ class CompiledUpdate:
         """
         (part,) = parts.parts
         own = part.of(grad).detach()  # kernels are also compiled for what a view is a view of, unless it is detached
+        if parts.kernel is None:
+            parts.kernel = _kernel(numbers["decoupled"], *_kind(part, own))
+        scalars = self._as_tensor(numbers, _dtype_of(part.param.dtype, part.exp_avg.dtype), own.device)
+        arguments = (part.param, own, part.exp_avg, parts.factors, scalars)
+        self._calls.append(Call(parts.kernel, arguments, part, own, numbers))
+        if not parts.lasting:
+            self.run()
+
+    def run(self) -> bool:
+        """Update, in place, what was taken in; False where no compiler works, and what was left is updated eagerly."""
+        calls, done = self._calls, list[Callable[..., None]]()
+        if not calls:
+            return self.works
+        self._calls = []
         try:
-            if parts.kernel is None:
-                parts.kernel = _kernel(numbers["decoupled"], *_kind(part, own))
-            scalars = self._as_tensor(numbers, _dtype_of(part.param.dtype, part.exp_avg.dtype), own.device)
-            parts.kernel(part.param, own, part.exp_avg, parts.factors, scalars)
-            self._proven.add(parts.kernel)
+            _runner()(calls, done)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
-            if parts.kernel in self._proven or isinstance(error, torch.OutOfMemoryError):
+            proven = self._proven.union(done)
+            if calls[len(done)].kernel in proven or isinstance(error, torch.OutOfMemoryError):
                 raise
             self.works = False
             logger.warning(
@@ -67,8 +89,11 @@ class CompiledUpdate:
                 type(error).__name__,
                 (str(error).strip().splitlines() or [""])[0],
             )
-            return False
-        return True
+            for call in calls[len(done) :]:
+                part = call.part
+                update_parameter(part.param, call.grad, part.exp_avg, part.terms, **call.numbers)
+        self._proven.update(done)
+        return self.works
 
     def _as_tensor(self, numbers: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The numbers as kernels take them, made once for the parameters of a step.
@@ -110,7 +135,7 @@ def _dtype_of(param: torch.dtype, exp_avg: torch.dtype) -> torch.dtype:
 def _kernel(
     decoupled: bool, lengths: tuple[int, ...], spread: Any, dtypes: tuple[torch.dtype, ...], *rest: Any
 ) -> Callable[..., None]:
-    """The compiled update of parameters of one kind; ``lengths`` are the numbers of factors in each term."""
+    """The update of parameters of one kind, for :func:`_runner`; ``lengths`` are the numbers of factors in each term."""
     dtype = _dtype_of(dtypes[0], dtypes[2])
 
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, factors: Sequence[Tensor], numbers: Tensor) -> None:
@@ -128,5 +153,21 @@ def _kernel(
     # Recompilations are counted and limited by code object; the kinds must not use up each other's.
     name = f"update_{_kernel.cache_info().currsize}"
     code = update.__code__.replace(co_name=name)
-    own = types.FunctionType(code, update.__globals__, name, None, update.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True)
+    return types.FunctionType(code, update.__globals__, name, None, update.__closure__)
+
+
+@functools.cache
+def _runner() -> Callable[[Sequence[Call], list[Callable[..., None]]], None]:
+    """Calls kernels compiled, and lists those that have run.
+
+    The loop itself is not compiled, only what it calls: so a step enters torch.compile once (about 20 us), not once for
+    every parameter.
+    """
+
+    def run(calls: Sequence[Call], done: list[Callable[..., None]]) -> None:
+        torch._dynamo.skip_frame()
+        for call in calls:
+            call.kernel(*call.arguments)
+            done.append(call.kernel)
+
+    return torch.compile(run, dynamic=True)
