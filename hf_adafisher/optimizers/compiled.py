@@ -135,7 +135,7 @@ def _dtype_of(param: torch.dtype, exp_avg: torch.dtype) -> torch.dtype:
 def _kernel(
     decoupled: bool, lengths: tuple[int, ...], spread: Any, dtypes: tuple[torch.dtype, ...], *rest: Any
 ) -> Callable[..., None]:
-    """The update of parameters of one kind, for :func:`_runner`; ``lengths`` are the numbers of factors in each term."""
+    """The update of parameters of one kind, not yet compiled; ``lengths`` are the numbers of factors in its terms."""
     dtype = _dtype_of(dtypes[0], dtypes[2])
 
     def update(param: Tensor, grad: Tensor, exp_avg: Tensor, factors: Sequence[Tensor], numbers: Tensor) -> None:

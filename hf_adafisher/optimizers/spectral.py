@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,8 @@ from hf_adafisher.optimizers.recording import CountsLossTerms, ParamsT
 from hf_adafisher.optimizers.sharding import local_part, local_values, whole
 from hf_adafisher.optimizers.spectral_curvature import SpectralCurvature
 from hf_adafisher.optimizers.spectral_update import diagonal_direction, spectral_directions
+
+logger = logging.getLogger(__name__)
 
 BATCH_VALUES = 1 << 24
 """At most this many values are orthogonalised at once (one matrix, where it has more)."""
@@ -144,6 +147,12 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
 
     def _new_tracker(self) -> SpectralCurvature:
         return SpectralCurvature(self.model)
+
+    def _track(self) -> None:
+        super()._track()
+        asked = [p for group in self.param_groups if group["spectral_heads"] for p in group["params"]]
+        if asked and not any(self._curvature.is_head(p) for p in asked):
+            logger.warning("spectral_heads=True changes nothing: no output layer is among the parameters.")
 
     def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         check_spectral_options(group, first, type(self).__name__)

@@ -48,7 +48,11 @@ class SpectralCurvature(Curvature):
 
     def is_matrix(self, p: Tensor, heads: bool) -> bool:
         """Whether a parameter is a hidden matrix, or, with ``heads``, the weight of an output layer."""
-        return id(p) in self._transposed or (heads and id(p) in self._heads)
+        return id(p) in self._transposed or (heads and self.is_head(p))
+
+    def is_head(self, p: Tensor) -> bool:
+        """Whether a parameter is the weight of an output layer."""
+        return id(p) in self._heads
 
     def mean_of(self, terms: Sequence[Term]) -> float:
         """The mean of the diagonal that terms of :meth:`terms` make."""

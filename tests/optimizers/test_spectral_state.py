@@ -333,3 +333,19 @@ def test_spectral_drops_statistics_that_are_not_finite() -> None:
     train(model, case, optimizer, 2, start=1)
     train(twin, case, reference, 2, start=1)
     assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Model", "GPT2LMHeadModel"])
+def test_spectral_heads_without_an_output_layer_is_one_warning(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A base model has none; a language model's, tied to its embedding, is one."""
+    model = getattr(transformers, kind)(transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2))
+    with caplog.at_level(logging.WARNING, "hf_adafisher"):
+        SpectralAdaFisher(model, spectral_heads=True)
+        SpectralAdaFisher(model)
+    said = [r.getMessage() for r in caplog.records if "spectral_heads" in r.getMessage()]
+    assert len(said) == (1 if kind == "GPT2Model" else 0)
+    if kind == "GPT2LMHeadModel":
+        hidden = [p for name, p in model.named_parameters() if ".h." in name]
+        with caplog.at_level(logging.WARNING, "hf_adafisher"):
+            SpectralAdaFisher(model, hidden, spectral_heads=True)
+        assert "spectral_heads=True changes nothing" in caplog.text
