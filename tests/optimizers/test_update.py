@@ -207,16 +207,19 @@ def test_compiled_equals_eager_in_other_precisions(
 
 
 def test_one_kernel_serves_all_sizes_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Matrices of many shapes and convolutions, which are matrices once their axes are joined, share a graph."""
+    """Matrices of many shapes and convolutions, which are matrices once their axes are joined, share a graph.
+
+    So do steps of more and of fewer parameters: what is compiled is the update, not the loop over them.
+    """
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
     run = CompiledUpdate()
-    shapes = [(23, 17), (16, 16), (64, 32), (5, 120), (8, 5, 3, 3), (33, 33)]
-    for shape in shapes:
-        left, right = (shape[0], *[1] * (len(shape) - 1)), (1, *shape[1:])
-        tensors = [torch.randn(shape), torch.randn(shape), torch.zeros(shape)]
-        parts = whole(*tensors, [(torch.rand(left), torch.rand(right))])
-        run.add(parts, tensors[1], {"step": 1, "decoupled": True, **OPTIONS})
-    assert run.run()
+    for shapes in ([(23, 17), (16, 16), (64, 32), (5, 120), (8, 5, 3, 3), (33, 33)], [(20, 31)], [(7, 9), (12, 10)]):
+        for shape in shapes:
+            left, right = (shape[0], *[1] * (len(shape) - 1)), (1, *shape[1:])
+            tensors = [torch.randn(shape), torch.randn(shape), torch.zeros(shape)]
+            parts = whole(*tensors, [(torch.rand(left), torch.rand(right))])
+            run.add(parts, tensors[1], {"step": 1, "decoupled": True, **OPTIONS})
+        assert run.run()
     assert counters["stats"]["unique_graphs"] == 1
 
 
