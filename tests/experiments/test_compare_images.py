@@ -285,7 +285,7 @@ def test_every_optimizer_of_a_preset_has_three_learning_rates(name: str) -> None
     assert all(len(found) >= 3 for found in rates.values())
     assert config["common"].get("model", "resnet18") in available_architectures()
     if name == "digits-small":
-        assert set(rates) == set(available_optimizers()) - {"spectral-adafisher"}  # language models so far
+        assert set(rates) == set(available_optimizers())
 
 
 def test_settings_without_published_numbers_are_told_so(compare: Compare, caplog: pytest.LogCaptureFixture) -> None:

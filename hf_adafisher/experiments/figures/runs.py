@@ -27,6 +27,7 @@ from hf_adafisher.training.trainer import AdaFisherTrainer
 DIGITS_LEARNING_RATES = {
     "adafisher": 0.01,
     "adafisherw": 0.04,
+    "spectral-adafisher": 0.01,
     "adam": 0.001,
     "adamw": 0.003,
     "sgd": 0.1,
