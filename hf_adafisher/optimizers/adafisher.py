@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_flag, check_options
-from hf_adafisher.optimizers.compiled import CompiledUpdate, whole
+from hf_adafisher.optimizers.compiled import Call, CompiledUpdate, whole
 from hf_adafisher.optimizers.factored import FactoredOptimizer
 from hf_adafisher.optimizers.layout import Parts
 from hf_adafisher.optimizers.recording import ParamsT
@@ -113,6 +113,7 @@ class AdaFisher(FactoredOptimizer):
     def _update_parameters(self) -> None:
         scratch, compiled = Scratch(), self._compiled
         vectors: dict[tuple[int, int], Vectors] = {}
+        calls: list[Call] = []
         for group, p, grad, state in self._count_step():
             step, terms = int(state["step"].item()), self._curvature.local_terms(p, state, grad)
             alike = vectors.get((id(group), step))
@@ -124,12 +125,15 @@ class AdaFisher(FactoredOptimizer):
                 update_parameter(*local, terms, **alike.numbers, scratch=scratch)
             elif not alike.take(*tensors, terms):  # vectors are updated below, with their like
                 if compiled is not None and compiled.takes(p):
-                    compiled.add(self._parts_of(*tensors, terms, whole), grad, alike.numbers)
+                    parts = self._parts_of(*tensors, terms, whole)
+                    calls.append(compiled.call(parts, grad, alike.numbers))
+                    if not parts.lasting:  # factors of the parameter's own size do not wait for the others
+                        compiled.run([calls.pop()])
                 else:
                     update_parts(self._parts_of(*tensors, terms, cut), grad, alike.numbers, scratch)
         for alike in vectors.values():
             alike.update_()
-        if compiled is not None and not compiled.run():  # no compiler works: from now on everything is eager
+        if compiled is not None and not compiled.run(calls):  # no compiler works: from now on everything is eager
             self._compiled = None
             self._curvature.parts.clear()
 

@@ -43,7 +43,6 @@ class CompiledUpdate:
 
     def __init__(self) -> None:
         self.works = True
-        self._calls: list[Call] = []
         self._proven: set[Callable[..., None]] = set()
         self._numbers: dict[str, Any] = {}
         self._scalars: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -53,8 +52,8 @@ class CompiledUpdate:
         size = param.numel()
         return self.works and size >= COMPILED_FROM and size > 0 and type(param) in (Tensor, nn.Parameter)
 
-    def add(self, parts: Parts, grad: Tensor, numbers: Mapping[str, Any]) -> None:
-        """Take a parameter in, which :meth:`run` updates; at once, if it has factors of its own size.
+    def call(self, parts: Parts, grad: Tensor, numbers: Mapping[str, Any]) -> Call:
+        """The update of a parameter, for :meth:`run`.
 
         Args:
             parts: The parameter, from :func:`whole`.
@@ -67,18 +66,14 @@ class CompiledUpdate:
             parts.kernel = _kernel(numbers["decoupled"], *_kind(part, own))
         scalars = self._as_tensor(numbers, _dtype_of(part.param.dtype, part.exp_avg.dtype), own.device)
         arguments = (part.param, own, part.exp_avg, parts.factors, scalars)
-        self._calls.append(Call(parts.kernel, arguments, part, own, numbers))
-        if not parts.lasting:
-            self.run()
+        return Call(parts.kernel, arguments, part, own, numbers)
 
-    def run(self) -> bool:
-        """Update, in place, what was taken in; False where no compiler works, and what was left is updated eagerly."""
-        calls, done = self._calls, list[Callable[..., None]]()
-        if not calls:
-            return self.works
-        self._calls = []
+    def run(self, calls: Sequence[Call]) -> bool:
+        """Make these updates, in place; False where no compiler works, and what was left of them is made eagerly."""
+        done: list[Callable[..., None]] = []
         try:
-            _runner()(calls, done)
+            if calls:
+                _runner()(calls, done)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             proven = self._proven.union(done)
             if calls[len(done)].kernel in proven or isinstance(error, torch.OutOfMemoryError):

@@ -18,6 +18,7 @@ from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
 from hf_adafisher.fisher.forms import Term
+from hf_adafisher.optimizers import adafisher as adafisher_module
 from hf_adafisher.optimizers import compiled as compiled_module
 from hf_adafisher.optimizers import update as update_module
 from hf_adafisher.optimizers.compiled import CompiledUpdate, whole
@@ -177,8 +178,7 @@ def compare(
             update_parameter(p, grad, m, terms, **options)
             assert run.takes(q) == (q.numel() > 0)
             if run.takes(q):
-                run.add(whole(q, grad, n, terms), grad, options)
-                assert run.run()
+                assert run.run([run.call(whole(q, grad, n, terms), grad, options)])
             size = float(p.abs().max()) if p.numel() else 0.0
             tolerance = (
                 {"rtol": 1e-5, "atol": 1e-6 * size} if dtypes[0] != torch.bfloat16 else {"rtol": 2e-2, "atol": 2e-2}
@@ -214,12 +214,13 @@ def test_one_kernel_serves_all_sizes_of_a_kind(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
     run = CompiledUpdate()
     for shapes in ([(23, 17), (16, 16), (64, 32), (5, 120), (8, 5, 3, 3), (33, 33)], [(20, 31)], [(7, 9), (12, 10)]):
+        calls = []
         for shape in shapes:
             left, right = (shape[0], *[1] * (len(shape) - 1)), (1, *shape[1:])
             tensors = [torch.randn(shape), torch.randn(shape), torch.zeros(shape)]
             parts = whole(*tensors, [(torch.rand(left), torch.rand(right))])
-            run.add(parts, tensors[1], {"step": 1, "decoupled": True, **OPTIONS})
-        assert run.run()
+            calls.append(run.call(parts, tensors[1], {"step": 1, "decoupled": True, **OPTIONS}))
+        assert run.run(calls)
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -394,13 +395,13 @@ def test_what_ran_before_a_kernel_failed_to_compile_is_not_updated_twice(monkeyp
     tensors = [[example.tensor(), example.tensor(), torch.zeros(example.shape)] for _ in range(3)]
     twins = [[tensor.clone() for tensor in three] for three in tensors]
     numbers = {**OPTIONS, "step": 1, "decoupled": True}
-    run = CompiledUpdate()
+    run, calls = CompiledUpdate(), []
     for i, (param, grad, exp_avg) in enumerate(tensors):
         parts = whole(param, grad, exp_avg, example.terms)
         if i == 1:
             parts.kernel = broken_kernel
-        run.add(parts, grad, numbers)
-    assert not run.run() and not run.works
+        calls.append(run.call(parts, grad, numbers))
+    assert not run.run(calls) and not run.works
     for (param, _, exp_avg), (p, g, m) in zip(tensors, twins, strict=True):
         update_parameter(p, g, m, example.terms, **numbers)
         assert_close((param, exp_avg), (p, m), rtol=1e-5, atol=1e-6)
@@ -410,19 +411,52 @@ def broken_kernel(*args: Any) -> None:
     raise RuntimeError("no compiler for this kind")
 
 
-def test_factors_as_large_as_their_parameter_do_not_wait_for_the_others() -> None:
+class TwoGroupings(nn.Module):
+    """A convolution's weight that is used with two groups and with four: its factors are formed as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.two, self.four = nn.Conv1d(10, 8, 1, groups=2, bias=False), nn.Conv1d(20, 8, 1, groups=4, bias=False)
+        self.four.weight = self.two.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(x[:, :10]) + self.four(x)
+
+
+def test_factors_as_large_as_their_parameter_do_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are made for the step alone: of several such parameters only one's may be in memory."""
-    example, run = EXAMPLES["other groups"], CompiledUpdate()
-    tensors = [example.tensor() for _ in range(3)]
-    before = tensors[0].clone()
-    run.add(whole(*tensors, example.terms), tensors[1], {**OPTIONS, "step": 1, "decoupled": True})
-    assert not torch.equal(tensors[0], before)
-    example = EXAMPLES["matrix"]
-    tensors = [example.tensor() for _ in range(3)]
-    before = tensors[0].clone()
-    run.add(whole(*tensors, example.terms), tensors[1], {**OPTIONS, "step": 1, "decoupled": True})
-    assert torch.equal(tensors[0], before)
-    assert run.run() and not torch.equal(tensors[0], before)
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
+    model = nn.ModuleList([nn.Conv1d(20, 8, 1, bias=False), TwoGroupings(), TwoGroupings()])
+    optimizer, sizes = AdaFisherW(model, compiled=True), []
+    own = CompiledUpdate.run
+
+    def run(self: CompiledUpdate, calls: Sequence[Any]) -> bool:
+        sizes.append(len(calls))
+        return own(self, calls)
+
+    monkeypatch.setattr(CompiledUpdate, "run", run)
+    x = torch.randn(3, 20, 5)
+    torch.stack([layer(x) for layer in model]).square().sum().backward()
+    optimizer.step()
+    assert sizes == [1, 1, 1]  # each of the two by itself, then what remains
+
+
+def test_a_step_that_failed_leaves_no_updates_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer, _ = train(AdaFisherW, True, 0)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model(torch.randn(16, 130)).square().mean().backward()
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory left"):
+        patch.setattr(adafisher_module, "update_parts", broken)  # that of the last, small weight
+        optimizer.step()
+    optimizer.zero_grad()
+    model(torch.randn(16, 130)).square().mean().mul(0).backward()
+    optimizer.step()
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_the_option_is_reached_by_name_and_checked(tmp_path: Any) -> None:
