@@ -65,6 +65,8 @@ class Parts:
         parts: The views, in order.
         factors: The factors of all parts in a row.
         kernel: The compiled update of its one part, once it is known.
+        scaled: The terms of each part as the fused update takes them, once they are known; empty where that update is
+            not for this parameter.
         lasting: Whether it may be kept for later steps.
     """
 
@@ -91,6 +93,7 @@ class Parts:
         ]
         self.factors = [factor for part in self.parts for term in part.terms for factor in term]
         self.kernel: Callable[..., None] | None = None
+        self.scaled: Sequence[Sequence[Term]] | None = None
         self._terms = terms
         self._rows = _rows_of(self.parts, grad)
         # Factors of the parameter's own size are not to outlive a step.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.fisher.forms import Term
+from hf_adafisher.optimizers.fused import kernel_of, takes, update_fused
 from hf_adafisher.optimizers.layout import Part, Parts, aligned, blocks
 
 # Blocks of this many values stay in a core's cache between the operations on them, so that memory is read and written
@@ -142,12 +143,16 @@ def update_parts(parts: Parts, grad: Tensor, numbers: Mapping[str, Any], scratch
         scratch: Memory that the updates of a step share.
     """
     shrink, rate, decay = scalars(**numbers)
-    rest, damping = 1.0 - numbers["beta"], numbers["damping"]
-    first = parts.parts[0]
+    beta, damping = numbers["beta"], numbers["damping"]
+    rest, first = 1.0 - beta, parts.parts[0]
     if first.param.numel() == 0:
         return
     own = statistics_dtype(first.param.dtype)
     alike = first.param.dtype == first.exp_avg.dtype == grad.dtype == own
+    if alike and takes(parts, damping, decay):
+        kernel = kernel_of(own, beta=beta, damping=damping, shrink=shrink, rate=rate, decay=decay)
+        update_fused(parts, grad, kernel, scratch)
+        return
     dtype = torch.promote_types(own, first.exp_avg.dtype)
     size = None
     for part, g in zip(parts.parts, parts.split(grad), strict=True):

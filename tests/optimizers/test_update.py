@@ -20,6 +20,7 @@ from hf_adafisher import AdaFisher, AdaFisherTrainingArguments, AdaFisherW, crea
 from hf_adafisher.fisher.forms import Term
 from hf_adafisher.optimizers import adafisher as adafisher_module
 from hf_adafisher.optimizers import compiled as compiled_module
+from hf_adafisher.optimizers import fused as fused_module
 from hf_adafisher.optimizers import update as update_module
 from hf_adafisher.optimizers.compiled import CompiledUpdate, whole
 from hf_adafisher.optimizers.update import Scratch, cut, update_parameter
@@ -107,10 +108,13 @@ def by_definition(
 @SHAPES
 @FORMS
 @pytest.mark.parametrize("block", [1 << 18, 40, 3, 1])
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "general"])
 def test_eager_follows_the_definition_in_blocks_of_any_size(
-    name: str, decoupled: bool, block: int, monkeypatch: pytest.MonkeyPatch
+    name: str, decoupled: bool, block: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(update_module, "CPU_BLOCK", block)
+    if not fused:
+        monkeypatch.setattr(fused_module, "LEAST_DAMPING", math.inf)
     example, scratch = EXAMPLES[name], Scratch()
     param, exp_avg = example.tensor(), example.tensor()
     for step in range(1, 4):
