@@ -689,8 +689,11 @@ class ReferenceAdaFisher(ReferenceFactored):
         return total + self._group_of(param)["damping"] if normalized else total
 
 
-MATRIX_RMS, REST_RMS = 0.2, 0.5
-"""Root mean squares of updates: that of a hidden matrix, and the largest of anything else."""
+MATRIX_RMS, VECTOR_RMS, TABLE_RMS = 0.2, 0.2, 1.0
+"""Root mean squares of updates: that of a hidden matrix, and the largest ones of a vector and of any other table."""
+
+LEAST_RMS = 0.02
+"""That of a parameter, at least, where a step is bounded by it."""
 
 
 def iterated_values(s: Tensor) -> Tensor:
@@ -737,6 +740,7 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
         input_exponent: float = 0.5,  # e_H
         output_exponent: float = 0.5,  # e_S
         nesterov: bool = True,
+        max_relative_step: float | None = 0.05,
     ) -> None:
         """Take the options."""
         options = {
@@ -747,6 +751,7 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
             "input_exponent": input_exponent,
             "output_exponent": output_exponent,
             "nesterov": nesterov,
+            "max_relative_step": max_relative_step,
         }
         super().__init__(model, groups, ema_decay=ema_decay, update_interval=update_interval, **options)
         self.hidden = hidden
@@ -755,14 +760,18 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
         assert param.grad is not None
         theta, grad = param.detach().double(), param.grad.double()
         momentum = self._take_momentum(param, group, grad)
+        if group["nesterov"]:
+            ahead = (1 - group["beta"]) * grad / (1 - group["beta"] ** self.slots[param].step)
+            momentum = ahead + group["beta"] * momentum
         if param in self.hidden:
-            if group["nesterov"]:
-                ahead = (1 - group["beta"]) * grad / (1 - group["beta"] ** self.slots[param].step)
-                momentum = ahead + group["beta"] * momentum
             direction = self._matrix_direction(param, group, momentum.reshape(len(momentum), -1)).reshape(theta.shape)
         else:
             direction = self._diagonal_direction(param, momentum)
-        param.copy_(theta - group["lr"] * (direction + group["weight_decay"] * theta))
+        moved = group["lr"] * direction
+        if group["max_relative_step"] is not None and param.dim() > 1 and moved.any():
+            most = group["max_relative_step"] * max(root_mean_square(theta), LEAST_RMS)
+            moved = moved * min(1.0, most / root_mean_square(moved))
+        param.copy_(theta - moved - group["lr"] * group["weight_decay"] * theta)
 
     def _matrix_direction(self, param: Tensor, group: dict[str, Any], momentum: Tensor) -> Tensor:
         """`O = diag(a) polar(diag(a) M diag(b)) diag(b)`, scaled; a and b from the means of F along its lines."""
@@ -781,11 +790,12 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
 
     def _diagonal_direction(self, param: Tensor, momentum: Tensor) -> Tensor:
         diagonal = self.fisher_diagonal(param)
+        largest = TABLE_RMS if param.dim() > 1 else VECTOR_RMS
         unknown = param.numel() == 1 and not self.slots[param].uses
         if unknown or not diagonal.any():
-            return REST_RMS * momentum / root_mean_square(momentum) if momentum.any() else momentum
+            return largest * momentum / root_mean_square(momentum) if momentum.any() else momentum
         direction = momentum / diagonal**0.5
-        return REST_RMS * direction / max(1.0, float(root_mean_square(direction)))
+        return largest * direction / max(1.0, float(root_mean_square(direction)))
 
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
         """In the parameter's shape: on the scale of the batch's gradient, with `relative_damping` or raw."""

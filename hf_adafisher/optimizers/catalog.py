@@ -9,7 +9,7 @@ from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, KFAC_KEYS, SPECTRAL_K
 from hf_adafisher.optimizers.records import RECORDS, SECOND_ORDER, SHARDS, OptimizerRecord, Setting, did_you_mean
 
 ADAFISHER_LEARNING_RATE = 0.04
-SPECTRAL_LEARNING_RATE = 0.005
+SPECTRAL_LEARNING_RATE = 0.01
 TRAINER_LEARNING_RATE = 5e-5
 
 _TORCH, _PO, _SCHEDULEFREE = "torch 2.13.0", "pytorch-optimizer 4.1.0", "schedulefree 1.4.1"

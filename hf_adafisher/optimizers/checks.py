@@ -36,23 +36,31 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def momentum_dtype(group: Mapping[str, Any], default: torch.dtype | None = None) -> torch.dtype | None:
-    """The dtype that a group's ``momentum_dtype`` names, ``default`` where it is None.
+def dtype_option(group: Mapping[str, Any], option: str, default: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype that an option of a group names, ``default`` where it is None or absent.
 
     Raises:
         ValueError: It names no floating-point dtype.
     """
-    name = group.get("momentum_dtype")
+    name = group.get(option)
     if name is None:
         return default
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"momentum_dtype must be None (that of the parameter) or a floating-point dtype such as 'float32', "
-            f"got {name!r}"
-        )
+        meaning = _DTYPE_OPTIONS[option]
+        raise ValueError(f"{option} must be None ({meaning}) or a floating-point dtype such as 'float32', got {name!r}")
     return dtype
 
+
+def plain_dtypes(group: dict[str, Any]) -> None:
+    """Write a group's dtypes as words, which every kind of checkpoint can hold."""
+    for option in _DTYPE_OPTIONS.keys() & group.keys():
+        if group[option] is not None:
+            group[option] = str(dtype_option(group, option)).removeprefix("torch.")
+
+
+_DTYPE_OPTIONS = {"momentum_dtype": "that of the parameter", "polar_dtype": "float32 on a CPU, bfloat16 elsewhere"}
+"""Options that name a dtype, and what None means."""
 
 _WHOLE_MODELS = "use DistributedDataParallel (torchrun, one process a GPU)"
 _DATA_PARALLEL = f"{_WHOLE_MODELS} or FSDP2 (fully_shard)"
@@ -204,7 +212,7 @@ def check_factor_options(group: Mapping[str, Any], first: Mapping[str, Any], kin
     check_size("weight_decay", group["weight_decay"])
     for name in ("beta", "ema_decay"):
         check_decay(name, group[name])
-    momentum_dtype(group)
+    dtype_option(group, "momentum_dtype")
     check_count("update_interval", group["update_interval"], "steps")
     check_shared("update_interval", group, first)
     check_real(group["params"], kind)
@@ -230,6 +238,10 @@ def check_spectral_options(group: Mapping[str, Any], first: Mapping[str, Any], k
             raise ValueError(f"{name} must lie in [0, 1], got {value}: 0.5 is the rule's, 0 leaves the factor out")
     for name in ("spectral_heads", "nesterov"):
         check_flag(name, group[name])
+    if group["max_relative_step"] is not None:
+        why = ": it is the largest step of a matrix in units of the matrix's norm, None for no bound"
+        check_size("max_relative_step", group["max_relative_step"], positive=True, why=why)
+    dtype_option(group, "polar_dtype")
     check_factor_options(group, first, kind)
 
 

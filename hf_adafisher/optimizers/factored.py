@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_adafisher.fisher.forms import Term, diagonal_of
 from hf_adafisher.fisher.uses import new_state
-from hf_adafisher.optimizers.checks import momentum_dtype as momentum_dtype_of
+from hf_adafisher.optimizers.checks import dtype_option, plain_dtypes
 from hf_adafisher.optimizers.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.curvature import Curvature
 from hf_adafisher.optimizers.recording import RecordingOptimizer
@@ -40,8 +40,7 @@ class FactoredOptimizer(RecordingOptimizer):
 
     def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         self._check_options(group, first)
-        if group["momentum_dtype"] is not None:  # as a word, which every kind of checkpoint can hold
-            group["momentum_dtype"] = str(momentum_dtype_of(group)).removeprefix("torch.")
+        plain_dtypes(group)
 
     def _take_statistics(self) -> bool | None:
         updates = self._curvature.collect(self._with_gradient(), self._state_of)
@@ -65,7 +64,7 @@ class FactoredOptimizer(RecordingOptimizer):
         state = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            dtype = momentum_dtype_of(group, p.dtype)
+            dtype = dtype_option(group, "momentum_dtype", p.dtype)
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
             state.update(new_state(self._curvature.uses_of(p), p))
         return state
@@ -91,7 +90,7 @@ class FactoredOptimizer(RecordingOptimizer):
 
     def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
         """Momentum has the dtype that its group names; statistics keep their own."""
-        return momentum_dtype_of(group, p.dtype) if key == self.momentum_key else saved
+        return dtype_option(group, "momentum_dtype", p.dtype) if key == self.momentum_key else saved
 
     @torch.no_grad()
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:

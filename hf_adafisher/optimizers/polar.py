@@ -22,32 +22,33 @@ _MARGIN = 1.01
 """Rounding must not take a singular value beyond 1, where the first polynomial is steep."""
 
 
-def polar_factor(matrices: Tensor) -> Tensor:
+def polar_factor(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``U V^T`` of the singular value decompositions ``U diag(s) V^T``, up to singular values in ``BAND``.
 
     Each matrix is divided by its Frobenius norm, then ``X <- (a + b A + c A^2) X`` with ``A = X X^T`` acts on every
     singular value as a polynomial of ``COEFFICIENTS``. Small ones grow by at most 293 in all, so that noise is not
     blown up to full size. Where the long side is long enough, the polynomials in ``A`` are multiplied with each other
-    first and applied to ``X`` once, which is less work; it would lose too much in bfloat16.
+    first and applied to ``X`` once, which is less work; it would lose too much in half precision.
 
     Args:
         matrices: Shape ``(batch, rows, columns)``; only products of the shorter side's length are formed.
+        dtype: What it is computed in. Default None: on a CPU that of the matrices, on other devices bfloat16, whose
+            rounding is below the width of the band.
 
     Returns:
-        A tensor of the same shape and dtype; zero for a matrix of zeros. On a CPU it is computed in the given dtype, on
-        other devices in bfloat16, whose rounding is below the width of the band.
+        A tensor of the same shape and dtype; zero for a matrix of zeros.
     """
-    dtype = matrices.dtype
+    if dtype is None:
+        dtype = matrices.dtype if matrices.device.type == "cpu" else torch.bfloat16
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
-    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(dtype).tiny)  # squares of small ones underflow
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).mul_(_MARGIN).clamp_min(torch.finfo(dtype).tiny)
-    if x.device.type != "cpu":
-        x = x.to(torch.bfloat16)
+    x = x / x.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)  # squares of small ones underflow
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).mul_(_MARGIN).clamp_min(torch.finfo(x.dtype).tiny)
+    x = x.to(dtype)
     short, long = x.shape[1:]
     # 16 short^2 long + 8 short^3 operations step by step, against 4 short^2 long + 26 short^3
-    apart = x.dtype != torch.bfloat16 and 12 * long > 18 * short
-    x = (_factors_first(x) if apart else _step_by_step(x)).to(dtype)
+    apart = x.dtype in (torch.float32, torch.float64) and 12 * long > 18 * short
+    x = (_factors_first(x) if apart else _step_by_step(x)).to(matrices.dtype)
     return x.mT if transposed else x
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.factors import statistics_dtype
 from hf_adafisher.fisher.forms import Term
-from hf_adafisher.optimizers.checks import SPECTRAL_KEYS, check_spectral_options
+from hf_adafisher.optimizers.checks import SPECTRAL_KEYS, check_spectral_options, dtype_option
 from hf_adafisher.optimizers.factored import FactoredOptimizer
 from hf_adafisher.optimizers.recording import CountsLossTerms, ParamsT
 from hf_adafisher.optimizers.sharding import local_part, local_values, whole
 from hf_adafisher.optimizers.spectral_curvature import SpectralCurvature
-from hf_adafisher.optimizers.spectral_update import diagonal_direction, spectral_directions
+from hf_adafisher.optimizers.spectral_update import bounded, diagonal_direction, spectral_directions
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
 
         ``a = (S / mean(S) + rho)^-e_S ,  b = (H / mean(H) + rho)^-e_H``       (``rho``: ``relative_damping``)
         ``O = a * polar(a * M * b) * b``                                      (rows by ``a``, columns by ``b``)
-        ``theta <- theta - lr (0.2 O / rms(O) + weight_decay * theta)``
+        ``theta <- theta - lr * 0.2 O / rms(O) - lr * weight_decay * theta``
 
     With ``e_S = e_H = 1/2`` this is the steepest descent under the norm ``|| S^1/2 dW H^1/2 ||``, the largest singular
     value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon's direction. ``polar`` is
@@ -54,11 +54,17 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     second moment, as the factors estimate it:
 
         ``u = m^ / sqrt(F + rho * mean(F)) ,  F = sum_n g_n^2 (x) mean_n x_n^2``
-        ``theta <- theta - lr (0.5 u / max(1, rms(u)) + weight_decay * theta)``
+        ``theta <- theta - lr * u / max(1, rms(u)) - lr * weight_decay * theta``
 
     A parameter that no layer rule reaches takes ``F`` from its own gradient: exact for a vector, the row means times
     the column means over the mean for a matrix; that of a single value is unknown, and it moves by the sign of its
     momentum. The state is that of AdaFisher: one tensor of the parameter's size, and a few vectors.
+
+    A vector moves by 0.2 of that. No step moves anything else, hidden or not, by more than ``max_relative_step`` of its
+    norm, ``lr ||d|| <= max_relative_step * ||theta||`` over all values, decay left out (a root mean square of theta
+    below 0.02 counts as 0.02). This holds large learning rates back while weights are small, early in training, and
+    leaves those of fine-tuning as they are. Fromage (Bernstein et al., 2020, arXiv 2002.03432) and LAMB make every step
+    relative; here it is a bound.
 
     An update of a hidden matrix has its full size whatever the size of the momentum, also where gradients have become
     exactly zero: freeze what should rest. ``F`` is that of gradients before clipping, momentum is made of clipped ones;
@@ -71,7 +77,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
             ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``.
-        lr: Learning rate, >= 0. Default 0.005.
+        lr: Learning rate, >= 0. Default 0.01.
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         relative_damping: rho, > 0: what is added to factors, and to F, in units of their means. Default 0.1.
         ema_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.
@@ -79,9 +85,12 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         weight_decay: Decoupled weight decay, >= 0. Default 0.
         input_exponent: e_H, in [0, 1]. Default 0.5; 0 leaves the input factor out of the hidden matrices' step.
         output_exponent: e_S, in [0, 1], the same for the output-gradient factor. Default 0.5.
-        nesterov: Look one step ahead with the momentum of hidden matrices. Default True.
+        nesterov: Look one step ahead with the momentum. Default True.
+        max_relative_step: The largest step of a parameter with more than one axis, in units of its norm, > 0; None for
+            no bound. Default 0.05.
         spectral_heads: Treat output layers, and embeddings tied to them, as hidden matrices. Default False.
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own.
+        polar_dtype: Dtype of the Newton-Schulz iterations. Default None: bfloat16, on a CPU that of the statistics.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -106,8 +115,10 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         "input_exponent",
         "output_exponent",
         "nesterov",
+        "max_relative_step",
         "spectral_heads",
         "momentum_dtype",
+        "polar_dtype",
     )
     decoupled: ClassVar[bool | None] = True
     _curvature: SpectralCurvature
@@ -117,7 +128,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float = 5e-3,
+        lr: float = 1e-2,
         beta: float = 0.9,
         relative_damping: float = 0.1,  # rho
         ema_decay: float = 0.95,
@@ -126,8 +137,10 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         input_exponent: float = 0.5,
         output_exponent: float = 0.5,
         nesterov: bool = True,
+        max_relative_step: float | None = 0.05,
         spectral_heads: bool = False,
         momentum_dtype: torch.dtype | str | None = None,
+        polar_dtype: torch.dtype | str | None = None,
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -139,8 +152,10 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
             "input_exponent": input_exponent,
             "output_exponent": output_exponent,
             "nesterov": nesterov,
+            "max_relative_step": max_relative_step,
             "spectral_heads": spectral_heads,
             "momentum_dtype": momentum_dtype,
+            "polar_dtype": polar_dtype,
             "decoupled_weight_decay": self.decoupled,
         }
         super().__init__(model, params, defaults)
@@ -174,14 +189,15 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
             if self._curvature.is_matrix(p, member.group["spectral_heads"]) and _are_sides(member.terms, p):
                 rows, columns = p.shape[0], p.shape[1:].numel()
                 shape = min(rows, columns), max(rows, columns), rows > columns
-                matrices.setdefault((shape, p.device, statistics_dtype(p.dtype)), []).append(member)
+                kind = p.device, statistics_dtype(p.dtype), dtype_option(member.group, "polar_dtype")
+                matrices.setdefault((shape, *kind), []).append(member)
             else:
                 self._move(member, self._diagonal_step(member))
-        for (shape, _, _), alike in matrices.items():
+        for (shape, *_, polar_dtype), alike in matrices.items():
             most = max(1, BATCH_VALUES // max(shape[0] * shape[1], 1))
             for first in range(0, len(alike), most):
                 batch = alike[first : first + most]
-                for member, direction in zip(batch, self._spectral_steps(batch), strict=True):
+                for member, direction in zip(batch, self._spectral_steps(batch, polar_dtype), strict=True):
                     self._move(member, direction)
 
     def _members(self) -> list[_Member]:
@@ -192,29 +208,32 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
             if p.numel()
         ]
 
-    def _momentum(self, member: _Member, nesterov: bool) -> Tensor:
-        """The bias-corrected first moment of the whole parameter, in the dtype of statistics."""
+    def _momentum(self, member: _Member) -> Tensor:
+        """The bias-corrected first moment of the whole parameter, a step ahead if asked, in the dtype of statistics."""
         beta, dtype = member.group["beta"], statistics_dtype(member.param.dtype)
         momentum = member.exp_avg.to(dtype)
-        if nesterov:
+        if member.group["nesterov"]:
             momentum = momentum * beta + member.grad.to(dtype) * (1.0 - beta)
         return whole(momentum) / (1.0 - beta**member.step)
 
     def _diagonal_step(self, member: _Member) -> Tensor:
-        return diagonal_direction(
-            self._momentum(member, nesterov=False), member.terms, member.group["relative_damping"]
-        )
+        return diagonal_direction(self._momentum(member), member.terms, member.group["relative_damping"])
 
-    def _spectral_steps(self, members: Sequence[_Member]) -> Iterator[Tensor]:
+    def _spectral_steps(self, members: Sequence[_Member], polar_dtype: torch.dtype | None) -> Iterator[Tensor]:
         momenta, whitenings = [], []
         for member in members:
-            momenta.append(self._momentum(member, member.group["nesterov"]).flatten(1))
+            momenta.append(self._momentum(member).flatten(1))
             whitenings.append(self._curvature.whitening(member.param, member.terms, member.group))
-        for member, direction in zip(members, spectral_directions(momenta, whitenings), strict=True):
+        directions = spectral_directions(momenta, whitenings, polar_dtype)
+        for member, direction in zip(members, directions, strict=True):
             yield direction.reshape(member.param.shape)
 
     def _move(self, member: _Member, direction: Tensor) -> None:
         lr, weight_decay, p = float(member.group["lr"]), member.group["weight_decay"], local_part(member.param)
+        most = member.group["max_relative_step"]
+        if most is not None and p.dim() > 1:
+            norm = whole(torch.linalg.vector_norm(member.param.detach(), dtype=direction.dtype))
+            direction = bounded(direction, lr, norm, most)
         direction = local_values(direction, member.param)
         moved = p if p.dtype == direction.dtype else p.to(direction.dtype)
         if weight_decay:

@@ -22,7 +22,7 @@ from hf_adafisher.optimizers import spectral, spectral_update
 from hf_adafisher.optimizers.polar import COEFFICIENTS
 from tests.cases import CASES, Case, TinyLanguageModel, mlp, regression
 from tests.model_zoo import family
-from tests.reference import MATRIX_RMS, REST_RMS
+from tests.reference import MATRIX_RMS, TABLE_RMS, VECTOR_RMS
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -37,7 +37,7 @@ def signs(*shape: int, seed: int = 0) -> Tensor:
     return normal(*shape, seed=seed).sign()
 
 
-def svd_polar(matrices: Tensor) -> Tensor:
+def svd_polar(matrices: Tensor, dtype: object = None) -> Tensor:
     """The orthogonal factor itself."""
     u, _, vt = torch.linalg.svd(matrices, full_matrices=False)
     return u @ vt
@@ -289,9 +289,10 @@ def watched(model: nn.Module, names: tuple[str, ...]) -> dict[str, Callable[[], 
 
 
 def expected_step(momentum: Tensor, diagonal: Tensor, rho: float) -> Tensor:
-    """``m / sqrt(F + rho mean(F))``, with a root mean square of 1 at most, halved."""
+    """``m / sqrt(F + rho mean(F))``, with a root mean square of 1 at most, a fifth of it for a vector."""
     u = momentum / (diagonal + rho * diagonal.mean()).sqrt()
-    return REST_RMS * u / max(1.0, float(u.square().mean().sqrt()))
+    largest = TABLE_RMS if u.dim() > 1 else VECTOR_RMS
+    return largest * u / max(1.0, float(u.square().mean().sqrt()))
 
 
 @pytest.mark.parametrize("rho", [0.1, 2.0])
@@ -303,7 +304,8 @@ def test_spectral_diagonals_are_sums_over_positions(rho: float) -> None:
     torch.manual_seed(0)
     model = Layers().double()
     looks = watched(model, ("embedding", "norm", "mix", "head"))
-    optimizer = SpectralAdaFisher(model, lr=0.01, beta=0.5, relative_damping=rho)
+    options: dict[str, Any] = {"relative_damping": rho, "nesterov": False, "max_relative_step": None}
+    optimizer = SpectralAdaFisher(model, lr=0.01, beta=0.5, **options)
     tokens = torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(0))
     F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten() % 4).backward()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -328,7 +330,7 @@ def test_spectral_diagonals_are_sums_over_positions(rho: float) -> None:
         assert_close(optimizer.fisher_diagonal(p, normalized=False), diagonal)
         assert_close(optimizer.fisher_diagonal(p), diagonal + rho * diagonal.mean())
         update = expected_step(p.grad, diagonal, rho)
-        capped += int(update.square().mean() > 0.999999 * REST_RMS**2)
+        capped += int(update.square().mean() > 0.999999 * (TABLE_RMS if update.dim() > 1 else VECTOR_RMS) ** 2)
         assert_close(p.detach(), before[name] - 0.01 * update, rtol=1e-9, atol=1e-12)
     assert capped < len(diagonals) and (capped > 0) == (rho < 1)
 
@@ -374,17 +376,14 @@ def test_spectral_diagonals_are_the_second_moments_of_batch_gradients() -> None:
 
 
 def test_spectral_caps_the_root_mean_square_of_other_updates() -> None:
-    """Nine equal positions give a bias three times its scale, which is capped; two that nearly cancel give less.
-
-    Both are then halved.
-    """
+    """Nine equal positions give a bias three times its scale, which is capped; two that nearly cancel give less."""
     for x, expected in ((torch.ones(9), 1.0), (torch.tensor([1.0, -0.9]), 0.1 / 1.81**0.5)):
         model = nn.Sequential(nn.Linear(1, 1)).double()
         optimizer = SpectralAdaFisher(model, lr=1.0, beta=0.0, relative_damping=1e-12)
         before = model[0].bias.item()
         (model(torch.zeros(len(x), 1, dtype=torch.float64)).flatten() * x.double()).sum().backward()
         optimizer.step()
-        assert before - model[0].bias.item() == pytest.approx(REST_RMS * expected)
+        assert before - model[0].bias.item() == pytest.approx(VECTOR_RMS * expected)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
@@ -392,14 +391,16 @@ def test_spectral_steps_of_parameters_without_a_rule(scale: float) -> None:
     """A vector takes its own squared gradients, a matrix row means by column means, a single value its sign."""
     case, lr, beta, rho = BY_NAME["bare_parameter"], 0.01, 0.6, 0.2
     model: Any = case.build().double()
-    optimizer = SpectralAdaFisher(model, lr=lr, beta=beta, relative_damping=rho, update_interval=1, ema_decay=0.7)
+    options: dict[str, Any] = {"update_interval": 1, "ema_decay": 0.7, "max_relative_step": None}
+    optimizer = SpectralAdaFisher(model, lr=lr, beta=beta, relative_damping=rho, **options)
     moments = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     vector, rows, columns, weight = 0.0, 0.0, 0.0, 0.0
     for step in range(3):
         optimizer.zero_grad()
         (scale * case.loss(model, torch.Generator().manual_seed(step))).backward()
-        for name, p in model.named_parameters():
-            moments[name] = beta * moments[name] + (1 - beta) * p.grad
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        for name, grad in gradients.items():
+            moments[name] = beta * moments[name] + (1 - beta) * grad
         square = model.table.grad.square()
         vector = 0.7 * vector + 0.3 * model.shift.grad.square()
         rows, columns = 0.7 * rows + 0.3 * square.mean(1), 0.7 * columns + 0.3 * square.mean(0)
@@ -408,9 +409,58 @@ def test_spectral_steps_of_parameters_without_a_rule(scale: float) -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         optimizer.step()
         for name, diagonal in diagonals.items():
-            update = expected_step(moments[name] / (1 - beta ** (step + 1)), diagonal, rho)
+            ahead = beta * moments[name] + (1 - beta) * gradients[name]
+            update = expected_step(ahead / (1 - beta ** (step + 1)), diagonal, rho)
             assert_close(getattr(model, name).detach(), before[name] - lr * update, rtol=1e-9, atol=1e-12)
-        assert_close(model.gain.detach(), before["gain"] - REST_RMS * lr * moments["gain"].sign(), rtol=1e-12, atol=0)
+        sign = (beta * moments["gain"] + (1 - beta) * gradients["gain"]).sign()
+        assert_close(model.gain.detach(), before["gain"] - VECTOR_RMS * lr * sign, rtol=1e-12, atol=0)
+
+
+# ----------------------------------------------------------------------- the bound on a step
+
+
+@pytest.mark.parametrize("most", [0.03, 1e-4])
+@pytest.mark.parametrize("size", [1.0, 1e-2, 0.0])
+def test_spectral_steps_are_bounded_by_the_size_of_the_weights(size: float, most: float) -> None:
+    """No table or matrix moves by more than that part of its norm (of a root mean square of 0.02 at least), and in
+    the direction it would without the bound; smaller steps, vectors and the decay stay as they are.
+    """
+    ends, lr, weight_decay = [], 0.02, 0.3
+    for bound in (None, most):
+        torch.manual_seed(0)
+        model = Layers().double()
+        with torch.no_grad():
+            for p in (model.embedding.weight, model.mix.weight):
+                p.mul_(size)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = SpectralAdaFisher(model, lr=lr, weight_decay=weight_decay, max_relative_step=bound)
+        tokens = torch.randint(0, 11, (4, 5), generator=torch.Generator().manual_seed(0))
+        F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten() % 4).backward()
+        optimizer.step()
+        decayed = [(1 - lr * weight_decay) * old for old in before]
+        ends.append([p.detach() - old for p, old in zip(model.parameters(), decayed, strict=True)])
+    shortened = 0
+    for old, free, bounded in zip(before, *ends, strict=True):
+        allowed = most * max(float(old.square().mean().sqrt()), 0.02)
+        part = allowed / float(free.square().mean().sqrt()) if free.dim() > 1 and free.any() else 1.0
+        shortened += part < 1.0
+        assert_close(bounded, min(part, 1.0) * free, rtol=1e-9, atol=1e-15)
+    assert shortened == 3 if size and (size < 1.0 or most < 0.01) else 0 < shortened < 3
+
+
+def test_spectral_steps_of_shared_shapes_are_bounded_one_by_one() -> None:
+    """Two matrices of one shape, orthogonalised together: the small one's step is the smaller by as much."""
+    torch.manual_seed(0)
+    model = mlp(6, 6, 6, 3).double()
+    with torch.no_grad():
+        model[2].weight.copy_(model[0].weight * 0.25)
+    before = [model[i].weight.detach().clone() for i in (0, 2)]
+    optimizer = SpectralAdaFisher(model, lr=10.0, max_relative_step=0.1)
+    model(normal(9, 6)).square().mean().backward()
+    optimizer.step()
+    moved = [(model[i].weight.detach() - old).norm() for i, old in zip((0, 2), before, strict=True)]
+    assert_close(moved[0], 0.1 * before[0].norm())
+    assert_close(moved[1], 0.25 * moved[0])
 
 
 # --------------------------------------------------------------------- scales and conventions
@@ -569,7 +619,7 @@ def test_spectral_steps_with_dead_channels_stay_finite() -> None:
     before = [model[i].weight.detach().clone() for i in (0, 2)]
     x = normal(8, 4)
     x[:, 3] = 0.0
-    optimizer = SpectralAdaFisher(model, lr=0.1)
+    optimizer = SpectralAdaFisher(model, lr=0.1, max_relative_step=None)
     model(x).square().mean().backward()
     optimizer.step()
     moved = [model[i].weight.detach() - old for i, old in zip((0, 2), before, strict=True)]

@@ -127,6 +127,14 @@ def test_momentum_of_the_present() -> None:
     run(SpectralPair(mlp(5, 8, 7, 3).double(), nesterov=False), of_case(regression(9, 5)), 5, 4, **CLOSE)
 
 
+@pytest.mark.parametrize("most", [None, 0.05, 0.002])
+@pytest.mark.parametrize("name", ["tied", "conv_batch_norm", "bare_parameter"])
+def test_bounds_of_steps(name: str, most: float | None) -> None:
+    """None, the default's, which some steps reach, and one that all matrices and tables reach."""
+    case = next(case for case in CASES if case.name == name)
+    run(SpectralPair(case.build().double(), max_relative_step=most), of_case(case.loss), 5, 1, **CLOSE)
+
+
 def heads_too(model: nn.Module) -> dict[Tensor, bool]:
     """Hidden matrices, and a head: the weight of the embedding, where it is tied to that."""
     return between(model) | {model.head.weight: False}

@@ -57,7 +57,8 @@ def test_spectral_state_of_a_gpt2_is_half_of_adamws() -> None:
 
 def test_spectral_state_holds_plain_options() -> None:
     """Which every kind of checkpoint can hold, a dtype among them as a word."""
-    optimizer = SpectralAdaFisher(mlp(3, 2), momentum_dtype=torch.float32)
+    optimizer = SpectralAdaFisher(mlp(3, 2), momentum_dtype=torch.float32, polar_dtype=torch.bfloat16)
+    assert optimizer.param_groups[0]["polar_dtype"] == "bfloat16"
     plain = (bool, int, float, str, type(None))
     assert all(isinstance(v, plain) for g in optimizer.param_groups for k, v in g.items() if k != "params")
 
@@ -98,11 +99,12 @@ def test_spectral_resumed_run_equals_an_uninterrupted_one_bitwise(name: str, dty
 
 def test_spectral_checkpoint_says_which_options_it_changes(caplog: pytest.LogCaptureFixture) -> None:
     model = mlp(3, 2)
-    saved = SpectralAdaFisher(model, relative_damping=0.3, input_exponent=0.0, output_exponent=1.0).state_dict()
+    options = {"relative_damping": 0.3, "input_exponent": 0.0, "output_exponent": 1.0, "max_relative_step": None}
+    saved = SpectralAdaFisher(model, **options).state_dict()
     with caplog.at_level(logging.WARNING):
         SpectralAdaFisher(model).load_state_dict(saved)
-    for change in ("relative_damping: 0.1 -> 0.3", "input_exponent: 0.5 -> 0.0", "output_exponent: 0.5 -> 1.0"):
-        assert change in caplog.text
+    for name, value in options.items():
+        assert f"{name}: {SpectralAdaFisher(model).param_groups[0][name]} -> {value}" in caplog.text
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
@@ -157,7 +159,9 @@ def test_spectral_refuses_another_models_checkpoint() -> None:
         ("update_interval", [0, 2.5, True], "update_interval must be a whole number of steps >= 1"),
         ("weight_decay", [-0.1, float("inf")], "weight_decay must be finite and >= 0"),
         ("nesterov", [1, "yes"], "nesterov must be True or False"),
+        ("max_relative_step", [0.0, -0.1, float("nan"), float("inf"), "far"], "max_relative_step must be"),
         ("momentum_dtype", ["int32"], "momentum_dtype must be None .*'float32'"),
+        ("polar_dtype", ["int32", 7], "polar_dtype must be None .*bfloat16.*'float32'"),
     ],
 )
 def test_spectral_options_outside_their_range(option: str, values: list[Any], allowed: str) -> None:
@@ -187,7 +191,7 @@ def test_spectral_has_no_damping_of_adafishers() -> None:
 
 def test_spectral_options_reach_the_optimizer_by_name() -> None:
     model = mlp(3, 4, 2)
-    options = {"relative_damping": 0.25, "input_exponent": 0.0, "update_interval": 3}
+    options = {"relative_damping": 0.25, "input_exponent": 0.0, "update_interval": 3, "max_relative_step": None}
     optimizer = create_optimizer("spectral-adafisher", model, lr=0.5, weight_decay=0.1, **options)
     assert isinstance(optimizer, SpectralAdaFisher)
     assert {key: optimizer.param_groups[0][key] for key in options} == options
@@ -201,8 +205,10 @@ def test_spectral_groups_have_their_own_options() -> None:
     Hidden matrices of one shape, which are orthogonalised together, are in different groups.
     """
     options: list[dict[str, Any]] = [
-        {"lr": 0.01, "relative_damping": 0.05, "beta": 0.5, "ema_decay": 0.6, "momentum_dtype": "float32"},
-        {"lr": 0.03, "input_exponent": 0.0, "output_exponent": 0.9, "weight_decay": 0.2, "nesterov": False},
+        {"lr": 0.01, "relative_damping": 0.05, "beta": 0.5, "ema_decay": 0.6, "momentum_dtype": "float32"}
+        | {"max_relative_step": 0.01, "polar_dtype": "bfloat16"},
+        {"lr": 0.03, "input_exponent": 0.0, "output_exponent": 0.9, "weight_decay": 0.2, "nesterov": False}
+        | {"max_relative_step": None},
     ]
     runs = []
     for kinds in ((0, 1), (0, 0), (1, 1)):
@@ -223,7 +229,7 @@ def test_spectral_groups_have_their_own_options() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(first[0], second[0], strict=True))
 
 
-@pytest.mark.parametrize("option", ["relative_damping", "input_exponent", "output_exponent"])
+@pytest.mark.parametrize("option", ["relative_damping", "input_exponent", "output_exponent", "max_relative_step"])
 def test_spectral_options_that_change_between_refreshes_count_at_the_next_step(option: str) -> None:
     case = BY_NAME["mlp"]
     moved = []
@@ -235,7 +241,7 @@ def test_spectral_options_that_change_between_refreshes_count_at_the_next_step(o
             case.loss(model, torch.Generator().manual_seed(0)).backward()
             before = [p.detach().clone() for p in model.parameters()]
             if when == "from the start" or (when == "between" and step == 1):
-                optimizer.param_groups[0][option] = 0.9
+                optimizer.param_groups[0][option] = 0.001 if option == "max_relative_step" else 0.9
             optimizer.param_groups[0]["lr"] = 0.05 if step else 0.0
             optimizer.step()
         moved.append([p.detach() - old for p, old in zip(model.parameters(), before, strict=True)])
@@ -279,7 +285,7 @@ def test_spectral_leaves_frozen_parameters_alone(frozen: str) -> None:
 def test_spectral_follows_a_model_that_grows() -> None:
     """A layer that comes behind the last makes that a hidden matrix: from then on it moves as one."""
     model = nn.Sequential(nn.Linear(4, 6))
-    optimizer = SpectralAdaFisher(model, lr=0.1, update_interval=2)
+    optimizer = SpectralAdaFisher(model, lr=0.1, update_interval=2, max_relative_step=None)
 
     def moved_by(layer: nn.Linear) -> float:
         before = layer.weight.detach().clone()

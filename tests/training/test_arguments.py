@@ -44,7 +44,7 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
     [
         ("adafisherw", 0.04),
         ("adafisher", 0.04),
-        ("spectral-adafisher", 0.005),
+        ("spectral-adafisher", 0.01),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
         (OptimizerNames.RMSPROP, 5e-5),
