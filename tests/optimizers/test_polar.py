@@ -97,10 +97,11 @@ def test_polar_factor_knows_no_scale_and_leaves_zeros(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (64, 256), (256, 64), (128, 128)], ids=str)
-def test_polar_factor_in_bfloat16_is_near(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float64])
+def test_polar_factor_in_bfloat16_is_near(shape: tuple[int, int], given: torch.dtype) -> None:
     """Off by 2 to 4 hundredths of its norm, and by 0.05 to 0.11 in some direction (measured)."""
     x = with_spectrum(*shape, smallest=0.02)
-    exact, rounded = polar_factor(x), polar_factor(x.to(torch.bfloat16)).double()
+    exact, rounded = polar_factor(x), polar_factor(x.to(given), torch.bfloat16).double()
     error = torch.linalg.matrix_norm(rounded - exact) / torch.linalg.matrix_norm(exact)
     assert 1e-4 < error.max() < 0.05
     assert torch.linalg.matrix_norm(rounded - exact, ord=2).max() < 0.15
@@ -131,11 +132,21 @@ class Products(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cpu", torch.float32), ("meta", torch.bfloat16)])
-def test_polar_factor_multiplies_in_bfloat16_beside_the_cpu(device: str, expected: torch.dtype) -> None:
-    """And gives the dtype back that it was given."""
+@pytest.mark.parametrize(
+    ("device", "asked", "expected"),
+    [
+        ("cpu", None, torch.float32),
+        ("meta", None, torch.bfloat16),
+        ("cpu", torch.bfloat16, torch.bfloat16),
+        ("meta", torch.float32, torch.float32),
+    ],
+)
+def test_polar_factor_multiplies_in_the_dtype_asked_for_or_its_devices(
+    device: str, asked: torch.dtype | None, expected: torch.dtype
+) -> None:
+    """On a CPU the matrix's own, elsewhere bfloat16; it gives the dtype back that it was given."""
     with Products() as products:
-        result = polar_factor(torch.ones(2, 3, 4, device=device))
+        result = polar_factor(torch.ones(2, 3, 4, device=device), asked)
     assert products.dtypes == {expected}
     assert result.dtype == torch.float32 and result.shape == (2, 3, 4)
 

@@ -416,6 +416,28 @@ def test_spectral_steps_of_parameters_without_a_rule(scale: float) -> None:
         assert_close(model.gain.detach(), before["gain"] - VECTOR_RMS * lr * sign, rtol=1e-12, atol=0)
 
 
+# ------------------------------------------------------------- the precision of the iteration
+
+
+def test_spectral_steps_in_the_precision_asked_for() -> None:
+    """A hidden matrix follows a polar factor made in that dtype, in the group that asks for it; no other does."""
+    ends = []
+    for dtype in (None, "bfloat16"):
+        torch.manual_seed(0)
+        model = mlp(6, 6, 6, 6, 3)
+        groups = [{"params": model[:2].parameters(), "polar_dtype": dtype}, {"params": model[2:].parameters()}]
+        optimizer = SpectralAdaFisher(model, groups, lr=0.1, max_relative_step=None)
+        model(normal(9, 6).float()).square().mean().backward()
+        optimizer.step()
+        ends.append([p.detach() for p in model.parameters()])
+    for i, (exact, rounded) in enumerate(zip(*ends, strict=True)):
+        if i == 0:
+            difference = (exact - rounded).norm() / (0.1 * MATRIX_RMS * 6)
+            assert 1e-3 < difference < 0.1
+        else:
+            assert_close(rounded, exact, rtol=0, atol=0)
+
+
 # ----------------------------------------------------------------------- the bound on a step
 
 
