@@ -40,15 +40,17 @@ def dtype_option(group: Mapping[str, Any], option: str, default: torch.dtype | N
     """The dtype that an option of a group names, ``default`` where it is None or absent.
 
     Raises:
-        ValueError: It names no floating-point dtype.
+        ValueError: It names no floating-point dtype, or one of 8 bits, in which torch does not calculate.
     """
     name = group.get(option)
     if name is None:
         return default
     dtype = name if isinstance(name, torch.dtype) else getattr(torch, str(name).removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        meaning = _DTYPE_OPTIONS[option]
-        raise ValueError(f"{option} must be None ({meaning}) or a floating-point dtype such as 'float32', got {name!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize == 1:
+        raise ValueError(
+            f"{option} must be None ({_DTYPE_OPTIONS[option]}) or a floating-point dtype of 16 bits or more, such as "
+            f"'float32', got {name!r}"
+        )
     return dtype
 
 
@@ -59,7 +61,7 @@ def plain_dtypes(group: dict[str, Any]) -> None:
             group[option] = str(dtype_option(group, option)).removeprefix("torch.")
 
 
-_DTYPE_OPTIONS = {"momentum_dtype": "that of the parameter", "polar_dtype": "float32 on a CPU, bfloat16 elsewhere"}
+_DTYPE_OPTIONS = {"momentum_dtype": "that of the parameter", "polar_dtype": "bfloat16, on a CPU that of the statistics"}
 """Options that name a dtype, and what None means."""
 
 _WHOLE_MODELS = "use DistributedDataParallel (torchrun, one process a GPU)"
@@ -239,7 +241,7 @@ def check_spectral_options(group: Mapping[str, Any], first: Mapping[str, Any], k
     for name in ("spectral_heads", "nesterov"):
         check_flag(name, group[name])
     if group["max_relative_step"] is not None:
-        why = ": it is the largest step of a matrix in units of the matrix's norm, None for no bound"
+        why = ": it is the largest step of a parameter with more than one axis in units of its norm, None for no bound"
         check_size("max_relative_step", group["max_relative_step"], positive=True, why=why)
     dtype_option(group, "polar_dtype")
     check_factor_options(group, first, kind)
@@ -278,10 +280,10 @@ def warn_changed_options(optimizer: Optimizer, state_dict: Mapping[str, Any], na
     """Say which of these options a checkpoint is about to change from what the optimizer was built with."""
     names = list(names)
     changed = {
-        f"{name}: {group[name]} -> {saved.get(name)}"
+        f"{name}: {group[name]} -> {saved[name]}"
         for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False)
         for name in names
-        if name in group and group[name] != saved.get(name)
+        if name in group and name in saved and group[name] != saved[name]
     }
     if changed:
         logger.warning(

@@ -71,23 +71,24 @@ class CompiledUpdate:
     def run(self, calls: Sequence[Call]) -> bool:
         """Make these updates, in place; False where no compiler works, and what was left of them is made eagerly."""
         done: list[Callable[..., None]] = []
-        try:
-            if calls:
+        if calls and self.works:
+            try:
                 _runner()(calls, done)
-        except Exception as error:  # whatever a compiler, or the lack of one, raises
-            proven = self._proven.union(done)
-            if calls[len(done)].kernel in proven or isinstance(error, torch.OutOfMemoryError):
-                raise
-            self.works = False
-            logger.warning(
-                "torch.compile does not work here (%s: %s); parameters are updated eagerly, as with compiled=False.",
-                type(error).__name__,
-                (str(error).strip().splitlines() or [""])[0],
-            )
-            for call in calls[len(done) :]:
-                part = call.part
-                update_parameter(part.param, call.grad, part.exp_avg, part.terms, **call.numbers)
-        self._proven.update(done)
+            except Exception as error:  # whatever a compiler, or the lack of one, raises
+                proven = self._proven.union(done)
+                if calls[len(done)].kernel in proven or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                self.works = False
+                logger.warning(
+                    "torch.compile does not work here (%s: %s); "
+                    "parameters are updated eagerly, as with compiled=False.",
+                    type(error).__name__,
+                    (str(error).strip().splitlines() or [""])[0],
+                )
+            self._proven.update(done)
+        for call in calls[len(done) :]:
+            part = call.part
+            update_parameter(part.param, call.grad, part.exp_avg, part.terms, **call.numbers)
         return self.works
 
     def _as_tensor(self, numbers: Mapping[str, Any], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -160,9 +161,9 @@ def _runner() -> Callable[[Sequence[Call], list[Callable[..., None]]], None]:
     """
 
     def run(calls: Sequence[Call], done: list[Callable[..., None]]) -> None:
-        torch._dynamo.skip_frame()
         for call in calls:
             call.kernel(*call.arguments)
             done.append(call.kernel)
 
+    torch._dynamo.eval_frame.skip_code(run.__code__)
     return torch.compile(run, dynamic=True)

@@ -9,9 +9,10 @@ such products, ``v = (s (x) h)^2`` and ``eps = damping`` make that AdaFisher's d
   diagonal, the damping and the learning rate are therefore all multiplied by ``c``, a power of two, so that F is wrong
   by ``1.1e-8 |g| / c`` at most: in float32 ``4e-23 |g|``. That is less than rounding while ``|g| < 1e15 damping``;
   weights with larger gradients also move by more than about ``1e14 lr``.
-- Nothing may overflow or vanish. In float32 products of factors below 4e-34 count as 0, and those above 6e4 must not
-  occur (normalised ones are at most 1), nor ``lr m`` above 1e24 or gradients above 1e27: ``v`` is then infinite. An
-  infinite gradient leaves NaN in its weight, not infinity.
+- Nothing may overflow or vanish. In float32 factors below 7e-27 count as 0 (where a parameter has several terms,
+  products below 4e-34), and products above 6e4 must not occur (normalised factors are at most 1), nor ``lr m`` above
+  1e24 or gradients above 1e27: the weight is then NaN, or stays as it is. An infinite gradient leaves NaN in its
+  weight, not infinity.
 
 Its functions are private to torch, so each is tried on a few numbers before it is used (:func:`works`).
 """
@@ -19,6 +20,7 @@ Its functions are private to torch, so each is tried on a few numbers before it 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,8 @@ from hf_adafisher.optimizers.layout import Parts
 
 if TYPE_CHECKING:
     from hf_adafisher.optimizers.update import Scratch
+
+logger = logging.getLogger(__name__)
 
 SCALES = {torch.float32: 2.0**24, torch.float64: 2.0**100}
 """The square root of ``c``, by which each of the two factors is multiplied; for no other dtype this update is used."""
@@ -51,7 +55,7 @@ def takes(parts: Parts, damping: float, decay: float) -> bool:
     """
     if parts.scaled is None:
         parts.scaled = _scaled_terms(parts) if _suitable(parts) else ()
-    return len(parts.scaled) > 0 and damping >= LEAST_DAMPING and works(parts.parts[0].param.dtype, decay != 0.0)
+    return len(parts.scaled) > 0 and damping >= LEAST_DAMPING and works(parts.parts[0].param.dtype, bool(decay))
 
 
 def update_fused(parts: Parts, grad: Tensor, kernel: Callable[..., None], scratch: Scratch) -> None:
@@ -120,14 +124,18 @@ def works(dtype: torch.dtype, with_decay: bool) -> bool:
         try:
             kernel = kernel_of(dtype, shrink=shrink, decay=decay, **options)
             kernel(param, grad, exp_avg, terms, torch.empty_like(factor))
-        except Exception:  # it has gone, or takes other arguments
+        except Exception as error:  # it has gone, or takes other arguments
+            logger.info("torch's fused Adam cannot be used as here (%s): updates take a little longer.", error)
             return False
         tolerance = 8 * torch.finfo(dtype).eps
         close = all(
             torch.allclose(found, wanted, rtol=tolerance, atol=tolerance)
             for found, wanted in ((param, expected), (exp_avg, moment))
         )
-        return close and torch.equal(grad, before)
+        as_expected = close and torch.equal(grad, before)
+    if not as_expected:
+        logger.info("torch's fused Adam computes something else than it used to: updates take a little longer.")
+    return as_expected
 
 
 def _suitable(parts: Parts) -> bool:

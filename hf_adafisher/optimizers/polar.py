@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,17 @@ def polar_factor(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     short, long = x.shape[1:]
     # 16 short^2 long + 8 short^3 operations step by step, against 4 short^2 long + 26 short^3
     apart = x.dtype in (torch.float32, torch.float64) and 12 * long > 18 * short
-    x = (_factors_first(x) if apart else _step_by_step(x)).to(matrices.dtype)
+    with _no_autocast(x.device.type):
+        x = _factors_first(x) if apart else _step_by_step(x)
+    x = x.to(matrices.dtype)
     return x.mT if transposed else x
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[object]:
+    """Steps are sometimes taken within autocast, which would multiply in another dtype."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _step_by_step(x: Tensor) -> Tensor:

@@ -240,15 +240,19 @@ class RecordingOptimizer(Optimizer, ABC):
         """Restore a state; the given dictionary is neither changed nor shared.
 
         As for every torch optimizer, the options of the saved groups replace those of the constructor; one warning
-        names those that differ. Statistics come back in the dtype in which they were saved; torch's rule would cast
-        them to the parameter's.
+        names those that differ. Options that are newer than the checkpoint stay as they are. Statistics come back in
+        the dtype in which they were saved; torch's rule would cast them to the parameter's.
 
         Raises:
             ValueError: The checkpoint is another optimizer's, or another model's.
         """
         check_checkpoint(self, state_dict)
         warn_changed_options(self, state_dict, self.compared_on_load)
+        before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, before, strict=True):
+            for name, value in options.items():
+                group.setdefault(name, value)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         members = [(group, p) for group in self.param_groups for p in group["params"]]
         for saved_id, (group, p) in zip(saved_ids, members, strict=True):

@@ -50,17 +50,17 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     four Newton-Schulz iterations (:func:`hf_adafisher.optimizers.polar.polar_factor`). Updates have a root mean square
     of 0.2, about that of Adam's, so that AdamW's weight decay and the order of its learning rates carry over.
 
-    Everything else (embeddings, heads, norms, biases) moves by its momentum over the root of the batch gradient's
-    second moment, as the factors estimate it:
+    Everything else (embeddings, heads, norms, biases) moves by the same momentum over the root of the batch gradient's
+    second moment, as the factors estimate it, with c = 1, for parameters of one axis or none c = 0.2:
 
         ``u = m^ / sqrt(F + rho * mean(F)) ,  F = sum_n g_n^2 (x) mean_n x_n^2``
-        ``theta <- theta - lr * u / max(1, rms(u)) - lr * weight_decay * theta``
+        ``theta <- theta - lr * c u / max(1, rms(u)) - lr * weight_decay * theta``
 
     A parameter that no layer rule reaches takes ``F`` from its own gradient: exact for a vector, the row means times
     the column means over the mean for a matrix; that of a single value is unknown, and it moves by the sign of its
     momentum. The state is that of AdaFisher: one tensor of the parameter's size, and a few vectors.
 
-    A vector moves by 0.2 of that. No step moves anything else, hidden or not, by more than ``max_relative_step`` of its
+    No step moves a parameter with more than one axis, hidden matrix or not, by more than ``max_relative_step`` of its
     norm, ``lr ||d|| <= max_relative_step * ||theta||`` over all values, decay left out (a root mean square of theta
     below 0.02 counts as 0.02). This holds large learning rates back while weights are small, early in training, and
     leaves those of fine-tuning as they are. Fromage (Bernstein et al., 2020, arXiv 2002.03432) and LAMB make every step
@@ -70,8 +70,8 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     exactly zero: freeze what should rest. ``F`` is that of gradients before clipping, momentum is made of clipped ones;
     so everything but hidden matrices takes smaller steps where the gradient is clipped.
 
-    Under FSDP2 every process gathers the momentum of one batch of matrices, or of one other parameter, at a time and
-    makes the whole update, of which it keeps its part.
+    Under FSDP2 every process gathers the momentum of one batch of matrices, or of one other parameter, at a time, and
+    the norm of each parameter, and makes the whole update, of which it keeps its part.
 
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
@@ -121,6 +121,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         "polar_dtype",
     )
     decoupled: ClassVar[bool | None] = True
+    _warned_of_heads = False
     _curvature: SpectralCurvature
 
     def __init__(
@@ -166,8 +167,9 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     def _track(self) -> None:
         super()._track()
         asked = [p for group in self.param_groups if group["spectral_heads"] for p in group["params"]]
-        if asked and not any(self._curvature.is_head(p) for p in asked):
-            logger.warning("spectral_heads=True changes nothing: no output layer is among the parameters.")
+        if asked and not self._warned_of_heads and not any(self._curvature.is_head(p) for p in asked):
+            self._warned_of_heads = True
+            logger.warning("spectral_heads=True changes nothing: no output layer is in the groups that set it.")
 
     def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         check_spectral_options(group, first, type(self).__name__)

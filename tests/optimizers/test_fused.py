@@ -204,12 +204,13 @@ def test_where_torchs_function_has_changed_the_general_update_is_made(
     assert not fused_module.works(dtype, not decoupled)
 
 
-def test_it_is_tried_once_and_draws_no_random_numbers(calls: list[str]) -> None:
+@pytest.mark.parametrize("options", [{}, {"decoupled": False, "weight_decay": torch.tensor(0.1)}])
+def test_it_is_tried_once_and_draws_no_random_numbers(options: dict[str, Any], calls: list[str]) -> None:
     fused_module.works.cache_clear()
     before = torch.get_rng_state()
     tensors, terms = matrix(torch.float32)
     for step in range(1, 4):
-        update_parameter(*tensors, terms, **{**OPTIONS, "step": step})
+        update_parameter(*tensors, terms, **{**OPTIONS, **options, "step": step})
     assert len(calls) == 4
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -256,8 +257,12 @@ def test_autograd_notices_it(calls: list[str]) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     optimizer = AdaFisherW(model)
     model(torch.randn(4, 3)).square().sum().backward()
+    optimizer.step()
+    versions = [optimizer.state[p]["exp_avg"]._version for p in model.parameters()]
+    optimizer.step()
+    assert all(optimizer.state[p]["exp_avg"]._version > v for p, v in zip(model.parameters(), versions, strict=True))
     loss = model(torch.randn(4, 3)).square().sum()
     optimizer.step()
-    assert calls
+    assert len(calls) == 6
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()

@@ -107,6 +107,33 @@ def test_spectral_checkpoint_says_which_options_it_changes(caplog: pytest.LogCap
         assert f"{name}: {SpectralAdaFisher(model).param_groups[0][name]} -> {value}" in caplog.text
 
 
+def test_spectral_checkpoint_from_before_an_option_existed_goes_on_with_this_optimizers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    case, ends = BY_NAME["mlp"], []
+    for older in (False, True):
+        model = case.build()
+        options: dict[str, Any] = {
+            "lr": 0.1,
+            "update_interval": 3,
+            "max_relative_step": 0.01,
+            "polar_dtype": "bfloat16",
+        }
+        optimizer = SpectralAdaFisher(model, **options)
+        train(model, case, optimizer, steps=2)
+        saved = optimizer.state_dict()
+        if older:
+            for group in saved["param_groups"]:
+                del group["max_relative_step"], group["polar_dtype"]
+        restored = SpectralAdaFisher(model, **options)
+        with caplog.at_level(logging.WARNING):
+            restored.load_state_dict(saved)
+        train(model, case, restored, steps=2, start=2)
+        ends.append([p.detach() for p in model.parameters()])
+    assert "max_relative_step" not in caplog.text
+    assert_close(ends[1], ends[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("saved", "loaded"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)])
 def test_spectral_checkpoint_of_another_precision_loads_and_trains(saved: torch.dtype, loaded: torch.dtype) -> None:
     case = BY_NAME["tied"]
@@ -161,7 +188,7 @@ def test_spectral_refuses_another_models_checkpoint() -> None:
         ("nesterov", [1, "yes"], "nesterov must be True or False"),
         ("max_relative_step", [0.0, -0.1, float("nan"), float("inf"), "far"], "max_relative_step must be"),
         ("momentum_dtype", ["int32"], "momentum_dtype must be None .*'float32'"),
-        ("polar_dtype", ["int32", 7], "polar_dtype must be None .*bfloat16.*'float32'"),
+        ("polar_dtype", ["int32", "float8_e4m3fn", 7], "polar_dtype must be None .*bfloat16.*16 bits or more"),
     ],
 )
 def test_spectral_options_outside_their_range(option: str, values: list[Any], allowed: str) -> None:
@@ -353,5 +380,6 @@ def test_spectral_heads_without_an_output_layer_is_one_warning(kind: str, caplog
     if kind == "GPT2LMHeadModel":
         hidden = [p for name, p in model.named_parameters() if ".h." in name]
         with caplog.at_level(logging.WARNING, "hf_adafisher"):
-            SpectralAdaFisher(model, hidden, spectral_heads=True)
-        assert "spectral_heads=True changes nothing" in caplog.text
+            optimizer = SpectralAdaFisher(model, hidden[:2], spectral_heads=True)
+            optimizer.add_param_group({"params": hidden[2:]})
+        assert caplog.text.count("spectral_heads=True changes nothing") == 1

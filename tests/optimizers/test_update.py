@@ -376,6 +376,32 @@ def test_where_no_compiler_works_it_warns_once_and_is_eager(
     assert_close(model.state_dict(), twin.state_dict(), rtol=0, atol=0)
 
 
+def test_where_no_compiler_works_it_warns_once_of_parameters_that_do_not_wait_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither those before them in the step nor those after them meet the compiler again."""
+    ends, tries = [], []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        tries.append(args)
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = nn.ModuleList([nn.Conv1d(20, 8, 1, bias=False), TwoGroupings(), TwoGroupings()])
+        optimizer = AdaFisherW(model, compiled=compiled)
+        with caplog.at_level(logging.WARNING, "hf_adafisher"):
+            for _ in range(2):
+                optimizer.zero_grad()
+                torch.stack([layer(torch.ones(3, 20, 5)) for layer in model]).square().sum().backward()
+                optimizer.step()
+        ends.append(model.state_dict())
+    assert len(tries) == 1 and caplog.text.count("torch.compile does not work here") == 1
+    assert_close(*ends, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("calls", [0, 4], ids=["first call", "later"])
 def test_errors_of_a_step_are_not_taken_for_a_missing_compiler(calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that has run was compiled; and memory may run out in the first call too."""
