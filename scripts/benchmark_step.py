@@ -19,8 +19,10 @@ from pathlib import Path
 
 import torch
 
-from hf_adafisher.experiments import benchmark, benchmark_scaling, benchmark_trainer
-from hf_adafisher.experiments.report import hardware, software_versions, write_json
+from hf_adafisher.experiments.benchmark import scaling as benchmark_scaling
+from hf_adafisher.experiments.benchmark import step as benchmark
+from hf_adafisher.experiments.benchmark import trainer_step as benchmark_trainer
+from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:

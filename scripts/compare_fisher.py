@@ -20,10 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_adafisher.experiments.exact_fisher import KINDS
 from hf_adafisher.experiments.figures.runs import figure_parser, optimizer_choice, run_figure
-from hf_adafisher.experiments.fisher_comparison import FisherSettings, compare_fisher
-from hf_adafisher.experiments.fisher_report import FURTHER, LEGEND, agreement_table, draw_agreement
+from hf_adafisher.experiments.fisher_accuracy.comparison import FisherSettings, compare_fisher
+from hf_adafisher.experiments.fisher_accuracy.exact_fisher import KINDS
+from hf_adafisher.experiments.fisher_accuracy.report import FURTHER, LEGEND, agreement_table, draw_agreement
 
 TABLES = {
     "spearman": "Spearman's rank correlation with the exact diagonal",

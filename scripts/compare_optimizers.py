@@ -25,11 +25,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.backends import BACKENDS
-from hf_adafisher.experiments.cells import set_arguments, task_of, use_local_data
-from hf_adafisher.experiments.compare import Comparison, create_comparison
-from hf_adafisher.experiments.forecast import forecast
-from hf_adafisher.experiments.summary import describe_step_times, summarize
+from hf_adafisher.experiments.comparison.cells import set_arguments, task_of, use_local_data
+from hf_adafisher.experiments.comparison.execution import BACKENDS
+from hf_adafisher.experiments.comparison.forecast import forecast
+from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
+from hf_adafisher.experiments.report.write_report import describe_step_times, summarize
 
 
 def main(argv: Sequence[str] | None = None) -> int:

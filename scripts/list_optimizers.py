@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from hf_adafisher.optimizers.table import as_json, as_markdown, as_text
+from hf_adafisher.optimizers.factory.optimizer_table import as_json, as_markdown, as_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

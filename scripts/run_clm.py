@@ -20,10 +20,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hf_adafisher.experiments.clm import ClmRun
-from hf_adafisher.experiments.clm_arguments import parse_arguments
-from hf_adafisher.experiments.clm_setup import prepare
-from hf_adafisher.experiments.run import run_script
+from hf_adafisher.experiments.runs.clm import ClmRun
+from hf_adafisher.experiments.runs.clm_arguments import parse_arguments
+from hf_adafisher.experiments.runs.clm_setup import prepare
+from hf_adafisher.experiments.runs.run import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,10 +23,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hf_adafisher.experiments.image import ImageRun
-from hf_adafisher.experiments.image_arguments import parse_arguments
-from hf_adafisher.experiments.image_setup import prepare
-from hf_adafisher.experiments.run import run_script
+from hf_adafisher.experiments.runs.image import ImageRun
+from hf_adafisher.experiments.runs.image_arguments import parse_arguments
+from hf_adafisher.experiments.runs.image_setup import prepare
+from hf_adafisher.experiments.runs.run import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Trainer
 
-from hf_adafisher.optimizers.factored import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
 
 
 @dataclass

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.fisher_agreement import HALVES, TOGETHER
+from hf_adafisher.experiments.fisher_accuracy.agreement import HALVES, TOGETHER
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "fisher"

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from hf_adafisher import available_optimizers
-from hf_adafisher.optimizers.catalog import optimizer_record
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]

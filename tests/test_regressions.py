@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import hf_adafisher.optimizers.adafisher as adafisher_module
-import hf_adafisher.optimizers.factory as factory_module
+import hf_adafisher.optimizers.factory.create as factory_module
 import hf_adafisher.optimizers.spectral as spectral_module
 from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer
 from tests.cases import CASES, Case, mlp, regression

@@ -1,13 +1,13 @@
 """Text corpora, tokens and the two perplexities. Imports nothing else of this package."""
 
-from hf_adafisher.data.perplexity import (
+from hf_adafisher.data.text.corpora import TextCorpus, available_corpora, count_words, load_corpus
+from hf_adafisher.data.text.perplexity import (
     PerplexityResult,
     evaluate_perplexity,
     token_perplexity,
     word_perplexity,
 )
-from hf_adafisher.data.text import TextCorpus, available_corpora, count_words, load_corpus
-from hf_adafisher.data.tokens import TokenWindows, encode_lines, start_token_id, train_tokenizer
+from hf_adafisher.data.text.tokens import TokenWindows, encode_lines, start_token_id, train_tokenizer
 
 __all__ = [
     "PerplexityResult",

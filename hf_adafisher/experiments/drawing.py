@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.report import empty_figure, write_json
+from hf_adafisher.experiments.outputs import empty_figure, write_json
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; beyond them, markers and dashes differ.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#9A8F00")

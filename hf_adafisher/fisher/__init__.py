@@ -1,6 +1,6 @@
 """The diagonal Kronecker Fisher: layer rules, hooks, averages. Knows torch only."""
 
-from hf_adafisher.fisher.factors import FactorPair, MovingAverage, min_max_normalize
+from hf_adafisher.fisher.averages import FactorPair, MovingAverage, min_max_normalize
 from hf_adafisher.fisher.layers import LayerRule, find_rule, register_layer
 from hf_adafisher.fisher.recorder import FactorRecorder
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_adafisher.fisher.factors import FactorPair, statistics_dtype
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, ParameterForm
+from hf_adafisher.fisher.averages import FactorPair, statistics_dtype
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterForm
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.reduce import check_same_layout, num_ranks, sum_over_ranks
 

@@ -1,7 +1,7 @@
 """AdaFisher, AdaFisherW and SpectralAdaFisher, and a factory that builds every optimizer by name."""
 
 from hf_adafisher.optimizers.adafisher import AdaFisher, AdaFisherW
-from hf_adafisher.optimizers.factory import (
+from hf_adafisher.optimizers.factory.create import (
     OptimizerFactory,
     available_optimizers,
     create_optimizer,

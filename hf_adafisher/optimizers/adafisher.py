@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.forms import Term
-from hf_adafisher.optimizers.checks import ADAFISHER_KEYS, check_flag, check_options
+from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.optimizers.base.hooked import ParamsT
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
 from hf_adafisher.optimizers.compiled import Call, CompiledUpdate, whole
-from hf_adafisher.optimizers.factored import FactoredOptimizer
 from hf_adafisher.optimizers.layout import Parts
-from hf_adafisher.optimizers.recording import ParamsT
 from hf_adafisher.optimizers.sharding import is_sharded, local_part
 from hf_adafisher.optimizers.update import Scratch, Vectors, cut, update_parameter, update_parts
+from hf_adafisher.optimizers.validation.checks import ADAFISHER_KEYS, check_flag, check_options
 
 
 class AdaFisher(FactoredOptimizer):

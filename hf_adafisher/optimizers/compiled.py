@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.factors import statistics_dtype
-from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.averages import statistics_dtype
+from hf_adafisher.fisher.diagonals import Term
 from hf_adafisher.optimizers.layout import Part, Parts, aligned, merged
 from hf_adafisher.optimizers.update import scalars, update_parameter
 

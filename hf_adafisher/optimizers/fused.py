@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.diagonals import Term
 from hf_adafisher.optimizers.layout import Parts
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.forms import Term, diagonal_of
+from hf_adafisher.fisher.diagonals import Term, diagonal_of
 
 
 class Tensors(NamedTuple):
@@ -144,8 +144,8 @@ def _outer(tensors: Tensors) -> Sequence[tuple[Tensor, ...]]:
 def aligned(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Tensors:
     """Views of the same memory with as many axes as the factors have, the outermost in memory first.
 
-    Grouped convolutions have one axis more (see :data:`hf_adafisher.fisher.forms.Term`). Where two uses group a weight
-    in different ways the diagonal is formed as a whole.
+    Grouped convolutions have one axis more (see ``fisher.diagonals.Term``). Where two uses group a weight in
+    different ways the diagonal is formed as a whole.
     """
     axes = param.dim()
     tensors = Tensors(param, grad, exp_avg, tuple(terms))

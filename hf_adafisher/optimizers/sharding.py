@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.diagonals import Term
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard

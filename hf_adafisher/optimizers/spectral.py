@@ -9,14 +9,14 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.factors import statistics_dtype
-from hf_adafisher.fisher.forms import Term
-from hf_adafisher.optimizers.checks import SPECTRAL_KEYS, check_spectral_options, dtype_option
-from hf_adafisher.optimizers.factored import FactoredOptimizer
-from hf_adafisher.optimizers.recording import CountsLossTerms, ParamsT
+from hf_adafisher.fisher.averages import statistics_dtype
+from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.spectral_statistics import SpectralCurvature
 from hf_adafisher.optimizers.sharding import local_part, local_values, whole
-from hf_adafisher.optimizers.spectral_curvature import SpectralCurvature
 from hf_adafisher.optimizers.spectral_update import bounded, diagonal_direction, spectral_directions
+from hf_adafisher.optimizers.validation.checks import SPECTRAL_KEYS, check_spectral_options, dtype_option
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.forms import Term, diagonal_of
+from hf_adafisher.fisher.diagonals import Term, diagonal_of
+from hf_adafisher.optimizers.base.spectral_statistics import Whitening
 from hf_adafisher.optimizers.polar import polar_factor
-from hf_adafisher.optimizers.spectral_curvature import Whitening
 
 UPDATE_RMS = 0.2
 """Root mean square of the update of a hidden matrix before the learning rate, and the largest of a vector's.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.factors import statistics_dtype
-from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.averages import statistics_dtype
+from hf_adafisher.fisher.diagonals import Term
 from hf_adafisher.optimizers.fused import kernel_of, takes, update_fused
 from hf_adafisher.optimizers.layout import Part, Parts, aligned, blocks
 
@@ -118,7 +118,7 @@ def update_parameter(
         param: The parameter, updated in place.
         grad: Its gradient; left as it is.
         exp_avg: First moment ``m``, updated in place.
-        terms: The parameter's factors, normalised and spread (see :mod:`hf_adafisher.fisher.forms`).
+        terms: The parameter's factors, normalised and spread (see :mod:`hf_adafisher.fisher.diagonals`).
         step: Number of updates of this parameter, this one included.
         scratch: Memory that the updates of a step share. Default: new memory.
     """

@@ -11,14 +11,14 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_adafisher.optimizers.catalog import (
+from hf_adafisher.optimizers.factory.catalog import (
     ADAFISHER_LEARNING_RATE,
     TRAINER_LEARNING_RATE,
     available_optimizers,
     optimizer_record,
 )
-from hf_adafisher.optimizers.checks import check_options, check_spectral_options
-from hf_adafisher.optimizers.records import OptimizerRecord, did_you_mean
+from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
+from hf_adafisher.optimizers.validation.checks import check_options, check_spectral_options
 
 logger = logging.getLogger(__name__)
 

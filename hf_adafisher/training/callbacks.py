@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_adafisher.optimizers.checks import unwrapped
-from hf_adafisher.optimizers.recording import RecordingOptimizer
+from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+from hf_adafisher.optimizers.validation.checks import unwrapped
 
 
 class AdaFisherCallback(TrainerCallback):

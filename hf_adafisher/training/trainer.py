@@ -15,11 +15,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
-from hf_adafisher.optimizers.checks import unwrapped
-from hf_adafisher.optimizers.compilation import due_steps_run_eagerly
-from hf_adafisher.optimizers.factored import FactoredOptimizer
-from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, optimizer_record
-from hf_adafisher.optimizers.recording import RecordingOptimizer
+from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_record
+from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.compilation import due_steps_run_eagerly
 from hf_adafisher.training.arguments import (
     DEFAULT_LEARNING_RATE,
     TRAINER_LEARNING_RATE,

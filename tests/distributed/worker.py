@@ -30,8 +30,8 @@ from hf_adafisher import (
 )
 from hf_adafisher.fisher import reduce
 from hf_adafisher.optimizers import sharding
-from hf_adafisher.optimizers.catalog import optimizer_record
-from hf_adafisher.optimizers.factored import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.model_zoo import family
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_adafisher.data import load_corpus
-from hf_adafisher.experiments.compare import Comparison, create_comparison
+from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from tests.scripts import load_script
 
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300", "--block_size", "16"]

@@ -13,7 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from hf_adafisher import AdaFisherW, LayerRule, register_layer
 from hf_adafisher.fisher import FactorRecorder, find_rule
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerForm
 from hf_adafisher.fisher.layers import registry
 from tests.cases import CASES, Case, mlp
 from tests.model_zoo import FAMILIES, Family

@@ -19,7 +19,7 @@ from hf_adafisher.models import (
     layer_depths,
     scale_groups,
 )
-from hf_adafisher.optimizers.param_groups import decay_groups
+from hf_adafisher.optimizers.factory.param_groups import decay_groups
 from tests.models.test_vision import TINY, pictures, tiny
 
 EACH = pytest.mark.parametrize("name", sorted(TINY))

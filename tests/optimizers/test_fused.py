@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherW
-from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.diagonals import Term
 from hf_adafisher.optimizers import fused as fused_module
 from hf_adafisher.optimizers import update as update_module
 from hf_adafisher.optimizers.update import cut, update_parameter

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher import SpectralAdaFisher
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from hf_adafisher.optimizers import spectral, spectral_update
 from hf_adafisher.optimizers.polar import COEFFICIENTS
 from tests.cases import CASES, Case, TinyLanguageModel, mlp, regression

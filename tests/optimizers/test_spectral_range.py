@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hf_adafisher import SpectralAdaFisher
-from hf_adafisher.fisher.forms import GradientForm
-from hf_adafisher.fisher.uses import Use, gradient_estimate
-from hf_adafisher.optimizers.layer_curvature import layer_curvature
+from hf_adafisher.fisher.diagonals import GradientForm
+from hf_adafisher.fisher.parameter_uses import Use, gradient_estimate
+from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.polar import polar_factor
 from hf_adafisher.optimizers.spectral_update import diagonal_direction
 

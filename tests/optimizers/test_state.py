@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisherW
+from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
-from hf_adafisher.optimizers.recording import RecordingOptimizer
 
 
 class Scaled(nn.Module):

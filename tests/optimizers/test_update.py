@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
-from hf_adafisher.fisher.forms import Term
+from hf_adafisher.fisher.diagonals import Term
 from hf_adafisher.optimizers import adafisher as adafisher_module
 from hf_adafisher.optimizers import compiled as compiled_module
 from hf_adafisher.optimizers import fused as fused_module
@@ -502,7 +502,7 @@ def test_the_option_is_reached_by_name_and_checked(tmp_path: Any) -> None:
 
 
 def test_a_step_holds_no_temporary_of_the_size_of_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_adafisher.experiments.benchmark import peak_extra_bytes
+    from hf_adafisher.experiments.benchmark.step import peak_extra_bytes
 
     monkeypatch.setattr(update_module, "CPU_BLOCK", 1 << 12)
     model = nn.Linear(300, 400)

@@ -13,7 +13,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_adafisher import AdaFisherTrainingArguments, available_optimizers
-from hf_adafisher.optimizers.catalog import optimizer_record
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
 
 CPU = {"use_cpu": True, "report_to": "none"}
 

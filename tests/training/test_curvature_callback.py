@@ -28,10 +28,10 @@ from hf_adafisher import (
     CurvatureCallback,
     OptimizerFactory,
 )
-from hf_adafisher.optimizers import layer_curvature as module
-from hf_adafisher.optimizers.layer_curvature import NUMBERS, layer_curvature, needs_every_process
-from hf_adafisher.training import curvature as callback_module
-from hf_adafisher.training.curvature import CURVATURE_FILE, read_curvature
+from hf_adafisher.optimizers.diagnostics import layer_curvature as module
+from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS, layer_curvature, needs_every_process
+from hf_adafisher.training import curvature_callback as callback_module
+from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
 from tests.model_zoo import family
 
 RECORD = family("gpt2")
@@ -340,7 +340,7 @@ def test_a_stock_trainer_records_too(tmp_path: Path) -> None:
 def test_another_optimizer_is_said_once_and_leaves_no_file(
     optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "hf_adafisher.training.curvature"):
+    with caplog.at_level(logging.WARNING, "hf_adafisher.training.curvature_callback"):
         our_trainer(tmp_path, CurvatureCallback(), optim=optim, max_steps=4).train()
     said = [record.message for record in caplog.records if "CurvatureCallback" in record.message]
     assert len(said) == 1 and "AdaFisher" in said[0] and {"adamw": "AdamW", "kfac": "KFAC"}[optim] in said[0]
@@ -351,7 +351,7 @@ def test_only_process_zero_writes_and_a_number_that_is_not_finite_is_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where all have the numbers, since they share them out (FSDP2)."""
-    monkeypatch.setattr("hf_adafisher.training.curvature.needs_every_process", lambda _: True)
+    monkeypatch.setattr("hf_adafisher.training.curvature_callback.needs_every_process", lambda _: True)
     model, optimizer, _ = trained()
     optimizer.state[model.gain]["exp_avg"].zero_()
     for zero in (False, True):

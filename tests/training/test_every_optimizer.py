@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import Trainer
 
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, available_optimizers
-from hf_adafisher.optimizers.catalog import optimizer_record
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.model_zoo import Family, family
 
 STEPS, MIDDLE = 20, 13

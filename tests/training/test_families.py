@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
-from hf_adafisher.optimizers.factored import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
 from tests.model_zoo import FAMILIES, Family
 
 STEPS = 4

@@ -28,7 +28,7 @@ from hf_adafisher import (
     SpectralAdaFisher,
     create_optimizer,
 )
-from hf_adafisher.optimizers.factored import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
 from tests.cases import CASES, WORDS
 from tests.equivalence import Training, assert_same_training, moved, training_of
 from tests.model_zoo import Family, family

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, save_figure
-from hf_adafisher.experiments.report import empty_figure
-from hf_adafisher.optimizers.layer_curvature import NUMBERS
-from hf_adafisher.training.curvature import CURVATURE_FILE, read_curvature
+from hf_adafisher.experiments.outputs import empty_figure
+from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
+from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
 
 PICTURE_FILE = "curvature.png"
 BARS = 12

@@ -14,9 +14,9 @@ from hf_adafisher.experiments.drawing import COLOURS, Style, new_figure, save_fi
 from hf_adafisher.experiments.figures.dominance import Dominance
 from hf_adafisher.experiments.figures.dominance_study import DrawnFactor, FactorStudy, MeasuredLayer
 from hf_adafisher.experiments.figures.full_factors import SIDES, SYMBOLS
-from hf_adafisher.experiments.report import empty_figure
-from hf_adafisher.experiments.tables import Table
-from hf_adafisher.fisher.forms import INPUT
+from hf_adafisher.experiments.outputs import empty_figure
+from hf_adafisher.experiments.report.tables import Table
+from hf_adafisher.fisher.diagonals import INPUT
 
 _LAYERS = 60
 """Layers in the picture of all layers, at most; the JSON has the others too."""

@@ -8,8 +8,12 @@ from typing import Any
 
 from transformers import HfArgumentParser
 
-from hf_adafisher.experiments.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
-from hf_adafisher.experiments.image_arguments import ImageDataArguments, ImageModelArguments, ImageTrainingArguments
+from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from hf_adafisher.experiments.runs.image_arguments import (
+    ImageDataArguments,
+    ImageModelArguments,
+    ImageTrainingArguments,
+)
 
 TASKS = {
     "digits": "a small network on scikit-learn's digits",

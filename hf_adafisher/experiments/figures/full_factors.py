@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_adafisher.experiments.figures.dominance import Dominance, measure_dominance
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from hf_adafisher.fisher.layers import find_rule
 from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.baselines.kfac_blocks import MomentRule

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_adafisher.experiments.callbacks import StopOnDivergence
 from hf_adafisher.experiments.figures.runs import (
     AtSteps,
     OptimizerChoice,
@@ -25,8 +24,9 @@ from hf_adafisher.experiments.figures.runs import (
     optimizer_choice,
     prepare_run,
 )
-from hf_adafisher.experiments.run import PreparedRun
-from hf_adafisher.optimizers.factory import available_optimizers, create_optimizer, did_you_mean
+from hf_adafisher.experiments.runs.callbacks import StopOnDivergence
+from hf_adafisher.experiments.runs.run import PreparedRun
+from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, did_you_mean
 from hf_adafisher.training.arguments import optimizer_name
 
 ROWS = 50

@@ -30,7 +30,7 @@ from hf_adafisher.experiments.figures.landscape_trajectories import (
     train,
 )
 from hf_adafisher.experiments.figures.runs import fixed_batches, mean_loss
-from hf_adafisher.experiments.run import PreparedRun
+from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 

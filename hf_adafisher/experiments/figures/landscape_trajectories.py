@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback
 
-from hf_adafisher.experiments.callbacks import StopOnDivergence
 from hf_adafisher.experiments.figures.buffers import flat_buffers
 from hf_adafisher.experiments.figures.landscape import flat_weights
 from hf_adafisher.experiments.figures.runs import (
@@ -23,7 +22,8 @@ from hf_adafisher.experiments.figures.runs import (
     optimizer_choice,
     prepare_run,
 )
-from hf_adafisher.experiments.run import PreparedRun
+from hf_adafisher.experiments.runs.callbacks import StopOnDivergence
+from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 logger = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_adafisher.data.image_dataset import ImageDataset
-from hf_adafisher.experiments import clm_arguments, clm_setup, image_arguments, image_setup
+from hf_adafisher.data.images.dataset import ImageDataset
 from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decided
-from hf_adafisher.experiments.report import require_matplotlib
-from hf_adafisher.experiments.run import PreparedRun
-from hf_adafisher.optimizers.checks import unwrapped
+from hf_adafisher.experiments.outputs import require_matplotlib
+from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
+from hf_adafisher.experiments.runs.run import PreparedRun
+from hf_adafisher.optimizers.validation.checks import unwrapped
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 DIGITS_LEARNING_RATES = {

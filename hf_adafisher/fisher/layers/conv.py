@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares_along, sum_of_squares_over_batch
-from hf_adafisher.fisher.forms import OUTPUT_GRAD, ConvForm, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares_along, sum_of_squares_over_batch
+from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, ConvForm, KroneckerForm, ParameterForm
 from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, second_moment, weight_of
 
 _FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
 from hf_adafisher.fisher.layers.registry import PROBE_ROWS, LayerRule, register_layer, second_moment, weight_of
 
 _SHORTEST_TABLE = 4

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import sum_of_squares
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.averages import sum_of_squares
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
 from hf_adafisher.fisher.layers.registry import (
     PROBE_ROWS,
     LayerRule,

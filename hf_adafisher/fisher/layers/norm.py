@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import statistics_dtype, sum_of_squares, sum_of_squares_along
-from hf_adafisher.fisher.forms import ParameterForm, ScaleForm, ShiftForm
+from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares, sum_of_squares_along
+from hf_adafisher.fisher.diagonals import ParameterForm, ScaleForm, ShiftForm
 from hf_adafisher.fisher.layers.registry import (
     PROBE_ROWS,
     LayerRule,

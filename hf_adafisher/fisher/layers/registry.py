@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_adafisher.fisher.factors import statistics_dtype
-from hf_adafisher.fisher.forms import ParameterForm
+from hf_adafisher.fisher.averages import statistics_dtype
+from hf_adafisher.fisher.diagonals import ParameterForm
 
 PROBE_ROWS = 8
 """Number of positions on which ``explains`` compares a call with what the rule assumes."""

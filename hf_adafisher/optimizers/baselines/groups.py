@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_adafisher.optimizers.param_groups import (
+from hf_adafisher.optimizers.factory.param_groups import (
     Groups,
     chosen_groups,
     embedding_tables,

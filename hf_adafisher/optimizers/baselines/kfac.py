@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.factors import statistics_dtype
+from hf_adafisher.fisher.averages import statistics_dtype
+from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT, RecordingOptimizer
 from hf_adafisher.optimizers.baselines.kfac_blocks import READY, Block
 from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerCurvature, check_kfac_options
-from hf_adafisher.optimizers.checks import KFAC_KEYS, refuse_shards
-from hf_adafisher.optimizers.coverage import ParameterCoverage, owner_names
-from hf_adafisher.optimizers.recording import CountsLossTerms, ParamsT, RecordingOptimizer
+from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, owner_names
+from hf_adafisher.optimizers.validation.checks import KFAC_KEYS, refuse_shards
 
 PLAIN = "plain SGD"
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.factors import MovingAverage, statistics_dtype
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD, ParameterForm
+from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterForm
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.recorder import TrackedModule
 from hf_adafisher.optimizers.baselines.kfac_inverse import damped_inverse, split_damping, trace

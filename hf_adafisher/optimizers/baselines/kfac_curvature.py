@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from hf_adafisher.fisher.recorder import FactorRecorder, Sample
+from hf_adafisher.optimizers.base.tracker import ParameterTracker
 from hf_adafisher.optimizers.baselines.kfac_blocks import Block, find_blocks, moment_rules
-from hf_adafisher.optimizers.checks import (
+from hf_adafisher.optimizers.validation.checks import (
     check_count,
     check_decay,
     check_real,
@@ -18,7 +19,6 @@ from hf_adafisher.optimizers.checks import (
     check_size,
     refuse_shards,
 )
-from hf_adafisher.optimizers.tracking import ParameterTracker
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import pytest
 from hf_adafisher import CurvatureCallback
 from hf_adafisher.experiments.figures.curvature_picture import CurvatureRecord, _draw, load_record
 from hf_adafisher.experiments.figures.runs import prepare_run
-from hf_adafisher.optimizers.layer_curvature import NUMBERS
-from hf_adafisher.training.curvature import CURVATURE_FILE
-from tests.experiments.image_runs import TINY
+from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
+from hf_adafisher.training.curvature_callback import CURVATURE_FILE
+from tests.experiments.runs.image_runs import TINY
 from tests.scripts import load_script
 
 

@@ -17,9 +17,9 @@ from hf_adafisher.experiments.figures.dominance import gershgorin_disks
 from hf_adafisher.experiments.figures.dominance_study import StudyOptions, choose_layer, measure_layer
 from hf_adafisher.experiments.figures.full_factors import collect_factors, factor_layers
 from hf_adafisher.experiments.figures.runs import OptimizerChoice, prepare_run
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from tests.experiments.figures.factor_networks import Tagger, loss_of, net_and_batch
-from tests.experiments.image_runs import QUICK, TINY
+from tests.experiments.runs.image_runs import QUICK, TINY
 from tests.scripts import load_script
 
 TINY_RUN = [*TINY, *QUICK]

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_adafisher import AdaFisherW
 from hf_adafisher.experiments.figures.dominance_study import draw_factors, measure_layer, skipped_layers
 from hf_adafisher.experiments.figures.full_factors import collect_factors
-from hf_adafisher.fisher.forms import INPUT, OUTPUT_GRAD
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from tests.experiments.figures.factor_networks import Net, Tagger, loss_of, net_and_batch
 
 

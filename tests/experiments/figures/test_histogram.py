@@ -23,7 +23,7 @@ from hf_adafisher.experiments.figures.histogram import (
     second_moment,
 )
 from hf_adafisher.experiments.figures.runs import DIGITS_LEARNING_RATES, AtSteps, optimizer_choice, prepare_run
-from tests.experiments.image_runs import TINY
+from tests.experiments.runs.image_runs import TINY
 from tests.scripts import load_script
 
 RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16"]

@@ -24,7 +24,7 @@ from hf_adafisher.experiments.figures.landscape_run import trace_landscape
 from hf_adafisher.experiments.figures.landscape_trajectories import LandscapeSettings, Trajectory, prepare_optimizers
 from hf_adafisher.experiments.figures.runs import fixed_batches, mean_loss
 from hf_adafisher.training.trainer import AdaFisherTrainer
-from tests.experiments.image_runs import TINY, TINY_RESNET
+from tests.experiments.runs.image_runs import TINY, TINY_RESNET
 from tests.scripts import load_script
 
 RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16"]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_adafisher.experiments import clm_setup, image_setup
 from hf_adafisher.experiments.figures.free_arguments import given_arguments
 from hf_adafisher.experiments.figures.runs import (
     DIGITS_LEARNING_RATES,
@@ -20,7 +19,8 @@ from hf_adafisher.experiments.figures.runs import (
     optimizer_choice,
     prepare_run,
 )
-from tests.experiments.image_runs import QUICK, TINY, TINY_RESNET
+from hf_adafisher.experiments.runs import clm_setup, image_setup
+from tests.experiments.runs.image_runs import QUICK, TINY, TINY_RESNET
 
 
 @pytest.fixture

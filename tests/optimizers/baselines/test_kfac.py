@@ -19,9 +19,9 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from hf_adafisher import AdaFisherW
+from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from hf_adafisher.optimizers.baselines.kfac_blocks import Block
-from hf_adafisher.optimizers.recording import RecordingOptimizer
 from tests.cases import CASES, Case, mlp, next_token, regression
 from tests.model_zoo import FAMILIES, Family, family
 

@@ -27,11 +27,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import set_seed
 
-import hf_adafisher.optimizers.factory as factory
+import hf_adafisher.optimizers.factory.create as factory
 from hf_adafisher import available_optimizers, create_optimizer, optimizer_state_bytes
-from hf_adafisher.optimizers.catalog import optimizer_record
-from hf_adafisher.optimizers.param_groups import hidden_matrices
-from hf_adafisher.optimizers.records import RECORDS
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
+from hf_adafisher.optimizers.factory.param_groups import hidden_matrices
+from hf_adafisher.optimizers.factory.records import RECORDS
 from tests.cases import mlp
 from tests.model_zoo import family
 

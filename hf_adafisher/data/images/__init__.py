@@ -1,0 +1,1 @@
+"""Labelled images: files, data sets, augmentation and metrics."""

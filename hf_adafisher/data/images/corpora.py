@@ -1,0 +1,276 @@
+"""Labelled images: by name from the Hugging Face Hub, from local files, or scikit-learn's embedded digits.
+
+A corpus is three splits with one list of class names. Labels are read at once, images when they are needed, so that
+the workers of a DataLoader decode them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hf_adafisher.data.images.files import ArraySource, ImageSource, broken_images
+from hf_adafisher.data.images.tables import HUB_IMAGES, FoundImages, HubImages, read_folder, read_hub
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_IMAGES = "digits"
+HELD_OUT_FRACTION = 0.1
+"""Share of each class's training images that is held out where there is no validation split."""
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Images of one split, undecoded, and their classes.
+
+    Attributes:
+        source: where the images are.
+        indices: which images of the source, int64, shape (number,).
+        labels: their class numbers, int64, shape (number,).
+    """
+
+    source: ImageSource
+    indices: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.indices)
+
+    def name(self, position: int) -> str:
+        """What to call an image in an error."""
+        return self.source.name(int(self.indices[position]))
+
+    def image(self, position: int) -> Image:
+        """Decodes an image to RGB. Raises BrokenImageError."""
+        return self.source.read(int(self.indices[position]))
+
+    def select(self, positions: np.ndarray) -> ImageSplit:
+        """The split reduced to these positions, in their order."""
+        return ImageSplit(self.source, self.indices[positions], self.labels[positions])
+
+    def sample(self, count: int, seed: int = 0) -> ImageSplit:
+        """At most `count` images with the classes in proportion, the same ones for the same seed."""
+        return self if count >= len(self) else self.select(stratified_positions(self.labels, count, seed))
+
+
+@dataclass(frozen=True)
+class ImageCorpus:
+    """Three splits of labelled images.
+
+    Attributes:
+        name: corpus name, or "local files".
+        train: never empty.
+        validation: never empty; held out from `train` where the data has none.
+        test: empty if the corpus has no labelled test split.
+        class_names: by class number.
+        source: where exactly the images come from, for the records.
+        skipped: names of broken images that were left out, with the reason.
+    """
+
+    name: str
+    train: ImageSplit
+    validation: ImageSplit
+    test: ImageSplit
+    class_names: tuple[str, ...]
+    source: str
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+def available_images() -> list[str]:
+    """Returns every name that `load_images` takes: the embedded default first, then those on the Hub."""
+    return [DEFAULT_IMAGES, *HUB_IMAGES]
+
+
+def load_images(
+    name: str | None = None,
+    *,
+    data_dir: str | PathLike[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    validation_fraction: float = HELD_OUT_FRACTION,
+    skip_broken: bool = False,
+    seed: int = 0,
+) -> ImageCorpus:
+    """Loads labelled images by name or from local files; never both.
+
+    Args:
+        name: one of `available_images()`, or the id ("owner/name") of another data set on the Hub. Default, if no
+            folder is given either: "digits", which needs no network.
+        data_dir: a folder of class folders, or of train, validation and test folders with class folders; a folder of
+            parquet files, or one such file; or what `datasets` wrote with `save_to_disk`.
+        image_column: column of the images. Default: the only one of that type.
+        label_column: column of the class numbers. Default: the one called "label", or the only one with class names.
+        validation_fraction: share of each class's training images that becomes the validation split where the data
+            has none, in (0, 1). Default 0.1.
+        skip_broken: leave out images that cannot be decoded, and say how many. All images are decoded once for this.
+            Otherwise local files are checked quickly (see `find_damage`), and a broken one is an error.
+        seed: of the held-out images.
+
+    Raises:
+        ValueError: an unknown name, name and folder together, no images, broken images, a label column that is
+            missing or holds no class numbers, one class only, a class in validation or test that training lacks.
+        FileNotFoundError: `data_dir` does not exist.
+        ConnectionError: a data set of the Hub that is neither cached nor reachable.
+        ImportError: scikit-learn (for "digits") or pillow is not installed.
+    """
+    if not 0.0 < validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction is {validation_fraction}; it must be more than 0 and less than 1")
+    if data_dir is not None:
+        if name is not None:
+            raise ValueError(f"give either a data set's name (got {name!r}) or data_dir, not both")
+        found = read_folder(Path(data_dir), image_column, label_column)
+        title, check = "local files", True
+    else:
+        title = DEFAULT_IMAGES if name is None else name
+        found, check = _by_name(title, image_column, label_column), False
+    splits = {key: ImageSplit(src, np.arange(len(labels)), labels) for key, (src, labels) in found.splits.items()}
+    skipped: dict[str, str] = {}
+    if check or skip_broken:
+        splits, skipped = _without_broken(splits, skip_broken)
+    check_classes(splits, found.class_names)
+    source = found.source
+    if "validation" not in splits:
+        train = splits["train"]
+        held_out = held_out_positions(train.labels, validation_fraction, seed)
+        kept = np.setdiff1d(np.arange(len(train)), held_out)
+        splits["train"], splits["validation"] = train.select(kept), train.select(held_out)
+        source += f"; validation: {len(held_out)} of {len(train)} training images, stratified, seed {seed}"
+        logger.warning("no validation split: %d of %d training images are held out", len(held_out), len(train))
+    if "test" not in splits:
+        logger.warning("no labelled test split: results will have none")
+        splits["test"] = splits["train"].select(np.arange(0))
+    train, validation, test = (splits[key] for key in SPLITS)
+    return ImageCorpus(title, train, validation, test, found.class_names, source, skipped)
+
+
+def stratified_positions(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Chooses `count` positions with each class in proportion, to within one image; sorted, the same for a seed.
+
+    Classes get the whole part of their share; what is missing goes to those with the largest fractions, ties to the
+    lower class number.
+
+    Args:
+        labels: class numbers, shape (number,).
+        count: from 0 to the number of labels.
+        seed: of the choice within each class.
+    """
+    if not 0 <= count <= len(labels):
+        raise ValueError(f"cannot choose {count} of {len(labels)} images")
+    classes, sizes = np.unique(labels, return_counts=True)
+    whole, rest = np.divmod(sizes * count, max(1, len(labels)))
+    whole[np.argsort(-rest, kind="stable")[: count - whole.sum()]] += 1
+    generator = np.random.default_rng(seed)
+    chosen = [
+        generator.permutation(np.flatnonzero(labels == label))[:size]
+        for label, size in zip(classes, whole, strict=True)
+    ]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
+
+
+def held_out_positions(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Chooses about `fraction` of the positions, stratified, but never the last image of a class; at least one.
+
+    Raises:
+        ValueError: every class has one image only.
+    """
+    chosen = stratified_positions(labels, min(len(labels), max(1, round(len(labels) * fraction))), seed)
+    _, sizes = np.unique(labels, return_counts=True)
+    if sizes.max(initial=0) < 2:
+        raise ValueError(
+            f"cannot hold out a validation split from {len(labels)} images of as many classes: "
+            "give a validation split, or more images"
+        )
+    classes = [chosen[labels[chosen] == label] for label in np.unique(labels)]
+    kept = [found[: min(len(found), size - 1)] for found, size in zip(classes, sizes, strict=True)]
+    if not any(map(len, kept)):
+        kept = [np.flatnonzero(labels == np.unique(labels)[sizes.argmax()])[:1]]
+    return np.sort(np.concatenate(kept))
+
+
+def check_classes(splits: dict[str, ImageSplit], class_names: Sequence[str]) -> None:
+    """Raises ValueError if a classifier cannot be trained and tested on these labels."""
+    present = np.unique(splits["train"].labels)
+    if len(present) < 2:
+        only = f"only the class {class_names[present[0]]!r}" if len(present) else "no images"
+        raise ValueError(f"the training split has {only}; a classifier needs images of at least 2 classes")
+    for key, split in splits.items():
+        if not len(split):
+            raise ValueError(f"the {key} split has no images")
+        foreign = np.setdiff1d(split.labels, present)
+        if len(foreign):
+            names = ", ".join(repr(class_names[label]) for label in foreign[:5])
+            raise ValueError(
+                f"the {key} split has {len(foreign)} classes without a training image: {names}; "
+                "add training images of them, or leave them out of the split"
+            )
+
+
+def _without_broken(splits: dict[str, ImageSplit], skip: bool) -> tuple[dict[str, ImageSplit], dict[str, str]]:
+    total = sum(map(len, splits.values()))
+    if skip:
+        logger.info("decoding all %d images once, to leave out the broken ones", total)
+    kept, reasons = {}, {}
+    for key, split in splits.items():
+        broken = broken_images(split.source, split.indices, decode_all=skip)
+        reasons.update({split.source.name(index): reason for index, reason in broken.items()})
+        kept[key] = split.select(np.flatnonzero(~np.isin(split.indices, list(broken)))) if broken else split
+    if not reasons:
+        return splits, {}
+    shown = "; ".join(f"{image} ({reason})" for image, reason in list(reasons.items())[:5])
+    shown += "" if len(reasons) <= 5 else f"; and {len(reasons) - 5} more"
+    if not skip:
+        raise ValueError(
+            f"{len(reasons)} of {total} images are broken: {shown}. Repair or delete them, or use --skip_broken"
+        )
+    logger.warning("%d of %d images are broken and left out: %s", len(reasons), total, shown)
+    return kept, reasons
+
+
+def _by_name(name: str, image_column: str | None, label_column: str | None) -> FoundImages:
+    if name == DEFAULT_IMAGES:
+        return _digits()
+    if name in HUB_IMAGES or name.count("/") == 1:
+        return read_hub(name, HUB_IMAGES.get(name, HubImages(name)), image_column, label_column)
+    near = difflib.get_close_matches(name.lower(), available_images(), n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    raise ValueError(
+        f"unknown data set {name!r}{hint} Known: {', '.join(available_images())}, and OWNER/NAME for any other on the "
+        "Hub. For your own images use --data_dir"
+    )
+
+
+def _digits() -> FoundImages:
+    try:
+        from sklearn import __version__, datasets
+    except ImportError as error:
+        raise ImportError(
+            "the data set 'digits' is scikit-learn's: pip install 'hf_adafisher[vision]', or use --data_dir"
+        ) from error
+    digits = datasets.load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    source, labels = ArraySource(images, DEFAULT_IMAGES), digits.target.astype(np.int64)
+    held_out = stratified_positions(labels, round(0.2 * len(labels)), 0)
+    test = held_out[stratified_positions(labels[held_out], len(held_out) // 2, 0)]
+    parts = {
+        "train": np.setdiff1d(np.arange(len(labels)), held_out),
+        "validation": np.setdiff1d(held_out, test),
+        "test": test,
+    }
+    splits = {key: (ArraySource(images[rows], f"{DEFAULT_IMAGES} {key}"), labels[rows]) for key, rows in parts.items()}
+    return FoundImages(
+        splits,
+        tuple(str(name) for name in digits.target_names),
+        f"load_digits of scikit-learn {__version__}, {len(source)} images of 8x8, split 80 / 10 / 10, stratified",
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks of optimizer steps, training iterations and memory."""

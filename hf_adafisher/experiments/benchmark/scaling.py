@@ -1,0 +1,116 @@
+"""How an optimizer's costs grow with each size of a model, and the picture of it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hf_adafisher.experiments.benchmark.step import Workload, alternate, gpt2, timed, timer
+from hf_adafisher.experiments.drawing import new_figure
+from hf_adafisher.optimizers.adafisher import AdaFisherW
+
+BASE = {"width": 256, "depth": 4, "vocabulary": 4096, "batch": 8}
+SERIES = {
+    "width": (128, 256, 384, 512),
+    "depth": (2, 4, 8, 12),
+    "vocabulary": (2048, 4096, 8192, 16384),
+    "batch": (2, 4, 8, 16),
+}
+
+PANELS = (
+    ("parameters", "step_ms", "step() that is not due, ms"),
+    ("activations", "factor_ms", "factors of a due step, ms"),
+)
+"""What the picture shows: the x axis, the y axis, and the label of the latter."""
+
+
+def measure_scaling(rounds: int, device: str = "cpu", series: Mapping[str, Sequence[int]] = SERIES) -> dict[str, Any]:
+    """How an idle step and the factors of a due one grow with each size of a GPT-2, the others held at ``BASE``."""
+    points: dict[str, list[dict[str, float]]] = {}
+    for name, sizes in series.items():
+        for size in sizes:
+            options = {**BASE, name: size}
+            plain, recorded = gpt2(device, **options), gpt2(device, **options)
+            idle = AdaFisherW(plain.model, lr=1e-4, update_interval=10**9)
+            due = AdaFisherW(recorded.model, lr=1e-4, update_interval=1)
+            for work, optimizer in ((plain, idle), (recorded, due)):
+                work.backward()
+                optimizer.step()
+
+            def iteration(work: Workload, optimizer: Optimizer) -> Callable[[], float]:
+                def function() -> float:
+                    work.model.zero_grad()
+                    return timed(work.backward, device) + timed(optimizer.step, device)
+
+                return function
+
+            times = alternate(
+                {"step": timer(idle.step, device), "idle": iteration(plain, idle), "due": iteration(recorded, due)},
+                rounds,
+                f"{name} {size}",
+            )
+            factors = [a - b for a, b in zip(times["due"], times["idle"], strict=True)]
+            points.setdefault(name, []).append(
+                {
+                    "size": size,
+                    "parameters": sum(p.numel() for p in plain.model.parameters()),
+                    "activations": _activations(recorded),
+                    "step_ms": statistics.median(times["step"]),
+                    "factor_ms": statistics.median(factors),
+                }
+            )
+            due.close()
+    every = [point for line in points.values() for point in line]
+    return {"base": BASE, "points": points, "fits": {y: straight_line(every, x, y) for x, y, _ in PANELS}}
+
+
+def straight_line(points: Sequence[Mapping[str, float]], x: str, y: str) -> dict[str, float]:
+    """The least squares line through all points.
+
+    Returns:
+        ``ms_per_million`` of what is on the axis ``x``, ``intercept_ms``, and ``r_squared``, the share of the variance
+        of ``y`` that the line explains: 1 where growth is exactly linear.
+    """
+    millions, values = [point[x] / 1e6 for point in points], [point[y] for point in points]
+    slope, intercept = statistics.linear_regression(millions, values)
+    explained = statistics.correlation(millions, values) ** 2
+    return {"ms_per_million": slope, "intercept_ms": intercept, "r_squared": explained}
+
+
+def _activations(work: Workload) -> int:
+    """Values that the layers with parameters read and return in one forward pass: what factors are summed over."""
+    total = 0
+
+    def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        total += inputs[0].numel() + output.numel()
+
+    layers = [m for m in work.model.modules() if next(m.parameters(recurse=False), None) is not None]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    with torch.no_grad():
+        work.model(**work.batch)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def write_scaling(path: Path, result: Mapping[str, Any]) -> None:
+    """Draw an idle step over the parameters and the time for factors over the activations."""
+    figure, panels = new_figure(1, 2, (11, 4.5), sharey=False)
+    for axes, (x, y, label) in zip(panels, PANELS, strict=True):
+        for name, points in result["points"].items():
+            points = sorted(points, key=lambda point: point[x])
+            axes.plot([p[x] / 1e6 for p in points], [p[y] for p in points], marker="o", label=f"growing {name}")
+        fit, end = result["fits"][y], max(p[x] / 1e6 for points in result["points"].values() for p in points)
+        line = [fit["intercept_ms"], fit["intercept_ms"] + fit["ms_per_million"] * end]
+        text = f"{fit['ms_per_million']:.2f} ms a million, R² {fit['r_squared']:.2f}"
+        axes.plot([0, end], line, color="black", linestyle=":", label=text)
+        axes.set(xlabel=f"{x}, millions", ylabel=label, xlim=(0, None), ylim=(0, None))
+        axes.legend()
+    figure.savefig(path, dpi=120)

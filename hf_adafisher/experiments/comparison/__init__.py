@@ -1,0 +1,1 @@
+"""Comparisons: cells, budgets, and their execution."""

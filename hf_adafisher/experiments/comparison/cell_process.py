@@ -1,0 +1,140 @@
+"""Running one cell: a process of its own in a folder of its own, whose result is one JSON file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.experiments.outputs import write_json
+from hf_adafisher.experiments.runs.run import RESULTS_FILE
+
+LOG_FILE = "log.txt"
+COMMAND_FILE = "command.json"
+_LOCK_FILE = ".lock"
+
+Started = Callable[["subprocess.Popen[bytes]"], None]
+
+
+def load_result(folder: Path) -> dict[str, Any]:
+    """The result of one finished cell."""
+    return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+
+
+def is_done(cell: Cell, folder: Path, retry_failed: bool = False) -> bool:
+    """Whether a cell has a result.
+
+    Raises:
+        ValueError: It has one that was made with other arguments.
+    """
+    if not (folder / RESULTS_FILE).is_file():
+        return False
+    command = folder / COMMAND_FILE
+    if command.is_file() and json.loads(command.read_text(encoding="utf-8")) != cell.arguments():
+        raise ValueError(
+            f"{folder} holds a result made with other arguments ({command} lists them): use another output "
+            "directory, or delete the folder to run it again"
+        )
+    return not (retry_failed and load_result(folder)["status"] == "failed")
+
+
+def run_cell(
+    cell: Cell, program: Path, folder: Path, threads: int, verbose: bool = False, started: Started | None = None
+) -> str | None:
+    """Run one cell to its end, whatever it is.
+
+    Its folder gets the run's files, its output (``log.txt``) and its command. A run that ends with an error has a
+    result too: ``status`` is ``failed``, ``reason`` the last line of its output. One that a signal kills has none.
+    Where another process is running the same cell (a comparison that was killed leaves its runs behind, two may
+    share a folder), it is waited for.
+
+    Args:
+        cell: What to run.
+        program: The script that runs it.
+        folder: Of this cell.
+        threads: For torch.
+        verbose: Show the run's own output instead of keeping it in ``log.txt``.
+        started: Gets the process, for whoever wants to stop it.
+
+    Returns:
+        A message if it failed or was killed, else None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / _LOCK_FILE) as (lock, waited):
+        if waited and (folder / RESULTS_FILE).is_file():
+            return None
+        (folder / RESULTS_FILE).unlink(missing_ok=True)  # of an attempt that failed
+        (folder / COMMAND_FILE).write_text(json.dumps(cell.arguments(), indent=2), encoding="utf-8")
+        begin = time.perf_counter()
+        code = _execute(cell.command(program, folder), folder, threads, verbose, lock, started)
+        seconds = time.perf_counter() - begin
+    if (folder / RESULTS_FILE).is_file():
+        return None
+    if code < 0:
+        return f"{cell.name}: killed by {signal.Signals(-code).name} after {seconds:.0f} s, it has no result"
+    where = "" if verbose else f", see {folder / LOG_FILE}"
+    reason = _last_line(folder / LOG_FILE) if not verbose else None
+    reason = reason or f"exit status {code}"
+    write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason, "exit_status": code, "seconds": seconds})
+    return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s: {reason}{where}"
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a run and what it started: gently, and after five seconds by force."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return
+
+
+def _execute(command: list[str], folder: Path, threads: int, verbose: bool, lock: int, started: Started | None) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    # A session of its own: Ctrl-C goes to the comparison alone, which then stops its runs; a run that heard it too
+    # would look like a failed one.
+    with contextlib.ExitStack() as stack:
+        log = None if verbose else stack.enter_context((folder / LOG_FILE).open("w", encoding="utf-8"))
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=None if verbose else subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=(lock,),
+        )
+        if started is not None:
+            started(process)
+        try:
+            return process.wait()
+        except BaseException:
+            stop(process)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[tuple[int, bool]]:
+    """Holds a lock that the run inherits, so that it ends with the last of both; gives it, and whether it waited."""
+    import fcntl
+
+    with path.open("a") as file:
+        waited = False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waited = True
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno(), waited
+
+
+def _last_line(path: Path) -> str | None:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)

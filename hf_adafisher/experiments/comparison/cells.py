@@ -1,0 +1,197 @@
+"""What a comparison consists of: its configuration, and the cells (optimizer, settings, seed) that it stands for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_adafisher.experiments.comparison.tasks import TASKS, Task
+
+_KEYS = {
+    "description", "task", "common", "cells", "seeds", "budget", "step_seconds", "train_examples", "overhead_seconds",
+    "paper",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        settings: Arguments of the run that make it this cell, ``optim`` among them.
+        common: Arguments that all cells of the comparison share.
+        label: Folder name, where it is not to follow from the settings.
+        planned_seconds: Training time that the budget gives it, if the budget is one of time.
+    """
+
+    settings: Mapping[str, Any]
+    common: Mapping[str, Any] = field(default_factory=dict)
+    label: str | None = None
+    planned_seconds: float | None = None
+
+    @property
+    def optim(self) -> str:
+        """Name of the optimizer."""
+        return str(self.settings["optim"])
+
+    @property
+    def name(self) -> str:
+        """Folder name: ``adamw,learning_rate=0.001,seed=0``."""
+        rest = [f"{key}={value}" for key, value in self.settings.items() if key != "optim"]
+        return self.label or ",".join([self.optim, *rest])
+
+    def arguments(self) -> list[str]:
+        """Command line arguments of the run, without the program and the output directory."""
+        pairs = []
+        for key, value in {**self.common, **self.settings}.items():
+            values = value if isinstance(value, list) else [value]
+            pairs += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
+        return pairs
+
+    def command(self, program: Path, folder: Path) -> list[str]:
+        """The command that runs it."""
+        return [sys.executable, str(program), *self.arguments(), "--output_dir", str(folder)]
+
+    def shell_line(self, program: Path, folder: Path, threads: int) -> str:
+        """The same for a shell or a scheduler, with the number of threads."""
+        return f"OMP_NUM_THREADS={threads} TOKENIZERS_PARALLELISM=false {shlex.join(self.command(program, folder))}"
+
+
+def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
+    """The cells of a configuration.
+
+    Args:
+        config: ``{"common": {argument: value}, "cells": [{"optim": name, argument: value or list of values}]}``;
+            the lists of one entry are combined with each other, and with ``"seeds": [...]`` if there are any. An entry
+            with ``"seeds"`` of its own has these instead; those of its cells that stand in the configuration already
+            add nothing.
+
+    Raises:
+        ValueError: A missing or an unknown key, an unknown task, an entry without ``optim``, two sources of seeds, or
+            the same cell twice.
+    """
+    _check(config)
+    cells: dict[str, Cell] = {}
+    twice = []
+    for entry in config["cells"]:
+        seeds = entry.get("seeds") or config.get("seeds")
+        if seeds and "seed" in entry:
+            raise ValueError(f'seeds stand in "seeds" or in an entry, not in both: {entry}')
+        settings = {key: value for key, value in entry.items() if key != "seeds"} | ({"seed": seeds} if seeds else {})
+        lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+        for values in itertools.product(*lists.values()):
+            cell = Cell(dict(zip(lists, values, strict=True)), config.get("common", {}))
+            if cells.setdefault(cell.name, cell) is not cell and "seeds" not in entry:
+                twice.append(cell.name)
+    if twice:
+        raise ValueError(f"these cells stand in the configuration twice: {sorted(set(twice))}")
+    return list(cells.values())
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    unknown = sorted(set(config) - _KEYS)
+    if unknown or not config.get("cells"):
+        raise ValueError(f'a comparison needs "cells" and may have {sorted(_KEYS)}; unknown: {unknown or "none"}')
+    task_of(config)
+    for entry in config["cells"]:
+        if "optim" not in entry:
+            raise ValueError(f'each entry of "cells" names an "optim", this one does not: {entry}')
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """The task of a configuration, ``clm`` if it names none. Raises ValueError if it is unknown."""
+    name = config.get("task", "clm")
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; available: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
+    """The same configuration with other shared arguments.
+
+    Args:
+        config: Of a comparison.
+        pairs: ``key=value``; a value that is JSON (a number, true, a list) is read as such, ``null`` takes the
+            argument out.
+
+    Raises:
+        ValueError: Not of this form, or an argument that is the cells' own, or the comparison's.
+    """
+    common = dict(config.get("common", {}))
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        key = key.removeprefix("--").strip()
+        if not key or not equals:
+            raise ValueError(f"--set takes key=value, got {pair!r}")
+        _check_settable(key, config)
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        if isinstance(value, dict):
+            raise ValueError(f"--set {key}: {text} is no value of an argument")
+        common[key] = value
+    return {**config, "common": {key: value for key, value in common.items() if value is not None}}
+
+
+def _check_settable(key: str, config: Mapping[str, Any]) -> None:
+    own = {"output_dir": "--output_dir", "optim": "--optimizers", "seed": "--seeds" if config.get("seeds") else None}
+    if config.get("budget"):
+        own |= dict.fromkeys(("max_steps", "num_train_epochs"), "--budget")
+    if own.get(key):
+        raise ValueError(f"--set {key}: use {own[key]}")
+    if any(key in entry for entry in config.get("cells", [])):
+        raise ValueError(f"--set {key}: cells of the configuration have a {key} of their own, change it there")
+
+
+def select_optimizers(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The same configuration with the entries of these optimizers only.
+
+    Raises:
+        ValueError: One of them has no entry.
+    """
+    known = list(dict.fromkeys(entry.get("optim") for entry in config.get("cells", [])))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"the configuration has no entry for {', '.join(unknown)}; it has: {', '.join(map(str, known))}"
+        )
+    return {**config, "cells": [entry for entry in config["cells"] if entry.get("optim") in names]}
+
+
+def local_files(folder: Path) -> dict[str, str]:
+    """Arguments that read a corpus from ``train.txt``, ``valid.txt`` and ``test.txt`` in a folder.
+
+    Penn Treebank's files may keep their names, ``ptb.train.txt`` and so on.
+
+    Raises:
+        FileNotFoundError: One of them is missing.
+    """
+    prefix = "ptb." if (folder / "ptb.train.txt").is_file() else ""
+    files = {f"{split}_file": folder / f"{prefix}{split[:5]}.txt" for split in ("train", "validation", "test")}
+    for path in files.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: a local corpus needs train.txt, valid.txt and test.txt")
+    return {key: str(path) for key, path in files.items()}
+
+
+def local_images(folder: Path) -> dict[str, str]:
+    """Arguments that read images from a folder. Raises FileNotFoundError if it does not exist."""
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder} does not exist: give a folder of images, of parquet files, or a saved data set"
+        )
+    return {"data_dir": str(folder)}
+
+
+def use_local_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The same configuration with data from a folder instead of a data set by name."""
+    read = {"clm": local_files, "image": local_images}[config.get("task", "clm")]
+    common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
+    return {**config, "common": {**common, **read(folder)}}

@@ -1,0 +1,112 @@
+"""What a comparison is going to take: how many cells, and about how long."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+
+from hf_adafisher.experiments.comparison.budget import StepTime, seconds_of_epochs, timing_cell
+from hf_adafisher.experiments.comparison.cell_process import is_done, load_result
+from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.runs.run import RESULTS_FILE
+
+
+def forecast(comparison: Comparison) -> str:
+    """Names of all cells, then their number, how many are finished, and about how long the others take."""
+    planned = {cell.name: cell for cell in comparison.plan()}
+    cells = [planned.get(cell.name, cell) for cell in comparison.cells]
+    open_cells = [cell for cell in cells if not is_done(cell, comparison.output_dir / cell.name)]
+    times, source = _times(comparison)
+    lines = [*(cell.name for cell in cells), ""]
+    count = f"{len(cells)} cells, {len(cells) - len(open_cells)} of them finished"
+    if comparison.jobs > 1:
+        count += f", {comparison.jobs} at a time"
+    lines.append(count)
+    seconds = [_training_seconds(comparison, cell, times) for cell in open_cells]
+    known = [value for value in seconds if value is not None]
+    if len(known) < len(seconds):
+        lines.append("how long is unknown until step times are measured (--measure_only)")
+        return "\n".join(lines)
+    overhead = float(comparison.config.get("overhead_seconds", 0))
+    total = (sum(known) + overhead * len(known)) / comparison.jobs
+    text = f"about {duration(total)} for the {len(known)} cells left"
+    if known:
+        kinds = f"training by {source}" if source else "training as the budget says"
+        extra = f"{overhead:.0f} s a cell for start and evaluation" if overhead else "start and evaluation come on top"
+        text += f" ({kinds}; {extra})"
+    lines.append(text)
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    """For people: ``45 s``, ``12 min``, ``3.4 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _times(comparison: Comparison) -> tuple[dict[str, StepTime], str]:
+    """Step times from the best source there is, and that source in words."""
+    times: dict[str, StepTime] = {}
+    given, examples = comparison.config.get("step_seconds", {}), comparison.config.get("train_examples")
+    for cell in comparison.cells:
+        name = timing_cell(cell).name
+        seconds = given.get(name, given.get(cell.optim))
+        if seconds is not None:
+            times[name] = StepTime(float(seconds), _steps_per_epoch(cell, examples))
+    sources = ["the configuration's step times, measured on the machine where it was made"] if times else []
+    finished = _from_finished(comparison)
+    measured = {name: time for name, time in comparison.step_times().items() if time.seconds is not None}
+    for found, source in ((finished, "finished cells"), (measured, "measured step times")):
+        if found:
+            sources = [source] if set(found) >= set(times) else [source, *sources]
+            times |= found
+    return times, " and ".join(sources)
+
+
+def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
+    """As one process has them; None where the configuration does not say what a step or an epoch is."""
+    arguments = {**cell.common, **cell.settings}
+    batch = arguments.get("per_device_train_batch_size")
+    if examples is None or batch is None:
+        return None
+    return math.ceil(math.ceil(examples / batch) / arguments.get("gradient_accumulation_steps", 1))
+
+
+def _from_finished(comparison: Comparison) -> dict[str, StepTime]:
+    seen: dict[str, list[tuple[float, int | None]]] = {}
+    for cell in comparison.cells:
+        folder = comparison.output_dir / cell.name
+        if (folder / RESULTS_FILE).is_file():
+            result = load_result(folder)
+            mean = (result.get("step_time") or {}).get("mean_ms")
+            if mean:
+                seen.setdefault(timing_cell(cell).name, []).append((mean / 1000, result.get("steps_per_epoch")))
+    return {
+        name: StepTime(statistics.median(seconds for seconds, _ in found), found[0][1]) for name, found in seen.items()
+    }
+
+
+def _training_seconds(comparison: Comparison, cell: Cell, times: Mapping[str, StepTime]) -> float | None:
+    if cell.planned_seconds is not None:
+        return cell.planned_seconds
+    budget, time = comparison.budget, times.get(timing_cell(cell).name)
+    if budget is not None and budget.kind == "seconds":
+        return budget.amount
+    if budget is not None and budget.kind == "like":
+        return seconds_of_epochs(
+            budget, None if comparison.like is None else times.get(timing_cell(comparison.like).name)
+        )
+    steps = budget.amount if budget is not None else _own_steps(cell, time)
+    return None if time is None or time.seconds is None or steps is None else steps * time.seconds
+
+
+def _own_steps(cell: Cell, time: StepTime | None) -> float | None:
+    """Steps of a cell without a budget: its ``max_steps``, or its epochs where their length is known."""
+    arguments = {**cell.common, **cell.settings}
+    epochs, length = arguments.get("num_train_epochs"), None if time is None else time.steps_per_epoch
+    if arguments.get("max_steps") is not None or epochs is None or length is None:
+        return arguments.get("max_steps")
+    return math.ceil(epochs * length)

@@ -1,0 +1,1 @@
+"""The diagonal Kronecker Fisher against the exact diagonal."""

@@ -1,0 +1,1 @@
+"""Results of comparisons as tables, pictures and HTML."""

@@ -1,0 +1,1 @@
+"""One training run of any task."""

@@ -1,0 +1,75 @@
+"""The checkpoint that a run goes on from, found and checked before anything of the earlier run is touched."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
+from hf_adafisher.experiments.runs.run import RESULTS_FILE
+from hf_adafisher.optimizers.factory.create import available_optimizers, optimizer_record
+from hf_adafisher.training.arguments import optimizer_name
+from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
+    """Returns the checkpoint directory to resume from, or None.
+
+    Args:
+        output_dir: the run's directory. A warning says so if it holds an earlier run that is not resumed.
+        resume: a checkpoint directory; "last" or "true" for the latest complete one in `output_dir`; None or
+            "false" to start anew.
+
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        CheckpointError: a file of it is missing or damaged, or "last" finds damaged ones only.
+    """
+    word = str(resume).lower()
+    if resume is None or word == "false":
+        earlier = output_dir.is_dir() and get_last_checkpoint(str(output_dir)) is not None
+        if earlier or (output_dir / RESULTS_FILE).exists():
+            logger.warning(
+                "%s holds an earlier run; this one starts anew and overwrites its files "
+                "(to continue it: --resume_from_checkpoint last)",
+                output_dir,
+            )
+        return None
+    if word in ("last", "true"):
+        last = last_complete_checkpoint(output_dir)
+        if last is None:
+            raise FileNotFoundError(
+                f"no checkpoint to resume from in {str(output_dir)!r}: give the --output_dir of the run, "
+                "or the path of a checkpoint"
+            )
+        return str(last)
+    if not Path(str(resume)).is_dir():
+        raise FileNotFoundError(
+            f"{str(resume)!r} is not a checkpoint directory: give the path of a checkpoint-N directory, or last for "
+            "the latest in --output_dir"
+        )
+    check_checkpoint_files(Path(str(resume)))
+    return str(resume)
+
+
+def check_checkpoint(checkpoint: Path, training_args: RunTrainingArguments) -> None:
+    """Checks that a checkpoint can be continued, before anything of the earlier run is touched.
+
+    Raises:
+        ValueError: another optimizer wrote it, or it already has `max_steps` steps.
+    """
+    done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+    if 0 < training_args.max_steps <= done:
+        raise ValueError(
+            f"{checkpoint} has {done} steps and --max_steps is {training_args.max_steps}: the run has finished; "
+            "to train on, raise --max_steps"
+        )
+    saved, name = checkpoint / "optimizer.pt", optimizer_name(training_args)
+    if saved.is_file() and name in available_optimizers():
+        groups = torch.load(saved, map_location="cpu", weights_only=True)["param_groups"]
+        optimizer_record(name).check_groups(groups)

@@ -1,0 +1,140 @@
+"""Before training: text, tokenizer, model and checkpoint of a causal language modelling run, all checked."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from hf_adafisher.data.text.corpora import TextCorpus, count_words, load_corpus
+from hf_adafisher.data.text.tokens import TokenWindows, encode_lines, train_tokenizer
+from hf_adafisher.experiments.runs.checkpoints import check_checkpoint, find_checkpoint
+from hf_adafisher.experiments.runs.clm import ClmRun, EncodedSplit
+from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
+from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments) -> ClmRun:
+    """Loads text, tokenizer and model, and checks them before any work is done.
+
+    The initial weights depend on the seed and the model's arguments only, never on the optimizer.
+
+    Raises:
+        ValueError: an unknown corpus, text that is empty or too short, a block larger than the model's
+            context, a checkpoint that is incomplete, of another optimizer or of a run that has finished.
+        FileNotFoundError: a text file or a checkpoint that does not exist.
+        ConnectionError: a corpus of the Hub that cannot be had.
+    """
+    pretrained = model_args.model_name_or_path or model_args.config_name
+    if pretrained is not None:
+        check_context(AutoConfig.from_pretrained(pretrained), data_args.block_size)
+    checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
+    if checkpoint is not None:
+        check_checkpoint(Path(checkpoint), training_args)
+    corpus = load_corpus(
+        data_args.dataset,
+        train_files=data_args.train_file,
+        validation_files=data_args.validation_file,
+        test_files=data_args.test_file,
+    )
+    limit = data_args.max_eval_lines
+    corpus = replace(corpus, validation=corpus.validation[:limit], test=corpus.test[:limit])
+    tokenizer = load_tokenizer(model_args, corpus)
+    set_seed(training_args.seed)
+    model = load_model(model_args, tokenizer, data_args.block_size)
+    splits = {
+        name: EncodedSplit(encode_lines(tokenizer, lines), count_words(lines))
+        for name, lines in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test))
+        if lines
+    }
+    datasets = {
+        name: TokenWindows(splits[name].stream, data_args.block_size, name=f"{name} text")
+        for name in ("train", "validation")
+    }
+    return ClmRun(training_args, checkpoint, model, model_args, data_args, corpus, tokenizer, splits, datasets)
+
+
+def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer named, or the pretrained model's, or trains one on the training split."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path or model_args.embeddings_from
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
+    tokenizer = train_tokenizer(corpus.train, model_args.vocab_size)
+    if len(tokenizer) < model_args.vocab_size:
+        logger.warning("the training text yields only %d of %d tokens", len(tokenizer), model_args.vocab_size)
+    return tokenizer
+
+
+def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """Loads the pretrained model, or makes a new one for this tokenizer; its weights are float32.
+
+    Args:
+        model_args: which model.
+        tokenizer: gives a new model its vocabulary.
+        block_size: context of a new GPT-2, in tokens.
+
+    Raises:
+        ValueError: a tokenizer with more tokens than the pretrained model knows.
+    """
+    if model_args.model_name_or_path is not None:
+        name = model_args.model_name_or_path
+        known = AutoConfig.from_pretrained(name).get_text_config().vocab_size
+        if len(tokenizer) > known:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} tokens, the model {name!r} only {known}: "
+                "use the model's own tokenizer (leave out --tokenizer_name)"
+            )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(_new_config(model_args, tokenizer, block_size), dtype=torch.float32)
+    if model_args.embeddings_from is not None:
+        copy_embeddings(model_args.embeddings_from, model, freeze=model_args.freeze_embeddings)
+    if getattr(model, "loss_type", "") is None:  # GPT-2's: it then falls back to this one, with a warning
+        model.loss_type = "ForCausalLM"
+    return model
+
+
+def _new_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedConfig:
+    # No pad token: an embedding's row for it never learns, and here that would be the start token's row.
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None,
+    }
+    if model_args.config_name is not None:
+        return AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer), **ids)
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=block_size,
+        n_layer=model_args.n_layer,
+        n_embd=model_args.n_embd,
+        n_head=model_args.n_head,
+        resid_pdrop=model_args.dropout,
+        embd_pdrop=model_args.dropout,
+        attn_pdrop=model_args.dropout,
+        **ids,
+    )
+
+
+def check_context(config: PreTrainedConfig, block_size: int) -> None:
+    """Raises ValueError if a block has more tokens than the model has positions; no limit passes."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    if context and block_size > context:
+        raise ValueError(
+            f"block_size is {block_size}, the model's context {context}: use --block_size {context} or less"
+        )

@@ -1,0 +1,221 @@
+"""What an image classification run can be told, on the command line or in a JSON file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from hf_adafisher.data.images.augmentation import LIBRARIES, Augmentation, Library
+from hf_adafisher.data.images.corpora import DEFAULT_IMAGES, HELD_OUT_FRACTION, available_images
+from hf_adafisher.experiments.runs.arguments import RunTrainingArguments, parse_dataclasses
+from hf_adafisher.models import available_architectures
+from hf_adafisher.models.configurations import Kind
+from hf_adafisher.training.arguments import parse_options
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZERS: dict[Kind, str] = {"convolutional": "adafisher", "transformer": "adafisherw"}
+_KINDS: dict[Kind, str] = {"convolutional": "a convolutional network", "transformer": "a transformer"}
+SCRATCH_LEARNING_RATE = 0.02
+"""Of AdaFisher(W) from scratch, where none is given: after 300 steps on the digits 0.01 to 0.04 differ little."""
+FINE_TUNING_LEARNING_RATE = 0.001
+"""Of AdaFisher(W) for pretrained weights: a ViT-S on CIFAR-10 learns less in 64 steps at 0.003 or 0.0001."""
+_TAKEN_OPTIONS = ("image_size", "num_labels", "id2label", "label2id")
+
+
+@dataclass
+class ImageModelArguments:
+    """Which network: from scratch by name, or pretrained.
+
+    Raises:
+        ValueError: both `model` and `model_name_or_path`, an option that does not go with them, a malformed
+            `model_options`, or `layer_decay` outside (0, 1].
+    """
+
+    model: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Train this network from scratch: {', '.join(available_architectures())}, or timm/NAME. "
+            "Default: cct-2-3x2 for images up to 64 pixels, else resnet18."
+        },
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Fine-tune this model (Hub id or directory) instead."}
+    )
+    model_options: str | None = field(
+        default=None,
+        metadata={
+            "help": 'Options of a new network\'s configuration, "key=value,...": hidden_size=64,num_hidden_layers=4'
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side of the square images, in pixels. Default: the pretrained model's own; from scratch that of "
+            "the images (digits: 16; images of different sizes: 224)."
+        },
+    )
+    freeze_backbone: bool = field(
+        default=False, metadata={"help": "Train the classifier of a pretrained model only, not its backbone."}
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Learning rates fall by this factor with every layer below the head, in (0, 1]."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.model is not None and self.model_name_or_path is not None:
+            raise ValueError("give --model (from scratch) or --model_name_or_path (fine-tune), not both")
+        if self.model_name_or_path is None and self.freeze_backbone:
+            raise ValueError("--freeze_backbone needs --model_name_or_path: a backbone from scratch must be trained")
+        if self.model_name_or_path is not None and self.model_options:
+            raise ValueError("--model_options are for a network from scratch; a pretrained one has its own")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is {self.layer_decay}; it must be in (0, 1], where 1 scales nothing")
+        taken = [name for name in self.options() if name in _TAKEN_OPTIONS]
+        if taken:
+            raise ValueError(f"model_options cannot set {taken[0]}: it follows from --image_size and the data")
+
+    def options(self) -> dict[str, Any]:
+        """The options of the configuration."""
+        return parse_options(self.model_options, "model_options")
+
+
+@dataclass
+class ImageDataArguments:
+    """Which images, and what is done to those trained on.
+
+    Raises:
+        ValueError: a data set and a folder, numbers of samples below 1, or an option of the augmentation outside its
+            range.
+    """
+
+    dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": f"One of {', '.join(available_images())}, or OWNER/NAME of the Hub. Default: {DEFAULT_IMAGES}, "
+            "no network."
+        },
+    )
+    data_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Your own images instead: a folder of class folders (also within train, validation, test), of "
+            "parquet files, or one written by save_to_disk."
+        },
+    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
+    label_column: str | None = field(default=None, metadata={"help": "Column of the class numbers. Default: label."})
+    validation_fraction: float = field(
+        default=HELD_OUT_FRACTION,
+        metadata={"help": "Share of each class's training images to validate on, where there is no validation split."},
+    )
+    skip_broken: bool = field(
+        default=False, metadata={"help": "Leave out images that cannot be decoded; all are decoded once for this."}
+    )
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={"help": "Train on so many images, classes in proportion, the same ones for every seed."},
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on so many images of the validation and of the test split."}
+    )
+    crop_ratio: float = field(
+        default=1.0,
+        metadata={"help": "Share of the shorter side that the centre crop keeps, in (0, 1]; ImageNet's is 0.875."},
+    )
+    random_resized_crop: bool = field(
+        default=False,
+        metadata={"help": "Train on random parts, 8 to 100 per cent of the area, as is usual for ImageNet."},
+    )
+    crop_padding: int = field(default=0, metadata={"help": "Zeros around an image before a random crop; CIFAR's is 4."})
+    flip: float = field(default=0.0, metadata={"help": "Probability of mirroring left and right."})
+    randaugment_ops: int = field(default=0, metadata={"help": "Operations of RandAugment per image; 0: off."})
+    randaugment_magnitude: int = field(default=9, metadata={"help": "Strength of these operations, in 1..29."})
+    cutout: int = field(default=0, metadata={"help": "Side of the square that Cutout sets to the mean; 0: off."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of Mixup's Beta distribution; 0: off."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix's Beta distribution; 0: off."})
+    augmentation_library: str = field(
+        default="auto", metadata={"help": f"Which one crops, flips and runs RandAugment: {', '.join(LIBRARIES)}."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset is not None and self.data_dir is not None:
+            raise ValueError("give --dataset or --data_dir, not both")
+        for name in ("max_train_samples", "max_eval_samples"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} is {number}; it must be at least 1, or left out for all")
+        self.augmentation()
+
+    def augmentation(self) -> Augmentation:
+        """What is done to training images."""
+        return Augmentation(
+            crop_padding=self.crop_padding,
+            flip=self.flip,
+            randaugment_ops=self.randaugment_ops,
+            randaugment_magnitude=self.randaugment_magnitude,
+            cutout=self.cutout,
+            mixup=self.mixup,
+            cutmix=self.cutmix,
+            library=cast(Library, self.augmentation_library),
+        )
+
+
+@dataclass
+class ImageTrainingArguments(RunTrainingArguments):
+    """RunTrainingArguments whose optimizer, unless one is named, follows from the kind of network.
+
+    As in the paper, convolutional networks train with AdaFisher, whose weight decay is part of the gradient, and
+    transformers with AdaFisherW. Where no learning rate is given, that of both is 0.02 from scratch and 0.001 for
+    pretrained weights; both are starting points for a scan.
+    """
+
+    output_dir: str | None = field(default="image_output", metadata={"help": "Where everything is written."})
+    optim: str | None = field(  # type: ignore[assignment]  # None until the network is known
+        default=None,
+        metadata={
+            "help": "adafisher, adafisherw, or any other optimizer name. Default: adafisher for convolutional "
+            "networks, adafisherw for transformers."
+        },
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": f"Default: {SCRATCH_LEARNING_RATE} for AdaFisher(W), {FINE_TUNING_LEARNING_RATE} for pretrained "
+            "weights; scripts/list_optimizers.py has the others'."
+        },
+    )
+    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs, unless max_steps is given."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per device and step."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per device in evaluation."})
+
+    def __post_init__(self) -> None:
+        self._optim_is_free = self.optim is None
+        if self.optim is None:
+            self.optim = _OPTIMIZERS["transformer"]
+        self._learning_rate_is_free = self.learning_rate is None and self.optim in _OPTIMIZERS.values()
+        if self._learning_rate_is_free:
+            self.learning_rate = SCRATCH_LEARNING_RATE
+        super().__post_init__()
+
+    def choose_optimizer(self, network: str, kind: Kind, pretrained: bool) -> None:
+        """Names the optimizer, and its learning rate, that suit a network, unless they were asked for, and says so.
+
+        The two differ in what weight decay means only, so that everything checked for one holds for the other.
+        """
+        if self._learning_rate_is_free and pretrained:
+            self.learning_rate = FINE_TUNING_LEARNING_RATE
+        if self._optim_is_free:
+            self.optim = _OPTIMIZERS[kind]
+            logger.info("optimizer: %s, since %s is %s (--optim overrides)", self.optim, network, _KINDS[kind])
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None,
+) -> tuple[ImageModelArguments, ImageDataArguments, ImageTrainingArguments]:
+    """Reads the command line or a JSON file: see `parse_dataclasses`."""
+    model, data, training = parse_dataclasses((ImageModelArguments, ImageDataArguments, ImageTrainingArguments), argv)
+    return model, data, training

@@ -1,0 +1,233 @@
+"""A training run of any task: train, evaluate, write everything down.
+
+A task (`clm.py`, `image.py`) hands over a `PreparedRun`: what to train, how to evaluate it, and what to say about it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from hf_adafisher.experiments.outputs import hardware, software_versions, write_json, write_learning_curves
+from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
+from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence
+from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
+from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.training.arguments import optimizer_name
+from hf_adafisher.training.curvature_callback import CurvatureCallback
+from hf_adafisher.training.trainer import AdaFisherTrainer
+
+RESULTS_FILE = "results.json"
+CURVE_FILE = "learning_curve.png"
+CARD_FILE = "README.md"
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the evaluation at the end found.
+
+    Attributes:
+        splits: measures of "validation" and "test", a "loss" among them; splits that the data lacks are left out.
+        more: further entries of results.json.
+        files: for `PreparedRun.write_files`, what is too large for results.json.
+    """
+
+    splits: Mapping[str, dict[str, Any]]
+    more: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreparedRun(ABC):
+    """All that a run needs, every input checked."""
+
+    training_args: RunTrainingArguments
+    checkpoint: str | None
+    model: PreTrainedModel
+    model_args: Any
+    """A dataclass with `model_name_or_path`; the task says more about it."""
+    data_args: Any
+
+    loss_label: ClassVar[str]
+    """What the curve's axis says."""
+    card_task: ClassVar[str]
+    """The task's name on the Hub."""
+    own_files: ClassVar[tuple[str, ...]] = ()
+    """What `write_files` writes."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Whose versions the results hold, beside those of every run."""
+
+    @abstractmethod
+    def new_trainer(self, callbacks: list[TrainerCallback]) -> AdaFisherTrainer:
+        """The trainer, with its data sets."""
+
+    @abstractmethod
+    def evaluate(self, trainer: AdaFisherTrainer, diverged: bool) -> Evaluation:
+        """Evaluates validation and test split exactly; of a diverged model every loss is nan, without any work.
+
+        Every process calls this, and each gets the whole result.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The entries "corpus" (with a "name") and "model" (with its "parameters") of results.json, and any more."""
+
+    @property
+    def pretrained(self) -> str | None:
+        """The model that is fine-tuned, a Hub id or a folder; None from scratch."""
+        return self.model_args.model_name_or_path
+
+    @abstractmethod
+    def sentence(self, measures: Mapping[str, Any]) -> str:
+        """One line about one split's measures."""
+
+    def write_files(self, folder: Path, results: Mapping[str, Any], files: Mapping[str, Any]) -> None:  # noqa: B027
+        """Writes what stands beside results.json besides the curve, the model and its card."""
+
+    def card_text(self) -> str:
+        """What the model card says in addition."""
+        return ""
+
+    @property
+    def output_dir(self) -> Path:
+        """Where everything is written."""
+        return Path(self.training_args.output_dir or ".")
+
+
+def train_and_report(run: PreparedRun) -> dict[str, Any]:
+    """Trains, evaluates exactly, and writes results, picture, model, tokenizer or image processor, and model card.
+
+    Returns:
+        What `results.json` in the output directory holds (there, numbers that are not finite are null).
+        `status` is "completed", or "diverged" if a loss was not finite; a diverged model is neither evaluated
+        nor saved. With `timing_only` nothing is evaluated, saved or drawn, and `step_seconds` has every step.
+    """
+    timer, watch = StepTimer(), StopOnDivergence()
+    trainer = run.new_trainer([timer, watch, *([CurvatureCallback()] if run.training_args.curvature_log else [])])
+    if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's
+        for name in (RESULTS_FILE, CURVE_FILE, CARD_FILE, *run.own_files):
+            (run.output_dir / name).unlink(missing_ok=True)
+    outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
+    steps = {"steps": trainer.state.global_step, "steps_per_epoch": _steps_per_epoch(trainer)}
+    # Optimizer steps alone, those before a resume included, where wall_seconds has evaluations and checkpoints as
+    # well and counts from a resume.
+    cost = {
+        "train_seconds": timer.total,
+        "optimizer_state_bytes": optimizer_state_bytes(unwrapped(trainer.optimizer)),
+    }
+    if run.training_args.timing_only:
+        status = "completed" if watch.diverged_at is None else "diverged"
+        results = {"status": status, **dict.fromkeys(SPLITS), **steps, **cost, "step_seconds": timer.seconds}
+        results |= _describe(run)
+        _write_results(trainer, run, results)
+        return results
+    evaluation = run.evaluate(trainer, watch.diverged_at is not None)
+    train_loss = _last_loss(trainer.state.log_history)
+    losses = [train_loss, *(measures["loss"] for measures in evaluation.splits.values())]
+    diverged = watch.diverged_at is not None or not all(math.isfinite(loss) for loss in losses if loss is not None)
+    results = {
+        "status": "diverged" if diverged else "completed",
+        "optimizer": optimizer_name(run.training_args),
+        "seed": run.training_args.seed,
+        **steps,
+        "diverged_at_step": watch.diverged_at,
+        "resumed_from": run.checkpoint,
+        "train": {"loss": train_loss},
+        **{split: evaluation.splits.get(split) for split in SPLITS},
+        **evaluation.more,
+        **cost,
+        "wall_seconds": outcome.metrics.get("train_runtime"),
+        "step_time": timer.summary(),
+        **_describe(run),
+        "log_history": trainer.state.log_history,
+    }
+    _write(trainer, run, results, evaluation.files)
+    return results
+
+
+def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Sequence[str] | None = None) -> int:
+    """What every script does: prepare a run from its command line, train, and say how it went.
+
+    Args:
+        prepare: from the arguments (None: those of the process) to the run.
+        argv: arguments without the program's name.
+
+    Returns:
+        The exit status: 0; 1 if the run diverged; 2 for bad input or a missing extra: one line, no traceback.
+    """
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    for library in ("httpx", "datasets", "matplotlib"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        run = prepare(argv)
+    except (ValueError, OSError, ImportError) as error:
+        logging.error("%s", " ".join(str(error).split()))
+        return 2
+    results = train_and_report(run)
+    for split in SPLITS:
+        if results[split] is not None:
+            print(f"{split}: {run.sentence(results[split])}")
+    print(f"{results['status']}: see {run.training_args.output_dir}")
+    return 0 if results["status"] == "completed" else 1
+
+
+def _describe(run: PreparedRun) -> dict[str, Any]:
+    told = {"model": asdict(run.model_args), "data": asdict(run.data_args)}
+    return {
+        **run.describe(),
+        "versions": software_versions(run.libraries),
+        "hardware": hardware(),
+        "settings": {**told, "training": run.training_args.to_dict()},
+    }
+
+
+def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:
+    """Optimizer steps, those of this process: each step takes a batch on every process."""
+    batches = len(trainer.callback_handler.train_dataloader)
+    return max(math.ceil(batches / trainer.args.gradient_accumulation_steps), 1)
+
+
+def _last_loss(log_history: list[dict[str, Any]]) -> float | None:
+    return next((entry["loss"] for entry in reversed(log_history) if "loss" in entry), None)
+
+
+def _write_results(trainer: AdaFisherTrainer, run: PreparedRun, results: dict[str, Any]) -> None:
+    if trainer.is_world_process_zero():
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run.output_dir / RESULTS_FILE, results)
+
+
+def _write(trainer: AdaFisherTrainer, run: PreparedRun, results: dict[str, Any], files: Mapping[str, Any]) -> None:
+    finished = results["status"] == "completed"
+    if finished:
+        trainer.save_model()
+    _write_results(trainer, run, results)
+    if not trainer.is_world_process_zero():
+        return
+    name, folder = results["corpus"]["name"], run.output_dir
+    title = f"{name}, {results['model']['parameters']:,} parameters"
+    curves = {results["optimizer"]: results["log_history"]}
+    write_learning_curves(folder / CURVE_FILE, curves, title, loss_label=run.loss_label)
+    run.write_files(folder, results, files)
+    if finished:
+        _write_card(trainer, run, name)
+
+
+def _write_card(trainer: AdaFisherTrainer, run: PreparedRun, corpus: str) -> None:
+    if run.pretrained is None:
+        # A model without a name of its own would be called "a fine-tuned version of" nothing.
+        run.model.config._name_or_path = str(run.output_dir)
+    trainer.create_model_card(tasks=run.card_task, dataset=corpus)
+    card = run.output_dir / CARD_FILE
+    text = card.read_text(encoding="utf-8")
+    if run.pretrained is not None:  # a folder, of which Trainer knows no link
+        text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{run.pretrained}` on")
+    card.write_text(text + run.card_text(), encoding="utf-8")

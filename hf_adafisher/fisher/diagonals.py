@@ -1,0 +1,180 @@
+"""How the diagonal Fisher of one parameter is put together from factors (AdaFisher, Eq. 4).
+
+A form says which factors a parameter needs, how they spread over its axes once they are normalised, and what
+stands in for them when only the parameter's own gradient is known.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_adafisher.fisher.averages import min_max_normalize, statistics_dtype, sum_of_squares_along
+
+INPUT = "input_factor"
+OUTPUT_GRAD = "output_grad_factor"
+
+Term = tuple[Tensor, ...]
+"""Tensors that broadcast to the parameter's shape; their product is one use's share of the diagonal.
+
+They may have one axis more than the parameter, whose first axis is then split in two, ``(groups, out / groups)``: the
+weight of a grouped convolution. The product has the parameter's shape once these two are flattened.
+"""
+
+
+class ParameterForm(ABC):
+    """From factors to the diagonal of one parameter."""
+
+    @abstractmethod
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the factors that a parameter of ``shape`` keeps, in a fixed order."""
+
+    @abstractmethod
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        """Tensors whose product is the diagonal of a parameter of ``shape`` (a term), min-max normalised or raw."""
+
+    @abstractmethod
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        """Gradient factors: the stand-ins for the factors when only the parameter's gradient is known."""
+
+
+def _mean_square(grad: Tensor, axis: int) -> Tensor:
+    """Mean of grad^2 over every axis but ``axis``, in the dtype of statistics."""
+    return sum_of_squares_along(grad, axis) / max(grad.numel() // max(grad.shape[axis], 1), 1)
+
+
+@dataclass(frozen=True)
+class KroneckerForm(ParameterForm):
+    """An outer product with one factor an axis: ``F[i, j] = minmax(a)[i] * minmax(b)[j]``.
+
+    Attributes:
+        axes: The factor of each axis: ``(OUTPUT_GRAD, INPUT)`` for a weight ``(d_out, d_in)``, ``(OUTPUT_GRAD,)``
+            for a bias, whose input is the constant 1 and stays 1.
+    """
+
+    axes: tuple[str, ...]
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {name: (size,) for name, size in zip(self.axes, shape, strict=True)}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        term = []
+        for axis, name in enumerate(self.axes):
+            factor = min_max_normalize(factors[name]) if normalize else factors[name]
+            term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(self.axes))]))
+        return tuple(term)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        return {name: _mean_square(grad, axis) for axis, name in enumerate(self.axes)}
+
+
+@dataclass(frozen=True)
+class ConvForm(ParameterForm):
+    """The weight ``(out, in / groups, *kernel)`` of a convolution: ``F[o, j, k] = minmax(S)[o] * minmax(H)[c, k]``.
+
+    ``c`` is the input channel that ``j`` stands for in the group of ``o``. With several groups the weight is that of
+    a dense convolution with zeros in the other groups' places, and so are the factors: each is normalised as a whole.
+    Its terms split the first axis into the groups and what is inside them.
+
+    Attributes:
+        groups: Number of groups; ``H`` has the shape ``(in, *kernel)`` for any.
+    """
+
+    groups: int
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {OUTPUT_GRAD: (shape[0],), INPUT: (shape[1] * self.groups, *shape[2:])}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        s, h = factors[OUTPUT_GRAD], factors[INPUT]
+        if normalize:
+            s, h = min_max_normalize(s), min_max_normalize(h)
+        lead = (self.groups,) if self.groups > 1 else ()
+        return s.reshape(*lead, -1, *[1] * (len(shape) - 1)), h.reshape(*lead, 1, *shape[1:])
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        out, *rest = grad.shape
+        by_group = grad.detach().reshape(self.groups, out // self.groups, *rest)
+        norm = torch.linalg.vector_norm(by_group, dim=1, dtype=statistics_dtype(grad.dtype))
+        mean = norm.square_() / max(out // self.groups, 1)
+        return {OUTPUT_GRAD: _mean_square(grad, 0), INPUT: mean.reshape(rest[0] * self.groups, *rest[1:])}
+
+
+@dataclass(frozen=True)
+class ScaleForm(ParameterForm):
+    """The scale of a normalisation layer: ``F[c] = minmax(S * H)[c]``, a block for each channel.
+
+    The gradient of the scale is ``g_c * xhat_c``, so the product of the two second moments is formed before it is
+    normalised. Factors have the parameter's shape.
+    """
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {OUTPUT_GRAD: tuple(shape), INPUT: tuple(shape)}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        product = factors[OUTPUT_GRAD] * factors[INPUT]
+        return (min_max_normalize(product) if normalize else product,)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        square = grad.detach().to(statistics_dtype(grad.dtype)).square()
+        return {OUTPUT_GRAD: square, INPUT: torch.ones_like(square)}
+
+
+@dataclass(frozen=True)
+class ShiftForm(ParameterForm):
+    """The shift of a normalisation layer: ``F[c] = minmax(S)[c]``; the factor has the parameter's shape."""
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {OUTPUT_GRAD: tuple(shape)}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        factor = factors[OUTPUT_GRAD]
+        return (min_max_normalize(factor) if normalize else factor,)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        return {OUTPUT_GRAD: grad.detach().to(statistics_dtype(grad.dtype)).square()}
+
+
+@dataclass(frozen=True)
+class GradientForm(ParameterForm):
+    """Parameters that no layer rule reaches: one factor an axis, from the parameter's own gradient.
+
+    Each axis longer than 1 has the mean of grad^2 over all other axes: the row and column means of a matrix,
+    grad^2 itself for a vector. Axes of length 1 (class tokens, position tables) carry no shape and have no factor.
+    """
+
+    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
+        return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
+
+    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+        term = []
+        for axis, size in enumerate(shape):
+            if size > 1:
+                factor = factors[f"axis{axis}_factor"]
+                factor = min_max_normalize(factor) if normalize else factor
+                term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+        return tuple(term)
+
+    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
+        return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
+
+
+def diagonal_of(terms: Sequence[Term], like: Tensor, damping: float) -> Tensor:
+    """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``.
+
+    Several terms belong to a tied parameter: the Fisher of a sum of uses is the sum of their Fishers when the uses
+    are taken as independent. A term without tensors is the constant 1.
+    """
+    dtype = statistics_dtype(like.dtype)
+    total: Tensor | None = None
+    for term in terms:
+        product = math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
+        product = product.flatten(0, 1) if product.dim() > like.dim() else product
+        total = product if total is None else total + product
+    assert total is not None, "a parameter has at least one term"
+    return total.add(damping).expand(like.shape) if total.shape != like.shape else total.add(damping)

@@ -1,0 +1,314 @@
+"""What optimizers that record layer statistics with hooks have in common: AdaFisher, and K-FAC among the baselines."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Self
+
+from hf_adafisher.optimizers.base.tracker import ParameterTracker
+from hf_adafisher.optimizers.validation.checks import check_checkpoint, check_model, warn_changed_options
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+COUNTERS = ("steps", "next_refresh", "refreshes", "dropped_refreshes")
+"""Counters that every parameter group carries, so that they travel with a checkpoint."""
+
+
+class RecordingOptimizer(Optimizer, ABC):
+    """A torch optimizer that reads layer inputs and output gradients with hooks on the steps that are due.
+
+    Subclasses say what is recorded (:meth:`_new_tracker`), what becomes of it (:meth:`_take_statistics`) and how
+    parameters move (:meth:`_update_parameters`). Everything a training loop deals with is here: when a step is due,
+    the scale of the loss, statistics to be forgotten, checkpoints, closing.
+
+    Tensors live in ``state[param]``, created at the parameter's first gradient, since wrappers replace parameters
+    before that; options and counters live in ``param_groups``. Nothing else needs to be saved.
+
+    Args:
+        model: The module to train.
+        params: Parameters, named parameters or parameter groups. Default: all trainable parameters.
+        defaults: The options of a group.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: An option is outside its range, a parameter does not belong to the model, nothing is trainable, or
+            the model is wrapped or split in a way that hides layers or parameters.
+    """
+
+    checkpoint_keys: ClassVar[frozenset[str]]
+    """Options that the saved groups of this kind of optimizer have and those of others lack."""
+    compared_on_load: ClassVar[tuple[str, ...]]
+    """Options whose change by a checkpoint is worth a warning."""
+    decoupled: ClassVar[bool | None] = None
+    """The value of the group option ``decoupled_weight_decay``; None where there is no such option."""
+    momentum_key: ClassVar[str]
+    """State key of the tensor that has the parameter's shape."""
+    supports_shards: ClassVar[bool] = True
+    """Whether parameters may be sharded by FSDP2."""
+
+    _curvature: ParameterTracker
+
+    def __init__(self, model: nn.Module, params: ParamsT | None, defaults: Mapping[str, Any]) -> None:
+        kind = type(self).__name__
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{kind} needs the model, not only its parameters, because it reads layer inputs and output gradients: "
+                f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
+                f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
+            )
+        check_model(model, kind, self.supports_shards)
+        self.model = model
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+            if not params:
+                raise ValueError(
+                    f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what {kind} should "
+                    "train"
+                )
+        self._curvature = self._new_tracker()
+        super().__init__(params, {**defaults, **dict.fromkeys(COUNTERS, 0)})
+        if not any(p.requires_grad for p in self._params()):
+            raise ValueError(
+                f"none of the parameters given to {kind} is trainable: set requires_grad=True on some of them"
+            )
+        self._track()
+
+    @abstractmethod
+    def _new_tracker(self) -> ParameterTracker:
+        """The bookkeeping of ``self.model``, tracking nothing yet."""
+
+    @abstractmethod
+    def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        """Check a new parameter group beside the first one. Raises ValueError for an option outside its range."""
+
+    @abstractmethod
+    def _take_statistics(self) -> bool | None:
+        """Update the averages with what was recorded since the last step.
+
+        Returns:
+            Whether there was anything to learn from; None if it was dropped for not being finite.
+        """
+
+    @abstractmethod
+    def _update_parameters(self) -> None:
+        """Move every parameter that has a gradient."""
+
+    @abstractmethod
+    def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
+        """Keys and shapes of a parameter's state; they depend on the model and the options alone."""
+
+    def _restored_dtype(self, group: Mapping[str, Any], p: Tensor, key: str, saved: torch.dtype) -> torch.dtype:
+        """The dtype of a restored state tensor. Statistics keep their own; torch casts all to the parameter's."""
+        return p.dtype if key == self.momentum_key else saved
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Refresh the factors if this step is due, then update every parameter that has a gradient.
+
+        Args:
+            closure: Optionally, a function that evaluates the model again and returns the loss.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            RuntimeError: After :meth:`close`, or for a sparse gradient.
+        """
+        self._curvature.open_recorder()  # raises after close(), before the closure does any work
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            if self.refresh_due:
+                self._refresh()
+            self._update_parameters()
+            for group in self.param_groups:
+                group["steps"] += 1
+        self._curvature.arm(self.refresh_due)
+        return loss
+
+    def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
+        """Group, parameter and gradient of every parameter that has one."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p.grad.is_sparse:
+                        raise RuntimeError(
+                            f"{self._curvature.name_of(p)} has a sparse gradient: build its Embedding with sparse=False"
+                        )
+                    yield group, p, p.grad
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next ``step()`` refreshes the factors, so that the backward passes before it are recorded.
+
+        Hooks cannot run inside compiled graphs. With ``torch.compile``, run the forward and backward of such a step
+        under ``torch.compiler.set_stance("force_eager")``; AdaFisherTrainer does so by itself.
+        """
+        first = self.param_groups[0]
+        return bool(first["steps"] >= first["next_refresh"])
+
+    @property
+    def gradient_scale(self) -> float:
+        """What the loss of the coming backward passes is multiplied by, beside what the model's loss does. Default 1.
+
+        Factors are taken as if it were 1. AdaFisherTrainer sets it on every step that is due, so that factors are
+        those of each position's own loss. In your own loop with loss scaling, set it to ``scaler.get_scale()`` before
+        the backward. The averaging of gradients over processes is taken into account by itself.
+
+        Raises:
+            ValueError: On setting a value that is not finite and > 0.
+            RuntimeError: After :meth:`close`.
+        """
+        return self._curvature.open_recorder().gradient_scale
+
+    @gradient_scale.setter
+    def gradient_scale(self, value: float) -> None:
+        if not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"gradient_scale must be finite and > 0, got {value}")
+        self._curvature.open_recorder().gradient_scale = float(value)
+
+    def _refresh(self) -> None:
+        """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
+        taken = self._take_statistics()
+        for group in self.param_groups:
+            if taken is None:
+                group["dropped_refreshes"] += 1
+            elif taken:
+                group["refreshes"] += 1
+                # The next multiple of the interval: a late refresh does not shift those after it.
+                group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, and with them the statistics of the backward passes that made them."""
+        super().zero_grad(set_to_none)
+        if self._curvature.recorder is not None:
+            self._curvature.recorder.forget_pending()
+
+    def discard_statistics(self) -> None:
+        """Forget statistics recorded since the last step.
+
+        For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
+        ``optimizer.zero_grad()`` does it by itself.
+        """
+        self._curvature.discard()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
+
+        Call it after ``step()``: statistics recorded since the last step are forgotten.
+
+        Raises:
+            ValueError: An option is outside its range, a parameter is not the model's, or an option that the hooks
+                serve all groups with (``update_interval``) differs from that of the other groups.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group, self.param_groups[0])
+            self._curvature.map_parameters()  # the model may have grown since
+            for p in group["params"]:
+                if id(p) not in self._curvature.names:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} does not belong to the model "
+                        f"({type(self.model).__name__}): build the optimizer on the module that holds every parameter "
+                        "it should train"
+                    )
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
+        if self._curvature.recorder is not None:  # None while the constructor adds its groups
+            self._track()
+
+    def _track(self) -> None:
+        self._curvature.track(self._params())
+        self._curvature.arm(self.refresh_due)
+
+    def _params(self) -> list[Any]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state; the given dictionary is neither changed nor shared.
+
+        As for every torch optimizer, the options of the saved groups replace those of the constructor; one warning
+        names those that differ. Options that are newer than the checkpoint stay as they are. Statistics come back in
+        the dtype in which they were saved; torch's rule would cast them to the parameter's.
+
+        Raises:
+            ValueError: The checkpoint is another optimizer's, or another model's.
+        """
+        check_checkpoint(self, state_dict)
+        warn_changed_options(self, state_dict, self.compared_on_load)
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, options in zip(self.param_groups, before, strict=True):
+            for name, value in options.items():
+                group.setdefault(name, value)
+        saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        members = [(group, p) for group in self.param_groups for p in group["params"]]
+        for saved_id, (group, p) in zip(saved_ids, members, strict=True):
+            for key, value in state_dict["state"].get(saved_id, {}).items():
+                # Scalars (step, weight of the average) stay on the CPU, since they are read as numbers; the momentum
+                # of a 0-dimensional parameter is none of them.
+                scalar = value.dim() == 0 and key != self.momentum_key
+                dtype = self._restored_dtype(group, p, key, value.dtype)
+                device = torch.device("cpu") if scalar else p.device
+                self.state[p][key] = value.detach().clone().to(device, dtype)
+        self._curvature.forget()
+        self._curvature.discard()
+        self._curvature.arm(self.refresh_due)
+
+    def close(self) -> None:
+        """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
+        if self._curvature.recorder is not None:
+            self._curvature.recorder.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"{type(self).__name__} cannot be copied or pickled, since its hooks belong to one model: save "
+            "state_dict(), and load it into a new optimizer built on the copy of the model"
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class CountsLossTerms:
+    """For optimizers that need the size of the batch's gradient, not only the shape of its statistics."""
+
+    gradient_scale: float
+    _loss_terms: float | None = None
+
+    @property
+    def loss_terms(self) -> float:
+        """How many terms the loss of the coming step is the mean of, over all micro-batches and processes.
+
+        Where ``gradient_scale`` is set to what each term's own loss is multiplied by (1 / number of terms, times the
+        scale of a loss scaler), statistics are those of one term's loss, and this number tells what the batch's are.
+        Default: ``1 / gradient_scale``, and at least 1. A loss scaler hides the number of terms: set both, as
+        AdaFisherTrainer does.
+
+        Left alone, a mean loss is taken as a single term, and its statistics are those of the mean.
+
+        Raises:
+            ValueError: On setting a value that is not finite and > 0; None gives the default back.
+        """
+        return max(1.0, 1.0 / self.gradient_scale) if self._loss_terms is None else self._loss_terms
+
+    @loss_terms.setter
+    def loss_terms(self, value: float | None) -> None:
+        if value is not None and not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"loss_terms must be finite and > 0, or None, got {value}")
+        self._loss_terms = None if value is None else float(value)

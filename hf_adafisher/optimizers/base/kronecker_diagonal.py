@@ -1,0 +1,135 @@
+"""What AdaFisher(W) and SpectralAdaFisher have in common: averaged factors and a first moment."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_adafisher.fisher.diagonals import Term, diagonal_of
+from hf_adafisher.fisher.parameter_uses import new_state
+from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+from hf_adafisher.optimizers.base.statistics import Curvature
+from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
+from hf_adafisher.optimizers.validation.checks import dtype_option, plain_dtypes
+
+
+class FactoredOptimizer(RecordingOptimizer):
+    """A first moment and the averaged factors of every use of every parameter; subclasses say what moves by them.
+
+    The state of a parameter is ``step``, ``exp_avg`` in its shape, and vectors
+    (:func:`hf_adafisher.fisher.parameter_uses.new_state`).
+    """
+
+    momentum_key = "exp_avg"
+    _curvature: Curvature
+
+    @abstractmethod
+    def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        """Raises ValueError for an option of a new group that is outside its range."""
+
+    @abstractmethod
+    def damping_of(self, group: Mapping[str, Any], terms: Sequence[Term]) -> float:
+        """What is added to the diagonal that these terms of a parameter in ``group`` make."""
+
+    def _new_tracker(self) -> Curvature:
+        return Curvature(self.model)
+
+    def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
+        self._check_options(group, first)
+        plain_dtypes(group)
+
+    def _take_statistics(self) -> bool | None:
+        updates = self._curvature.collect(self._with_gradient(), self._state_of)
+        if updates is None:
+            return None
+        for update in updates:
+            update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
+        if updates:
+            self._curvature.forget()
+        return bool(updates)
+
+    def _count_step(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Tensor]]]:
+        """Group, parameter, gradient and state of every parameter with a gradient, its step counted."""
+        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
+        if members:
+            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
+        return members
+
+    def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
+            dtype = dtype_option(group, "momentum_dtype", p.dtype)
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            state.update(new_state(self._curvature.uses_of(p), p))
+        return state
+
+    def _track(self) -> None:
+        """Follow the model and the groups as they are now, also in the states that exist."""
+        super()._track()
+        for p in self._params():
+            state = self.state.get(p)
+            if state:
+                fresh = new_state(self._curvature.uses_of(p), p)
+                known = {key: value for key, value in state.items() if key not in ("step", self.momentum_key)}
+                if not known.keys() <= fresh.keys():  # another rule reaches it now: its factors mean something else
+                    for key in known:
+                        del state[key]
+                for key, value in fresh.items():
+                    state.setdefault(key, value)
+
+    def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
+        """Keys and shapes of a parameter's state; they depend on the model alone."""
+        factors = new_state(self._curvature.uses_of(p), p)
+        return {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
+
+    def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
+        """Momentum has the dtype that its group names; statistics keep their own."""
+        return dtype_option(group, "momentum_dtype", p.dtype) if key == self.momentum_key else saved
+
+    @torch.no_grad()
+    def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
+        """The damped diagonal F of this parameter, as the last step knew it.
+
+        AdaFisher(W) divides the momentum by it (Eq. 4). SpectralAdaFisher divides by its root what is no hidden matrix;
+        its diagonal is that of the batch's gradient, and ``normalized`` only says whether it is damped.
+
+        Args:
+            param: A parameter that this optimizer trains.
+            normalized: False gives the Kronecker products of the averaged factors instead, neither normalised nor
+                damped: an estimate of the Fisher's diagonal, exact for a batch of one position in layers that do not
+                rescale their output.
+
+        Returns:
+            Tensor in the parameter's shape, float32 (float64 for a float64 parameter); whole, also where FSDP2 has
+            sharded the parameter.
+
+        Raises:
+            ValueError: The parameter is not trained by this optimizer.
+            RuntimeError: There are no statistics yet, since it had no gradient in any step so far.
+        """
+        group = next((g for g in self.param_groups if any(q is param for q in g["params"])), None)
+        name = self._curvature.name_of(param)
+        if group is None:
+            raise ValueError(f"{name} is not trained by this optimizer: it is in none of its parameter groups")
+        state = self.state.get(param)
+        terms = self._curvature.known_terms(param, state, normalized) if state else []
+        if not terms:
+            raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
+        return diagonal_of(terms, param, self.damping_of(group, terms) if normalized else 0.0)
+
+    def coverage(self) -> list[ParameterCoverage]:
+        """For every trainable parameter: its rule or ``"gradient factors"``, its modules, its share of all values."""
+        return coverage_of(self)
+
+    def curvature_summary(self) -> dict[str, float]:
+        """A few numbers about the curvature in use, for logs.
+
+        See :func:`hf_adafisher.optimizers.diagnostics.coverage.curvature_summary`.
+        """
+        return curvature_summary(self)

@@ -1,0 +1,107 @@
+"""SpectralAdaFisher's curvature: factors on the scale of the batch's gradient, and which weights are matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, Term
+from hf_adafisher.fisher.parameter_uses import estimated_terms, gradient_estimate, rows_in_use
+from hf_adafisher.optimizers.base.statistics import Curvature
+from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices
+from hf_adafisher.optimizers.sharding import whole
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Of a matrix: ``rows (r, 1)`` and ``columns (1, c)``, by which it is multiplied to whiten it, and to go back."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+class SpectralCurvature(Curvature):
+    """Factors whose product estimates the second moment of the batch's gradient, ``sum_n g_n^2 x_n^2``.
+
+    ``H`` is a mean over the ``N`` positions of a refresh as elsewhere, ``S`` the *sum* over them, so that ``S (x) H``
+    is ``N`` times the product of the means. ``g`` is the gradient of the loss that is descended.
+
+    Attributes:
+        loss_terms: How many terms the loss is the mean of, where ``gradient_scale`` takes factors as if it were one of
+            them; 1 where it does not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.loss_terms = 1.0
+
+    def map_parameters(self) -> None:
+        """Look everything up in the model again, the hidden matrices too."""
+        super().map_parameters()
+        self._transposed = {id(weight): transposed for weight, transposed in hidden_matrices(self.model)}
+        self._heads = {id(weight): transposed for weight, transposed in head_matrices(self.model)}
+
+    def is_matrix(self, p: Tensor, heads: bool) -> bool:
+        """Whether a parameter is a hidden matrix, or, with ``heads``, the weight of an output layer."""
+        return id(p) in self._transposed or (heads and self.is_head(p))
+
+    def is_head(self, p: Tensor) -> bool:
+        """Whether a parameter is the weight of an output layer."""
+        return id(p) in self._heads
+
+    def mean_of(self, terms: Sequence[Term]) -> float:
+        """The mean of the diagonal that terms of :meth:`terms` make."""
+        return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
+
+    def forget(self) -> None:
+        """Forget every cached term, and what was made of it."""
+        super().forget()
+        self._whitenings: dict[Any, Whitening] = {}
+
+    def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
+        return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * (positions / self.loss_terms**2)}
+
+    def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # The positions are the rows, and the gradient is the batch's already.
+        return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * rows_in_use(factors)}
+
+    def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[Term]:
+        return estimated_terms(self.uses_of(p), state, p.shape)
+
+    def _provisional_term(self, p: Tensor, grad: Tensor) -> Term:
+        return gradient_estimate(self.uses_of(p), whole(grad))
+
+    def whitening(self, p: Tensor, terms: Sequence[Term], group: Mapping[str, float]) -> Whitening:
+        """``(S / mean(S) + rho)^-e`` and the same of ``H``, along the sides of a hidden matrix; kept with the terms.
+
+        Several uses of one weight add up to the means of their diagonal along either side.
+
+        Args:
+            p: A hidden matrix, or a convolution's weight, whose columns are ``(in, *kernel)``.
+            terms: Of :meth:`terms`.
+            group: Its parameter group.
+        """
+        exponents, rho = (group["output_exponent"], group["input_exponent"]), group["relative_damping"]
+        key = id(p), exponents, rho
+        if key in self._whitenings and id(p) not in self._provisional:
+            return self._whitenings[key]
+        sides = [(term[0].flatten(), term[1].flatten()) for term in terms]
+        rows = sum((left * right.mean() for left, right in sides), start=torch.zeros_like(sides[0][0]))
+        columns = sum((right * left.mean() for left, right in sides), start=torch.zeros_like(sides[0][1]))
+        if self._transposed.get(id(p), self._heads.get(id(p), False)):  # stored as (inputs, outputs)
+            exponents = exponents[::-1]
+        found = Whitening(_power(rows, rho, exponents[0])[:, None], _power(columns, rho, exponents[1])[None])
+        self._whitenings[key] = found
+        return found
+
+
+def _power(factor: Tensor, rho: float, exponent: float) -> Tensor:
+    """``(v / mean(v) + rho)^-exponent``; a factor of zeros carries no shape and gives a constant."""
+    mean = factor.mean()
+    relative = torch.where(mean > 0, factor / mean, torch.ones_like(factor))
+    return relative.add_(rho).pow_(-exponent)

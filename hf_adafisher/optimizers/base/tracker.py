@@ -1,0 +1,175 @@
+"""What an optimizer that records statistics knows about its model: the recorder, the names, what to warn of."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_adafisher.fisher.recorder import FactorRecorder, Sample
+from hf_adafisher.optimizers.sharding import local_part
+from hf_adafisher.optimizers.validation.compilation import compiled_regions, graphs_compiled, refuse_compiling_trainer
+
+logger = logging.getLogger(__name__)
+
+_NAMES_SHOWN = 5
+
+
+class ParameterTracker(ABC):
+    """The recorder of the parameters that an optimizer trains, their names, and what there is to say about them.
+
+    Args:
+        model: The model that the optimizer was given.
+
+    Attributes:
+        runs_eagerly: Whether the step under way, which is due, runs eagerly; set by AdaFisherTrainer for one step.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.recorder: FactorRecorder | None = None
+        self._params: list[Any] = []
+        self._warned_bypassed: set[int] = set()
+        self._warned_dropped = False
+        self.runs_eagerly = False
+        self._driver_known = False
+        self._examined: set[str] = set()
+        self.map_parameters()
+
+    def track(self, params: Sequence[Any]) -> None:
+        """Follow exactly these parameters of the model from now on, with a new recorder (disarmed)."""
+        scale = 1.0
+        if self.recorder is not None:
+            scale = self.recorder.gradient_scale
+            self.recorder.close()
+        self._params = list(params)
+        self._examined.clear()
+        self.recorder = self._new_recorder()
+        self.recorder.gradient_scale = scale
+        self.map_parameters()
+        self._report_uncovered()
+
+    @abstractmethod
+    def _new_recorder(self) -> FactorRecorder:
+        """A recorder for the parameters in ``self._params``."""
+
+    @abstractmethod
+    def _report_uncovered(self) -> None:
+        """Say once which of the tracked parameters no layer rule reaches."""
+
+    def map_parameters(self) -> None:
+        """Look the names of all parameters up in the model again."""
+        self.names = {id(p): name for name, p in self.model.named_parameters()}
+        self.forget()
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Forget whatever was derived from the averages: they have changed."""
+
+    def name_of(self, p: Tensor) -> str:
+        """The parameter's name in the model."""
+        return self.names.get(id(p), f"a parameter of shape {tuple(p.shape)}")
+
+    def describe(self, params: Sequence[Tensor]) -> str:
+        """``"3 parameters (0.2 % of all values): a, b, c"`` for one grouped message."""
+        share = 100.0 * sum(p.numel() for p in params) / max(sum(p.numel() for p in self._params), 1)
+        names = ", ".join(self.name_of(p) for p in params[:_NAMES_SHOWN])
+        more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
+        return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.1f} % of all values): {names}{more}"
+
+    def discard(self) -> None:
+        """Forget what was recorded since the last step."""
+        self.open_recorder().discard()
+
+    def arm(self, due: bool) -> None:
+        """Put the hooks on for a step that is due, and off for any other."""
+        recorder = self.open_recorder()
+        if due:
+            recorder.arm()
+        else:
+            recorder.disarm()
+
+    def open_recorder(self) -> FactorRecorder:
+        """The recorder. Raises RuntimeError after it was closed."""
+        if self.recorder is None or self.recorder.closed:
+            raise RuntimeError("this optimizer was closed and has no hooks any more: build a new one to train on")
+        return self.recorder
+
+    def _check_not_compiled(self, sample: Sample, gradients: Iterable[tuple[Tensor, Tensor]]) -> set[int]:
+        """Refuse to go on where a compiled graph has hidden layers that train.
+
+        An error is raised where torch knows of a compiled module that holds such layers and in which no layer at all
+        recorded anything. Layers have other reasons to be silent, also in a process that compiles other models, and
+        from these a compiled function that calls the model cannot be told: the caller warns of what is returned.
+
+        Args:
+            sample: What was recorded, by all processes together.
+            gradients: Parameters and their gradients.
+
+        Returns:
+            The ids of the parameters of other silent layers, in a process that has compiled anything; a layer's once.
+
+        Raises:
+            RuntimeError: A compiled graph did not run the hooks: there are no statistics, or old ones.
+            ValueError: A Trainer that compiles every step drives this optimizer.
+        """
+        eager, self.runs_eagerly = self.runs_eagerly, False
+        if not (eager or self._driver_known):
+            refuse_compiling_trainer(self)
+        self._driver_known = True
+        tracked = self.open_recorder().tracked
+        if eager or sample.non_finite or sample.factors.keys() >= set(tracked):
+            return set()
+        quiet = [t for t in tracked if t not in sample.factors and t.module.training and t.name not in self._examined]
+        owned = {id(p) for t in quiet for p in t.module.parameters(recurse=False)}
+        # Steps of zero gradients do not count: distributed checkpoints make them to initialise states.
+        moving = {id(p) for p, grad in gradients if id(p) in owned and bool(local_part(grad).any())}
+        quiet = [t for t in quiet if any(id(p) in moving for p in t.module.parameters(recurse=False))]
+        silent = [t for t in quiet if t.explained is not False]
+        for region in compiled_regions(self.model) if silent else ():
+            inside = set(region.modules())
+            hidden = [t.name for t in silent if t.module in inside]
+            if hidden and not any(t.module in inside for t in sample.factors):
+                raise RuntimeError(
+                    f"no layer in a compiled {_class_name(region)} recorded anything in a step that refreshes "
+                    f"the factors (the first is {hidden[0]!r}): compiled graphs do not run hooks. Use "
+                    "AdaFisherTrainer, or run the forward and backward of these steps with "
+                    'torch.compiler.set_stance("force_eager" if optimizer.refresh_due else "default")'
+                )
+        self._examined.update(t.name for t in quiet)
+        if not graphs_compiled():
+            return set()
+        heard = {id(p) for t in sample.factors for p in t.module.parameters(recurse=False)}
+        return moving & {id(p) for t in silent for p in t.module.parameters(recurse=False)} - heard
+
+    def _warn_dropped(self, modules: Sequence[str]) -> None:
+        if not self._warned_dropped:
+            self._warned_dropped = True
+            where = f" in {modules[0]!r}" if modules else ""
+            more = f" and {len(modules) - 1} more modules" if len(modules) > 1 else ""
+            logger.warning(
+                "Non-finite activations or gradients%s%s: the statistics of this step are dropped and the refresh "
+                "stays due. Said once; curvature_summary() counts them.",
+                where,
+                more,
+            )
+
+    def _warn_bypassed(self, params: Sequence[Tensor], instead: str) -> None:
+        """Say once which parameters have a rule but no statistics: their module was not called, or not as assumed."""
+        new = [p for p in params if id(p) not in self._warned_bypassed]
+        if new:
+            self._warned_bypassed.update(id(p) for p in new)
+            logger.warning(
+                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
+                "something else than their class); %s instead.",
+                self.describe(new),
+                instead,
+            )
+
+
+def _class_name(region: nn.Module) -> str:
+    """The class of a compiled module, which torch may have wrapped."""
+    return type(getattr(region, "_orig_mod", region)).__name__

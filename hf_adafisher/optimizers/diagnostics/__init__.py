@@ -1,0 +1,1 @@
+"""Coverage of parameters by layer rules, and curvature by layer."""

@@ -1,0 +1,167 @@
+"""Every optimizer by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
+from hf_adafisher.optimizers.factory.catalog import available_optimizers, optimizer_record
+from hf_adafisher.optimizers.factory.param_groups import decay_groups
+from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
+from hf_adafisher.optimizers.sharding import is_sharded
+from hf_adafisher.optimizers.validation.checks import shards_to_come, warn_changed_options
+from hf_adafisher.optimizers.validation.compilation import refuse_compilation
+
+__all__ = [
+    "OptimizerFactory",
+    "OptimizerRecord",
+    "available_optimizers",
+    "create_optimizer",
+    "did_you_mean",
+    "optimizer_record",
+    "optimizer_state_bytes",
+]
+
+_FUSED_DEVICES = frozenset({"cpu", "cuda"})
+_NOT_COMPARED = frozenset({"fused", "foreach", "capturable"})
+"""How a step is computed; what it computes is the same."""
+_FUSED_WHOLE = frozenset({"sgd"})
+"""Whose fused kernel does not know FSDP2's sharded parameters."""
+
+
+def create_optimizer(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float | None = None,
+    weight_decay: float = 0.0,
+    decay_names: Collection[str] | None = None,
+    **options: Any,
+) -> Optimizer:
+    """Build an optimizer by name, with Trainer's parameter groups: no weight decay on biases and normalisation layers.
+
+    Some optimizers treat some weights otherwise than the rest, and get groups that say so: ``muon`` (hidden matrices;
+    the rest under its AdamW, with ``adamw_lr``), ``shampoo`` (no embeddings, no side above ``max_side``: these go to
+    AdamW, with ``adamw_lr``), ``soap`` (embeddings along their width only) and ``lars`` (``vector_lr`` for biases and
+    norms). In your own loop, ``adahessian`` and ``sophia`` need ``loss.backward(create_graph=optimizer.needs_graph)``,
+    and attention is switched to a kind that has second derivatives; ``schedule_free_adamw`` needs
+    ``optimizer.train()`` before training and ``optimizer.eval()`` before evaluating or saving the model.
+
+    Args:
+        name: One of :func:`available_optimizers`.
+        model: The model to train; its trainable parameters are used.
+        lr: Learning rate. Default: that of ``scripts/list_optimizers.py``, but the class's own for AdaFisher(W), SGD,
+            Adam and AdamW, whose default there is meant for Trainer.
+        weight_decay: For the parameters that are decayed. Default 0.
+        decay_names: Names of the parameters to decay, instead of Trainer's rule.
+        **options: Further options of the optimizer class (``damping=``, ``betas=``, ``momentum=``, ...).
+
+    Returns:
+        The optimizer. It refuses to load a checkpoint that another kind of optimizer wrote.
+
+    Raises:
+        ValueError: Unknown name or option (the message lists the known ones), nothing to train, a value out of range,
+            or a model that the optimizer does not work with (compiled, sharded).
+        ImportError: The optimizer's library is not installed; the message holds the command that installs it.
+    """
+    record = optimizer_record(name)
+    record.check_names(options)
+    arguments = record.arguments({**options, **({} if lr is None else {"lr": lr})})
+    record.check_values({**arguments, "weight_decay": weight_decay})
+    groups = decay_groups(model, weight_decay, decay_names)
+    if record.create_graph:
+        prepare_model(model, name)
+    params = [p for group in groups for p in group["params"]]
+    shards = _shards(params)
+    if shards in record.refuses and not record.needs_model:  # those that need the model look at it themselves
+        raise ValueError(
+            f"{name} does not support {shards}, which takes the parameters apart: use another optimizer, or "
+            "DistributedDataParallel"
+        )
+    if "fused" in record.options() and not {"fused", "foreach", "differentiable"} & arguments.keys():
+        # What Trainer's default optimizer does; without it the comparison would be against a slow peer.
+        able = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
+        arguments["fused"] = able and not (shards and name in _FUSED_WHOLE)
+    if record.groups is not None:
+        groups = record.groups(model, groups, arguments)
+    build: Callable[..., Optimizer] = record.cls
+    optimizer = build(model, groups, **arguments) if record.needs_model else build(groups, **arguments)
+    optimizer.register_load_state_dict_pre_hook(functools.partial(_check_checkpoint, record))
+    return optimizer
+
+
+def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Before a state is loaded: is it this optimizer's, and what will it change?"""
+    if not record.resumable:
+        raise ValueError(f"{record.name} cannot go on from a checkpoint: start without the optimizer state")
+    if not record.needs_model:  # those do it themselves, as with what changes
+        record.check_groups(state["param_groups"])
+    saved, own = len(state["param_groups"]), len(optimizer.param_groups)
+    if saved != own:
+        raise ValueError(
+            f"the checkpoint has {saved} parameter groups, this {record.name} has {own}: it was written with other "
+            "options that decide the groups, for another model or by another optimizer; resume with those that wrote it"
+        )
+    if not record.needs_model:
+        warn_changed_options(optimizer, state, {"weight_decay", *record.options()} - _NOT_COMPARED)
+
+
+class OptimizerFactory:
+    """What a stock ``Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {...}))`` accepts.
+
+    Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place. It
+    does not pass its own ``learning_rate`` and ``weight_decay``: ``lr`` must be among the arguments, and
+    ``weight_decay`` is 0 unless it is.
+
+    Example:
+        >>> kwargs = {"name": "adafisherw", "lr": 0.04, "damping": 3e-3, "update_interval": 10}
+        >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
+    """
+
+    def __call__(self, model: nn.Module, *, lr: float, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
+        """:func:`create_optimizer` with the model first.
+
+        Raises:
+            TypeError: Without ``lr``.
+            ValueError: As :func:`create_optimizer`, and where Trainer is to compile the model: for optimizers that need
+                second derivatives, and under a stock Trainer for AdaFisher(W) and K-FAC.
+        """
+        record = optimizer_record(name)
+        second_derivatives = "torch.compile" in record.refuses
+        if record.needs_model or second_derivatives:
+            refuse_compilation(name, second_derivatives=second_derivatives)
+        return create_optimizer(name, model, lr=lr, **kwargs)
+
+
+def _shards(params: Iterable[torch.Tensor]) -> str | None:
+    """What has taken the parameters apart, or is about to, once the optimizer is there (as accelerate knows)."""
+    coming = shards_to_come()
+    if coming in ("Deepspeed", "Megatron-Lm"):
+        return "DeepSpeed"  # records do not tell the two apart
+    return coming or ("FSDP2" if any(is_sharded(p) for p in params) else None)
+
+
+def optimizer_state_bytes(optimizer: Any) -> int:
+    """Bytes of all tensors in an optimizer's state (moments, factors, counters), without the gradients.
+
+    Args:
+        optimizer: A torch optimizer, or accelerate's wrapper of one.
+    """
+    return sum(
+        tensor.numel() * tensor.element_size() for state in optimizer.state.values() for tensor in _tensors(state)
+    )
+
+
+def _tensors(value: Any) -> Iterable[torch.Tensor]:
+    """The tensors in a state, also those in lists and dictionaries in it."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)

@@ -1,0 +1,1 @@
+"""Errors before any work is lost: options, models, environments, checkpoints."""

@@ -1,0 +1,229 @@
+"""Corpora: what text they give, what they say about it, and what they refuse."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_adafisher.data import available_corpora, count_words, load_corpus
+from hf_adafisher.data.text.corpora import HUB_CORPORA
+from hf_adafisher.data.text.python_docs import read_topics, split_paragraphs, unique_paragraphs
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfone two\r\n\nthree\x0cfour\xe2\x80\xa8five\n")
+    return path
+
+
+def test_lines_are_cut_at_line_ends_only(text_file: Path) -> None:
+    """No byte order mark; Windows line ends understood; form feeds and Unicode separators stay inside."""
+    twice = [text_file, text_file]
+    corpus = load_corpus(train_files=text_file, validation_files=twice, test_files=str(text_file))
+    lines = ["one two", "", "three\x0cfour\u2028five"]
+    assert corpus.train == corpus.test == lines
+    assert corpus.validation == lines + lines
+    assert str(text_file) in corpus.source
+
+
+def test_a_missing_last_newline_changes_nothing(tmp_path: Path) -> None:
+    for name, text in (("with", "a\nb\n"), ("without", "a\nb")):
+        (tmp_path / name).write_text(text)
+    corpus = load_corpus(train_files=tmp_path / "with", validation_files=tmp_path / "without")
+    assert corpus.train == corpus.validation == ["a", "b"]
+
+
+def test_without_validation_file_the_last_twentieth_is_held_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [f"line {number}" for number in range(100)]
+    (tmp_path / "train.txt").write_text("\n".join(lines) + "\n")
+    with caplog.at_level(logging.WARNING):
+        corpus = load_corpus(train_files=tmp_path / "train.txt")
+    assert (corpus.train, corpus.validation, corpus.test) == (lines[:95], lines[95:], [])
+    assert "5 of 100" in caplog.text and "no test file" in caplog.text
+    assert "last 5 lines of train" in corpus.source
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"), [([], 0), ([""], 1), (["a b", "", " c "], 6), (["no-break\u00a0space\tand tab"], 5)]
+)
+def test_words_are_what_white_space_separates_and_line_ends(lines: list[str], words: int) -> None:
+    assert count_words(lines) == words
+
+
+@given(st.lists(st.text(alphabet="ab \t")))
+def test_words_count_like_marked_line_ends(lines: list[str]) -> None:
+    """The customary count: write <eos> where a line ends, then split at white space."""
+    assert count_words(lines) == len(" ".join(f"{line} <eos>" for line in lines).split())
+
+
+@pytest.mark.skipif("HF_ADAFISHER_DATA" not in os.environ, reason="HF_ADAFISHER_DATA is not set")
+@pytest.mark.parametrize(("split", "words"), [("train", 2_088_628), ("valid", 217_646), ("test", 245_569)])
+def test_wikitext_2_has_its_published_number_of_words(split: str, words: int) -> None:
+    path = Path(os.environ["HF_ADAFISHER_DATA"]) / "data" / "wikitext-2" / f"{split}.txt"
+    assert count_words(load_corpus(train_files=path, validation_files=path, test_files=path).train) == words
+
+
+def test_python_docs_is_the_default_and_says_its_version() -> None:
+    corpus = load_corpus()
+    assert corpus == load_corpus("python-docs")
+    assert corpus.name == "python-docs" and platform.python_version() in corpus.source
+    sizes = [sum(len(line) + 1 for line in split) for split in (corpus.train, corpus.validation, corpus.test)]
+    assert sum(sizes) > 300_000
+    assert [size / sum(sizes) for size in sizes] == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+
+
+def test_python_docs_splits_share_no_paragraph() -> None:
+    corpus = load_corpus()
+    parts = [
+        {" ".join(paragraph.split()) for paragraph in "\n".join(split).split("\n\n")} - {""}
+        for split in (corpus.train, corpus.validation, corpus.test)
+    ]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+def test_python_docs_loses_nothing_but_repetitions() -> None:
+    kept = {" ".join(paragraph.split()) for paragraph in unique_paragraphs(read_topics())}
+    for text in read_topics().values():
+        for paragraph in text.split("\n\n"):
+            words = " ".join(paragraph.split())
+            assert not words or words in kept or any(words in longer for longer in kept)
+
+
+def test_blocks_are_dealt_eight_one_one() -> None:
+    train, validation, test = split_paragraphs([f"p{number}" for number in range(21)], block_characters=1)
+    assert validation == ["p8", "", "p18", ""] and test == ["p9", "", "p19", ""]
+    assert len(train) == 2 * 17 and train[-2] == "p20"
+
+
+def test_python_docs_without_pydoc_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(FileNotFoundError, match=r"pydoc_data.*--train_file"):
+        load_corpus("python-docs")
+
+
+@pytest.mark.parametrize("name", list(HUB_CORPORA))
+def test_hub_corpora_ask_for_the_pinned_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, calls = HUB_CORPORA[name], []
+
+    def load_dataset(*args: Any, **kwargs: Any) -> dict[str, dict[str, list[str]]]:
+        calls.append((args, kwargs))
+        return {split: {corpus.column: [" a \n", "", split]} for split in ("train", "validation", "test")}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    loaded = load_corpus(name)
+    assert (loaded.train, loaded.test) == ([" a ", "", "train"], [" a ", "", "test"])
+    assert loaded.name == name and corpus.licence in loaded.source and corpus.config in loaded.source
+    if name == "ptb":
+        root = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank"
+        files = {split: f"{root}/{split}/*.parquet" for split in ("train", "validation", "test")}
+        assert calls == [(("parquet",), {"data_files": files})]
+    else:
+        config = name.removesuffix("-v1") + ("-v1" if name.endswith("-v1") else "-raw-v1")
+        revision = "b08601e04326c79dfdd32d625aee71d232d685c3"
+        assert calls == [(("Salesforce/wikitext", config), {"revision": revision})]
+
+
+PTB = {
+    "train": ["mr. <unk> is chairman of <unk> n.v. the dutch publishing group", "pierre N years old"],
+    "validation": ["consumers may want to move their telephones a little closer to the tv set"],
+    "test": ["no it was n't black monday", "but while N"],
+}
+"""A few made-up lines in the form that Mikolov gave Penn Treebank."""
+
+
+def test_ptb_is_read_from_parquet_files_in_the_form_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The library itself reads files laid out as the Hub's converter lays them out, at a folder in the Hub's place."""
+    import datasets
+
+    for split, lines in PTB.items():
+        path = tmp_path / "penn_treebank" / split / "0000.parquet"
+        path.parent.mkdir(parents=True)
+        datasets.Dataset.from_dict({"sentence": lines}).to_parquet(path)
+    real, root = datasets.load_dataset, "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet"
+
+    def load_dataset(*args: Any, data_files: dict[str, str]) -> Any:
+        local = {split: pattern.replace(root, str(tmp_path)) for split, pattern in data_files.items()}
+        assert local != data_files
+        return real(*args, data_files=local, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    corpus = load_corpus("ptb")
+    assert {"train": corpus.train, "validation": corpus.validation, "test": corpus.test} == PTB
+    assert count_words(corpus.train) == 11 + 1 + 4 + 1 and "LDC" in corpus.source
+
+
+def test_ptb_from_the_files_of_mikolov_is_the_same_text(tmp_path: Path) -> None:
+    """One sentence a line with a space on either side, which count no words; the end of each line counts."""
+    for split, lines in PTB.items():
+        (tmp_path / f"{split}.txt").write_text("".join(f" {line} \n" for line in lines))
+    corpus = load_corpus(**{f"{split}_files": tmp_path / f"{split}.txt" for split in PTB})
+    for split, lines in PTB.items():
+        found = getattr(corpus, split)
+        assert [line.strip() for line in found] == lines and count_words(found) == count_words(lines)
+        assert count_words(found) == sum(line.count(" ") - 1 for line in found) + len(lines)
+
+
+@pytest.mark.parametrize("name", list(HUB_CORPORA))
+def test_hub_corpus_without_network_or_cache(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=rf"'{name}'.*--train_file, --validation_file and --test_file"):
+        load_corpus(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("wikitext2", "wikitext-2"), ("WikiText-103", "wikitext-103"), ("python_docs", "python-docs")],
+)
+def test_unknown_corpus_names_the_nearest_and_all(name: str, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown corpus '{name}'.*did you mean '{nearest}'") as error:
+        load_corpus(name)
+    assert all(known in str(error.value) for known in available_corpora())
+
+
+def test_a_far_name_suggests_nothing() -> None:
+    with pytest.raises(ValueError, match=r"^(?!.*did you mean).*'qqqq'\. Known: python-docs"):
+        load_corpus("qqqq")
+
+
+def test_a_missing_file_is_named_before_any_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.txt"):
+        load_corpus(train_files=tmp_path / "empty.txt", test_files=tmp_path / "nowhere.txt")
+    with pytest.raises(FileNotFoundError, match="not a file"):
+        load_corpus(train_files=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b" \n\n\t\n", "only blank lines"),
+        (b"caf\xe9", "not UTF-8.*iconv"),
+        (b"one line", "at least 2"),
+    ],
+)
+def test_useless_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_corpus(train_files=tmp_path / "text.txt")
+
+
+def test_name_and_files_or_no_training_file_are_refused(text_file: Path) -> None:
+    with pytest.raises(ValueError, match="either a corpus name"):
+        load_corpus("ptb", train_files=text_file)
+    with pytest.raises(ValueError, match="--train_file"):
+        load_corpus(validation_files=text_file)

@@ -1,0 +1,249 @@
+"""The report of a comparison: its tables, its pictures, its files, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.report import pictures
+from hf_adafisher.experiments.report.pictures import draw_pictures
+from hf_adafisher.experiments.report.results import Row, best_settings, group_settings, read_rows
+from hf_adafisher.experiments.report.tables import best_table
+from hf_adafisher.experiments.report.write_report import summarize
+
+Compare = Callable[..., Comparison]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ENTRIES = [
+    {"optim": "adamw", "learning_rate": [0.05, 0.1, 2.0]},
+    {"optim": "adafisherw", "learning_rate": [0.05, 0.1, 0.3, -1.0], "damping": [0.001, 0.003]},
+    {"optim": "sgd", "learning_rate": 2.0},
+]
+
+
+@pytest.fixture
+def finished(compare: Compare) -> Comparison:
+    comparison = compare(ENTRIES, seeds=[0, 1, 2], budget="seconds=30", jobs=2, config={"description": "A & B <test>."})
+    comparison.run()
+    return comparison
+
+
+def row(optim: str, loss: float | None, seed: int = 0, **settings: Any) -> Row:
+    values = {"validation loss": loss, "test loss": loss}
+    return Row(f"{optim}{settings}{seed}", {"optim": optim, **settings, "seed": seed}, "completed", "", values, [])
+
+
+def test_the_mean_decides_not_the_luckiest_seed() -> None:
+    rows = [row("a", loss, seed, lr=1) for seed, loss in enumerate((1.0, 5.0, 5.0))]
+    rows += [row("a", loss, seed, lr=2) for seed, loss in enumerate((3.0, 3.1, 3.2))]
+    rows += [row("a", loss, seed, lr=3) for seed, loss in enumerate((2.0, 2.0, None))]  # one seed diverged
+    rows += [row("a", 0.5, 0, lr=4)]  # one seed only: luck
+    rows += [row("b", 2.0, seed) for seed in range(3)] + [row("c", None)]
+    best = best_settings(group_settings(rows))
+    assert [(setting.optim, setting.others) for setting in best] == [("b", {}), ("a", {"lr": 2})]
+    assert best[1].mean("test loss") == pytest.approx(3.1)
+    assert best[1].spread("test loss") == pytest.approx(math.sqrt((0.1**2 + 0.1**2) / 2))
+    assert group_settings(rows)[2].cost == math.inf and group_settings(rows)[2].mean("test loss") is None
+
+
+def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
+    """The fake losses: 4 + (lr - 0.1)^2 + 1 for adamw + seed / 8."""
+    text = summarize(finished)
+    best = best_settings(group_settings(read_rows(finished.plan(), finished.output_dir)))
+    table = best_table(best)
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    spread = statistics.stdev([0, 1 / 8, 2 / 8])
+    assert first == {
+        "optimizer": "adafisherw",
+        "best setting": "learning_rate=0.1, damping=0.001",
+        "seeds": "3",
+        "validation loss": f"4.1250 ± {spread:.4f}",
+        "test loss": f"4.1250 ± {spread:.4f}",
+        "test token perplexity": "4.1 ± 0.1",
+        "test word perplexity": "4.1 ± 0.1",
+        "steps": "100",
+        "planned s": "30.0",
+        "used s": "30.0",
+        "ms per step": "12",
+        "optimizer bytes": "1,048,576",
+    }
+    assert [line[0] for line in table.rows] == ["adafisherw", "adamw"]
+    assert len(re.findall(r"^\| \*\*", text, re.M)) == 6 and text.count("(diverged)") == 6
+    assert text.count("(failed)") == 6 and "12 of 36 runs diverged or failed" in text
+
+
+def test_every_file_of_a_report(finished: Comparison) -> None:
+    printed = summarize(finished, "python scripts/compare_optimizers.py --config 'a b.json'")
+    for name in ("report.html", "report.md", "cells.csv", "curves.png", "curves_by_seconds.png", "learning_rates.png"):
+        assert str(finished.output_dir / name) in printed and (finished.output_dir / name).is_file()
+    with (finished.output_dir / "cells.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 36 and {line["status"] for line in lines} == {"completed", "diverged", "failed"}
+    for line in lines:
+        result = json.loads((finished.output_dir / line["cell"] / "results.json").read_text())
+        loss = (result.get("validation") or {}).get("loss")
+        assert line["validation loss"] == ("" if loss is None else repr(loss))
+        assert line["cell"].endswith(f"seed={line['seed']}") and line["optim"] == line["cell"].split(",")[0]
+    text = (finished.output_dir / "report.md").read_text()
+    for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",
+                  "--config 'a b.json'", "| budget | seconds=30 |", "| adafisherw | 300.0 | 25 |"):  # fmt: skip
+        assert words in text
+
+
+def test_an_unfinished_comparison_says_so(finished: Comparison) -> None:
+    shutil.rmtree(finished.output_dir / "adamw,learning_rate=0.05,seed=0")
+    assert "1 of 36 runs have no result yet" in summarize(finished)
+    assert "1 of 36 runs have no result yet" in (finished.output_dir / "report.html").read_text()
+
+
+def test_no_result_at_all(compare: Compare) -> None:
+    with pytest.raises(ValueError, match="no run in"):
+        summarize(compare(ENTRIES))
+
+
+def test_nothing_ended_well(compare: Compare) -> None:
+    comparison = compare(ENTRIES[2:])
+    comparison.run()
+    assert "1 of 1 runs diverged or failed" in summarize(comparison)
+    assert "No run ended well." in (comparison.output_dir / "report.md").read_text()
+
+
+def test_without_matplotlib_there_are_tables(
+    finished: Comparison, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    summarize(finished)
+    page = (finished.output_dir / "report.html").read_text()
+    assert "pip install matplotlib" in caplog.text and "<img" not in page and page.count("<tr") > 36
+
+
+def test_pictures_have_something_in_them(finished: Comparison) -> None:
+    from PIL import Image
+
+    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    for path in draw_pictures(finished.output_dir, settings, best_settings(settings)):
+        colours = Image.open(path).convert("RGB").getcolors(1 << 24)
+        assert {(0, 114, 178), (213, 94, 0)} <= {colour for _, colour in colours or []}  # both optimizers' lines
+
+
+def test_the_curve_against_seconds_uses_the_seconds_of_each_evaluation(finished: Comparison) -> None:
+    from hf_adafisher.experiments.report.pictures import _curves
+
+    (setting,) = [s for s in group_settings(read_rows(finished.plan(), finished.output_dir)) if s.name.endswith("0.05")]
+    (first, last), *others = _curves(setting)
+    assert first[:2] == (1, 0.25) and last[:2] == (150, 37.5) and len(others) == 2
+
+
+def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Path) -> None:
+    """Training loss and validation loss, each with the seconds of its own entries; the last entry of a step counts."""
+    first = [
+        {"step": 10, "loss": 5.0, "train_seconds": 1.0}, {"step": 10, "eval_loss": 6.0, "train_seconds": 1.5},
+        {"step": 20, "loss": 9.0, "train_seconds": 2.0}, {"step": 30, "loss": 4.0, "train_seconds": 3.0},
+        {"step": 30, "eval_loss": 7.0, "train_seconds": 3.0}, {"step": 30, "eval_loss": 3.0, "train_seconds": 3.0},
+        {"step": 30, "train_loss": 4.5, "train_seconds": 3.0},
+    ]  # fmt: skip
+    second = [
+        {"step": 10, "loss": 4.0, "train_seconds": 2.0}, {"step": 10, "eval_loss": 5.0, "train_seconds": 2.0},
+        {"step": 30, "loss": 1.0, "train_seconds": 5.0}, {"step": 30, "eval_loss": 2.5, "train_seconds": 5.5},
+        {"step": 40, "loss": 0.5, "train_seconds": 8.0}, {"step": 35, "loss": None, "train_seconds": 6.0},
+    ]  # fmt: skip
+    rows = [replace(row("a", 2.0, seed), history=history) for seed, history in enumerate((first, second))]
+    settings = group_settings(rows)
+    found = draw_pictures(tmp_path, settings, best_settings(settings))
+    assert [path.name for path in found] == ["curves.png", "curves_by_seconds.png"]
+    expected = {
+        "training loss (nats)": {"steps": [10, 30], "seconds": [1.5, 4.0], "mean": [4.5, 2.5], "low": [4.0, 1.0],
+                                 "high": [5.0, 4.0]},
+        "validation loss (nats per token)": {"steps": [10, 30], "seconds": [1.75, 4.25], "mean": [5.5, 2.75],
+                                             "low": [5.0, 2.5], "high": [6.0, 3.0]},
+    }  # fmt: skip
+    for path in found:
+        assert path.with_suffix(".svg").is_file()
+        panels = json.loads(path.with_suffix(".json").read_text())["panels"]
+        assert panels == {title: {"a": {"setting": "defaults", "seeds": 2, **line}} for title, line in expected.items()}
+
+
+def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    create = pictures.new_figure
+    monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
+    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    paths = list(draw_pictures(finished.output_dir, settings, best_settings(settings)))
+    for path, x, (figure, all_axes) in zip(paths[:2], ("steps", "seconds"), figures[:2], strict=True):
+        panels = json.loads(path.with_suffix(".json").read_text())["panels"]
+        for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
+            assert axes.get_ylabel() == title
+            lines = {line.get_label(): line for line in axes.get_lines()}
+            assert set(lines) == set(curves) == {"adamw", "adafisherw"}
+            for optim, line in lines.items():
+                assert list(line.get_xdata()) == curves[optim][x]
+                assert list(line.get_ydata()) == curves[optim]["mean"]
+        assert {text.get_text() for text in figure.legends[0].get_texts()} == {"adamw", "adafisherw"}
+        steps = {optim: curve["steps"] for optim, curve in panels["training loss (nats)"].items()}
+        assert steps == {"adamw": [1, 150], "adafisherw": [1, 100]}  # 30 s at 0.2 s and 0.3 s a step
+
+
+def test_learning_rates_in_numbers(finished: Comparison) -> None:
+    """4 + (lr - 0.1)^2 + 1 + seed / 8, as the fake runs have it; at 2.0 all diverge."""
+    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    draw_pictures(finished.output_dir, settings, best_settings(settings))
+    found = json.loads((finished.output_dir / "learning_rates.json").read_text())["optimizers"]
+    assert set(found) == {"adamw", "adafisherw", "sgd"} and set(found["adafisherw"]) == {
+        "damping=0.001",
+        "damping=0.003",
+    }
+    valley = found["adamw"]["all"]
+    assert valley["learning rate"] == [0.05, 0.1, 2.0] and valley["mean"][2] is None
+    assert valley["mean"][:2] == pytest.approx([5.0025 + 1 / 8, 5 + 1 / 8])
+    assert valley["low"][:2] == pytest.approx([5.0025, 5]) and valley["high"][:2] == pytest.approx([5.2525, 5.25])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+def test_a_browser_shows_the_report(finished: Comparison, tmp_path: Path) -> None:
+    """Headless Chromium, without network: every row of every table, every picture decoded and of its real size."""
+    from PIL import Image
+
+    summarize(finished)
+    page = (finished.output_dir / "report.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)  # nothing from elsewhere
+    images = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
+    names = ("curves.png", "curves_by_seconds.png", "learning_rates.png")
+    assert images == [(finished.output_dir / name).read_bytes() for name in names]
+    sizes = [Image.open(io.BytesIO(image)).size for image in images]
+    probe = "document.title = [...document.images].map(i => i.naturalWidth + 'x' + i.naturalHeight).join(' ')"
+    probe += " + ' rows ' + [...document.querySelectorAll('tbody tr')].filter(r => r.offsetHeight > 5).length"
+    (tmp_path / "probe.html").write_text(
+        page.replace("</body>", f"<script>onload = () => {{ {probe} }}</script></body>")
+    )
+    shown = run_chromium(tmp_path, "--dump-dom", (tmp_path / "probe.html").as_uri())
+    rows = page.split("<tbody>", 1)[1].count("<tr")  # the heads of later tables stand in <thead>
+    rows -= page.split("<tbody>", 1)[1].count("<thead>")
+    title = re.search(r"<title>(.*?)</title>", shown)
+    assert title is not None and len(sizes) == 3
+    assert title[1] == " ".join(f"{width}x{height}" for width, height in sizes) + f" rows {rows}"
+    assert rows > 36 + 2 and "A &amp; B &lt;test&gt;." in shown
+    run_chromium(tmp_path, f"--screenshot={tmp_path / 'page.png'}", (finished.output_dir / "report.html").as_uri())
+    screen = Image.open(tmp_path / "page.png").convert("RGB")
+    assert len(screen.getcolors(1 << 24) or []) > 50
+
+
+def run_chromium(tmp_path: Path, *arguments: str) -> str:
+    assert CHROMIUM is not None
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update"
+    quiet = "--disable-sync --no-first-run --disable-dev-shm-usage --window-size=1200,3000"
+    command = [CHROMIUM, *flags.split(), *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
