@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import Trainer
 
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Training:
     """A model that was trained in a plain loop, and its optimizer."""
 
     model: nn.Module
-    optimizer: FactoredOptimizer
+    optimizer: KroneckerDiagonalOptimizer
 
 
 def training_of(run: Training | Trainer) -> Training:
@@ -26,7 +26,7 @@ def training_of(run: Training | Trainer) -> Training:
     if isinstance(run, Training):
         return run
     optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
-    assert isinstance(run.model, nn.Module) and isinstance(optimizer, FactoredOptimizer)
+    assert isinstance(run.model, nn.Module) and isinstance(optimizer, KroneckerDiagonalOptimizer)
     return Training(run.model, optimizer)
 
 

@@ -257,8 +257,8 @@ def test_d17_a_module_used_twice_commits_both_calls_and_averages_once() -> None:
     model = case.build()
     optimizer = AdaFisherW(model, update_interval=1, ema_decay=0.8)
     seen: list[int] = []
-    original = optimizer._curvature.recorder._commit
-    optimizer._curvature.recorder._commit = lambda tracked, pair: (seen.append(pair.count), original(tracked, pair))
+    original = optimizer._statistics.recorder._commit
+    optimizer._statistics.recorder._commit = lambda tracked, pair: (seen.append(pair.count), original(tracked, pair))
     train(model, case, optimizer, steps=1)
     assert sorted(seen) == [2, 7, 7]
     weight = optimizer.state[model.shared.weight]["factor_weight"]
@@ -318,10 +318,10 @@ def test_d19_without_a_word_from_the_loop_non_finite_statistics_are_dropped_and_
     assert optimizer.curvature_summary()["dropped_refreshes"] == 1
     assert "in '0' and 2 more modules" in caplog.text and "stays due" in caplog.text
     assert all(p.isfinite().all() for p in model.parameters())
-    assert optimizer._curvature.recorder.armed
+    assert optimizer._statistics.recorder.armed
     train(model, case, optimizer, steps=1)
     assert optimizer.curvature_summary()["refreshes"] == 1
-    assert not optimizer._curvature.recorder.armed
+    assert not optimizer._statistics.recorder.armed
     assert all(v.isfinite().all() for state in optimizer.state.values() for v in state.values())
 
 
@@ -348,9 +348,9 @@ def test_d20_a_backward_after_the_step_does_not_reach_the_next_refresh() -> None
     stale = model(torch.randn(5, 4)).sum()
     model(torch.randn(5, 4)).sum().backward()
     optimizer.step()
-    assert optimizer._curvature.recorder.armed
+    assert optimizer._statistics.recorder.armed
     stale.backward()
-    assert not optimizer._curvature.recorder._pending
+    assert not optimizer._statistics.recorder._pending
 
 
 def test_d21_a_layer_first_used_late_is_initialised_then() -> None:
@@ -408,7 +408,7 @@ def test_d26_hooks_go_with_the_optimizer_and_copies_of_the_model_have_none() -> 
     copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in (copied, loaded):  # armed hooks become inert and do not bring the optimizer along
         train(twin, case, torch.optim.SGD(twin.parameters(), lr=0.1), steps=1)
-    assert not optimizer._curvature.recorder._pending
+    assert not optimizer._statistics.recorder._pending
     optimizer.close()
     assert hooks(model) == 0 and len(pickle.dumps(model)) == clean
     with pytest.raises(RuntimeError, match="was closed"):

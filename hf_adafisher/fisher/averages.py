@@ -88,28 +88,28 @@ def sum_of_squares_along(values: Tensor, axis: int) -> Tensor:
 
 
 @dataclass
-class FactorPair:
+class FactorSums:
     """Statistics of one layer: sums over ``count`` positions (batch times tokens or pixels).
 
     Attributes:
         input_factor: ``sum_n x_n^2``, shape given by the layer's rule, usually ``(d_in,)``.
         output_grad_factor: ``sum_n g_n^2``, shape given by the layer's rule, usually ``(d_out,)``.
         count: Number of positions summed over.
-        batch_shared: Whether the output of a call served the whole batch at once (a table of positions), so that its
+        broadcast: Whether the output of a call served the whole batch at once (a table of positions), so that its
             gradient is a sum over examples.
     """
 
     input_factor: Tensor
     output_grad_factor: Tensor
     count: int
-    batch_shared: bool = False
+    broadcast: bool = False
 
-    def add_(self, other: FactorPair) -> None:
+    def add_(self, other: FactorSums) -> None:
         """Add the sums and the count of another call, or another micro-batch, of the same layer."""
         self.input_factor = self.input_factor + other.input_factor
         self.output_grad_factor = self.output_grad_factor + other.output_grad_factor
         self.count += other.count
-        self.batch_shared = self.batch_shared or other.batch_shared
+        self.broadcast = self.broadcast or other.broadcast
 
 
 class MovingAverage:

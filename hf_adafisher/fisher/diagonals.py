@@ -1,6 +1,6 @@
 """How the diagonal Fisher of one parameter is put together from factors (AdaFisher, Eq. 4).
 
-A form says which factors a parameter needs, how they spread over its axes once they are normalised, and what
+A diagonal says which factors a parameter needs, how they spread over its axes once they are normalised, and what
 stands in for them when only the parameter's own gradient is known.
 """
 
@@ -19,7 +19,7 @@ from hf_adafisher.fisher.averages import min_max_normalize, statistics_dtype, su
 INPUT = "input_factor"
 OUTPUT_GRAD = "output_grad_factor"
 
-Term = tuple[Tensor, ...]
+DiagonalTerm = tuple[Tensor, ...]
 """Tensors that broadcast to the parameter's shape; their product is one use's share of the diagonal.
 
 They may have one axis more than the parameter, whose first axis is then split in two, ``(groups, out / groups)``: the
@@ -27,7 +27,7 @@ weight of a grouped convolution. The product has the parameter's shape once thes
 """
 
 
-class ParameterForm(ABC):
+class ParameterDiagonal(ABC):
     """From factors to the diagonal of one parameter."""
 
     @abstractmethod
@@ -35,7 +35,7 @@ class ParameterForm(ABC):
         """Names and shapes of the factors that a parameter of ``shape`` keeps, in a fixed order."""
 
     @abstractmethod
-    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         """Tensors whose product is the diagonal of a parameter of ``shape`` (a term), min-max normalised or raw."""
 
     @abstractmethod
@@ -49,7 +49,7 @@ def _mean_square(grad: Tensor, axis: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class KroneckerForm(ParameterForm):
+class KroneckerDiagonal(ParameterDiagonal):
     """An outer product with one factor an axis: ``F[i, j] = minmax(a)[i] * minmax(b)[j]``.
 
     Attributes:
@@ -62,7 +62,7 @@ class KroneckerForm(ParameterForm):
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {name: (size,) for name, size in zip(self.axes, shape, strict=True)}
 
-    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         term = []
         for axis, name in enumerate(self.axes):
             factor = min_max_normalize(factors[name]) if normalize else factors[name]
@@ -74,7 +74,7 @@ class KroneckerForm(ParameterForm):
 
 
 @dataclass(frozen=True)
-class ConvForm(ParameterForm):
+class ConvDiagonal(ParameterDiagonal):
     """The weight ``(out, in / groups, *kernel)`` of a convolution: ``F[o, j, k] = minmax(S)[o] * minmax(H)[c, k]``.
 
     ``c`` is the input channel that ``j`` stands for in the group of ``o``. With several groups the weight is that of
@@ -90,7 +90,7 @@ class ConvForm(ParameterForm):
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: (shape[0],), INPUT: (shape[1] * self.groups, *shape[2:])}
 
-    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         s, h = factors[OUTPUT_GRAD], factors[INPUT]
         if normalize:
             s, h = min_max_normalize(s), min_max_normalize(h)
@@ -106,7 +106,7 @@ class ConvForm(ParameterForm):
 
 
 @dataclass(frozen=True)
-class ScaleForm(ParameterForm):
+class ScaleDiagonal(ParameterDiagonal):
     """The scale of a normalisation layer: ``F[c] = minmax(S * H)[c]``, a block for each channel.
 
     The gradient of the scale is ``g_c * xhat_c``, so the product of the two second moments is formed before it is
@@ -116,7 +116,7 @@ class ScaleForm(ParameterForm):
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: tuple(shape), INPUT: tuple(shape)}
 
-    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         product = factors[OUTPUT_GRAD] * factors[INPUT]
         return (min_max_normalize(product) if normalize else product,)
 
@@ -126,13 +126,13 @@ class ScaleForm(ParameterForm):
 
 
 @dataclass(frozen=True)
-class ShiftForm(ParameterForm):
+class ShiftDiagonal(ParameterDiagonal):
     """The shift of a normalisation layer: ``F[c] = minmax(S)[c]``; the factor has the parameter's shape."""
 
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: tuple(shape)}
 
-    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         factor = factors[OUTPUT_GRAD]
         return (min_max_normalize(factor) if normalize else factor,)
 
@@ -141,7 +141,7 @@ class ShiftForm(ParameterForm):
 
 
 @dataclass(frozen=True)
-class GradientForm(ParameterForm):
+class GradientDiagonal(ParameterDiagonal):
     """Parameters that no layer rule reaches: one factor an axis, from the parameter's own gradient.
 
     Each axis longer than 1 has the mean of grad^2 over all other axes: the row and column means of a matrix,
@@ -151,7 +151,7 @@ class GradientForm(ParameterForm):
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
 
-    def spread(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> Term:
+    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         term = []
         for axis, size in enumerate(shape):
             if size > 1:
@@ -164,7 +164,7 @@ class GradientForm(ParameterForm):
         return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
 
 
-def diagonal_of(terms: Sequence[Term], like: Tensor, damping: float) -> Tensor:
+def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> Tensor:
     """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``.
 
     Several terms belong to a tied parameter: the Fisher of a sum of uses is the sum of their Fishers when the uses

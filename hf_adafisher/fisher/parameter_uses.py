@@ -9,27 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, GradientForm, ParameterForm, Term
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, DiagonalTerm, GradientDiagonal, ParameterDiagonal
 from hf_adafisher.fisher.recorder import TrackedModule
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """One use of a parameter: by a tracked module, or by no rule at all (``tracked`` is None: gradient factors).
 
     Attributes:
-        form: How factors become the parameter's diagonal.
+        diagonal: How factors become the parameter's diagonal.
         tracked: The module whose statistics feed the factors.
         suffix: Ending of this use's state keys: empty for the first use, ``_1`` for the second.
     """
 
-    form: ParameterForm
+    diagonal: ParameterDiagonal
     tracked: TrackedModule | None
     suffix: str = ""
 
     def factor_keys(self, shape: torch.Size) -> dict[str, str]:
         """State key of each factor by the factor's name."""
-        return {name: name + self.suffix for name in self.form.factor_shapes(shape)}
+        return {name: name + self.suffix for name in self.diagonal.factor_shapes(shape)}
 
     @property
     def weight_key(self) -> str:
@@ -39,7 +39,7 @@ class Use:
     def new_state(self, param: Tensor) -> dict[str, Tensor]:
         """Empty factors of this use; statistics are float32 whatever the model's dtype (float64 for float64)."""
         dtype, keys = statistics_dtype(param.dtype), self.factor_keys(param.shape)
-        shapes = self.form.factor_shapes(param.shape)
+        shapes = self.diagonal.factor_shapes(param.shape)
         state = {key: torch.zeros(shapes[name], dtype=dtype, device=param.device) for name, key in keys.items()}
         return {**state, self.weight_key: torch.zeros((), dtype=torch.float64, device="cpu")}
 
@@ -56,16 +56,16 @@ class Use:
         self, state: Mapping[str, Tensor], factors: Mapping[str, Tensor], shape: torch.Size, decay: float
     ) -> None:
         """Take in the factors of one refresh."""
-        self.average(state, shape).update_([factors[name] for name in self.form.factor_shapes(shape)], decay)
+        self.average(state, shape).update_([factors[name] for name in self.diagonal.factor_shapes(shape)], decay)
 
 
-def with_gradient_sums(form: ParameterForm, factors: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+def with_gradient_sums(diagonal: ParameterDiagonal, factors: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     """Factors of a table whose rows served the whole batch: the output gradients are the rows of its own gradient.
 
     ``s_j = sum_v grad[v, j]^2 / (number of rows in use)``, which is what one backward over the whole batch records; the
     row of a ``padding_idx``, which has no gradient, is not in use.
     """
-    per_row = form.from_gradient(grad)[OUTPUT_GRAD]
+    per_row = diagonal.from_gradient(grad)[OUTPUT_GRAD]
     return {**factors, OUTPUT_GRAD: per_row * (factors[INPUT].numel() / rows_in_use(factors))}
 
 
@@ -78,7 +78,7 @@ ON_GRADIENT = "on_gradient"
 """State key: 1 while a parameter that has a rule lives on gradient factors, since its modules recorded nothing."""
 
 
-def new_state(uses: Sequence[Use], param: Tensor) -> dict[str, Tensor]:
+def new_state(uses: Sequence[ParameterUse], param: Tensor) -> dict[str, Tensor]:
     """Empty factors of all uses of a parameter; the keys depend on the model alone, never on the data."""
     state: dict[str, Tensor] = {}
     for use in uses:
@@ -88,60 +88,66 @@ def new_state(uses: Sequence[Use], param: Tensor) -> dict[str, Tensor]:
     return state
 
 
-def find_uses(params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]) -> dict[int, tuple[Use, ...]]:
+def find_parameter_uses(
+    params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]
+) -> dict[int, tuple[ParameterUse, ...]]:
     """All uses of each parameter by ``id(parameter)``; a parameter that no tracked module owns has a gradient use."""
-    owners: dict[int, list[tuple[ParameterForm, TrackedModule]]] = {}
+    owners: dict[int, list[tuple[ParameterDiagonal, TrackedModule]]] = {}
     for module in tracked:
-        for name, form in module.forms.items():
-            owners.setdefault(id(getattr(module.module, name)), []).append((form, module))
+        for name, diagonal in module.diagonals.items():
+            owners.setdefault(id(getattr(module.module, name)), []).append((diagonal, module))
     uses = {}
     for p in params:
-        found = owners.get(id(p), [(GradientForm(), None)])
-        uses[id(p)] = tuple(Use(form, module, f"_{i}" if i else "") for i, (form, module) in enumerate(found))
+        found = owners.get(id(p), [(GradientDiagonal(), None)])
+        uses[id(p)] = tuple(
+            ParameterUse(diagonal, module, f"_{i}" if i else "") for i, (diagonal, module) in enumerate(found)
+        )
     return uses
 
 
-def terms_of(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> list[Term]:
+def terms_of(
+    uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True
+) -> list[DiagonalTerm]:
     """The spread factors of every use that has statistics; empty while none has."""
     terms = []
     for use in uses:
         average = use.average(state, shape)
         if not average.is_empty:
-            factors = dict(zip(use.form.factor_shapes(shape), average.mean(), strict=True))
-            terms.append(use.form.spread(factors, shape, normalize))
+            factors = dict(zip(use.diagonal.factor_shapes(shape), average.mean(), strict=True))
+            terms.append(use.diagonal.expand(factors, shape, normalize))
     return terms
 
 
-def needs_gradient_factors(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size) -> bool:
+def needs_gradient_factors(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> bool:
     """Whether a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
     if uses[0].tracked is None or state[ON_GRADIENT].item():
         return True
     return all(use.average(state, shape).is_empty for use in uses)
 
 
-def gradient_term(uses: Sequence[Use], grad: Tensor) -> Term:
+def gradient_term(uses: Sequence[ParameterUse], grad: Tensor) -> DiagonalTerm:
     """The term that the parameter's own gradient gives, in the form of its first use."""
     return _gradient_term(uses, grad, normalize=True)
 
 
-def estimated_terms(uses: Sequence[Use], state: Mapping[str, Tensor], shape: torch.Size) -> list[Term]:
+def estimated_terms(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> list[DiagonalTerm]:
     """As :func:`terms_of`, not normalised, and gradient factors such that their product estimates ``grad^2``."""
     terms = terms_of(uses, state, shape, normalize=False)
     on_gradient = uses[0].tracked is None or bool(state[ON_GRADIENT].item())
     return [_estimate(term) for term in terms] if on_gradient else terms
 
 
-def gradient_estimate(uses: Sequence[Use], grad: Tensor) -> Term:
+def gradient_estimate(uses: Sequence[ParameterUse], grad: Tensor) -> DiagonalTerm:
     """As :func:`gradient_term`, for :func:`estimated_terms`."""
     return _estimate(_gradient_term(uses, grad, normalize=False))
 
 
-def _gradient_term(uses: Sequence[Use], grad: Tensor, normalize: bool) -> Term:
-    form = uses[0].form
-    return form.spread(form.from_gradient(grad), grad.shape, normalize)
+def _gradient_term(uses: Sequence[ParameterUse], grad: Tensor, normalize: bool) -> DiagonalTerm:
+    diagonal = uses[0].diagonal
+    return diagonal.expand(diagonal.from_gradient(grad), grad.shape, normalize)
 
 
-def _estimate(term: Term) -> Term:
+def _estimate(term: DiagonalTerm) -> DiagonalTerm:
     """Means of ``grad^2`` along each axis as a product on its scale: row times column over mean (Adafactor)."""
     if len(term) < 2:
         return term

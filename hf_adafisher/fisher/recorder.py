@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_adafisher.fisher.averages import FactorPair, statistics_dtype
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterForm
+from hf_adafisher.fisher.averages import FactorSums, statistics_dtype
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterDiagonal
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.reduce import check_same_layout, num_ranks, sum_over_ranks
 
@@ -25,16 +25,16 @@ class TrackedModule:
         name: Its name in the model (the first one, where it is shared).
         module: The module itself. Parameters are looked up on it when needed, since wrappers may replace them.
         rule: The rule of its class.
-        forms: The forms of those of its parameters that the optimizer trains.
-        explained: Whether a call was found to compute what the rule assumes; None before the first call. The first
+        diagonals: The diagonals of those of its parameters that the optimizer trains.
+        matches_rule: Whether a call was found to compute what the rule assumes; None before the first call. The first
             call with finite output decides for good: one that computes something else later is not noticed.
     """
 
     name: str
     module: nn.Module
     rule: LayerRule
-    forms: dict[str, ParameterForm]
-    explained: bool | None = None
+    diagonals: dict[str, ParameterDiagonal]
+    matches_rule: bool | None = None
 
 
 @dataclass
@@ -44,13 +44,13 @@ class Sample:
     Attributes:
         factors: ``{INPUT: h, OUTPUT_GRAD: s}`` for every module that committed at least one position.
         counts: The number of positions behind these means.
-        batch_shared: Those of them whose output served the whole batch at once.
+        broadcast: Those of them whose output served the whole batch at once.
         non_finite: Names of the modules with a NaN or an infinity. Where there are any, ``factors`` is not to be used.
     """
 
     factors: dict[TrackedModule, dict[str, Tensor]] = field(default_factory=dict)
     counts: dict[TrackedModule, float] = field(default_factory=dict)
-    batch_shared: set[TrackedModule] = field(default_factory=set)
+    broadcast: set[TrackedModule] = field(default_factory=set)
     non_finite: list[str] = field(default_factory=list)
 
 
@@ -133,10 +133,10 @@ class FactorRecorder:
             owned = [key for key, p in module._parameters.items() if p is not None and id(p) in wanted]
             rule = find(module) if owned else None
             if rule is not None:
-                forms = {key: form for key, form in rule.forms(module).items() if key in owned}
-                if forms:
-                    self.tracked.append(TrackedModule(name, module, rule, forms))
-        self._pending: dict[TrackedModule, FactorPair] = {}
+                diagonals = {key: diagonal for key, diagonal in rule.diagonals(module).items() if key in owned}
+                if diagonals:
+                    self.tracked.append(TrackedModule(name, module, rule, diagonals))
+        self._pending: dict[TrackedModule, FactorSums] = {}
         self._handles: list[RemovableHandle] = []
         # Statistics of a graph built before the last flush or discard must not count towards the next one.
         self._generation = 0
@@ -185,14 +185,14 @@ class FactorRecorder:
     def _watch(self, tracked: TrackedModule, inputs: Sequence[Tensor], output: Tensor) -> None:
         """One call of a tracked module: take the input's sums, and commit them once the gradient arrives."""
         with torch.no_grad():
-            if tracked.explained is None:
+            if tracked.matches_rule is None:
                 if output.numel() == 0 or not bool(output.isfinite().all()):
                     return  # an empty or a broken batch proves nothing about the layer
-                tracked.explained = tracked.rule.explains(tracked.module, inputs, output)
-            if not tracked.explained:
+                tracked.matches_rule = tracked.rule.matches_forward(tracked.module, inputs, output)
+            if not tracked.matches_rule:
                 return
             input_sums, count = tracked.rule.input_sums(tracked.module, inputs, output)
-            shared = tracked.rule.shared_by_batch(inputs)
+            shared = tracked.rule.broadcasts_over_batch(inputs)
         generation, reference, shape = self._generation, weakref.ref(self), output.shape
 
         def commit(grad: Tensor) -> None:
@@ -202,11 +202,11 @@ class FactorRecorder:
                     grad_sums = tracked.rule.output_grad_sums(tracked.module, grad.reshape(shape))
                     if recorder.gradient_scale != 1.0:
                         grad_sums = grad_sums / recorder.gradient_scale**2
-                recorder._commit(tracked, FactorPair(input_sums, grad_sums, count, shared))
+                recorder._commit(tracked, FactorSums(input_sums, grad_sums, count, shared))
 
         _gradient_site(output).register_hook(commit)
 
-    def _commit(self, tracked: TrackedModule, pair: FactorPair) -> None:
+    def _commit(self, tracked: TrackedModule, pair: FactorSums) -> None:
         if pair.count == 0:
             return
         if tracked in self._pending:
@@ -242,7 +242,7 @@ class FactorRecorder:
                 input_shape, grad_shape = tracked.rule.factor_shapes(tracked.module)
                 sums = piece[:-2] / count
                 if shared:
-                    sample.batch_shared.add(tracked)
+                    sample.broadcast.add(tracked)
                 split = torch.Size(input_shape).numel()
                 sums[split:] /= num_ranks() ** 2
                 sample.counts[tracked] = count
@@ -257,12 +257,12 @@ def _flat_size(tracked: TrackedModule) -> int:
     return sum(torch.Size(shape).numel() for shape in tracked.rule.factor_shapes(tracked.module)) + 2
 
 
-def _flatten(tracked: TrackedModule, pair: FactorPair | None, device: torch.device) -> Tensor:
-    """Sums, count and ``batch_shared`` of one module as one vector on ``device``; zeros where nothing was committed."""
+def _flatten(tracked: TrackedModule, pair: FactorSums | None, device: torch.device) -> Tensor:
+    """Sums, count and ``broadcast`` of one module as one vector on ``device``; zeros where nothing was committed."""
     if pair is None:
         return torch.zeros(_flat_size(tracked), device=device)
     sums = [part.reshape(-1).to(device) for part in (pair.input_factor, pair.output_grad_factor)]
-    return torch.cat([*sums, sums[0].new_tensor([pair.count, pair.batch_shared])])
+    return torch.cat([*sums, sums[0].new_tensor([pair.count, pair.broadcast])])
 
 
 def _remove_all(handles: list[RemovableHandle]) -> None:

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.hooked import ParamsT
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.compiled import Call, CompiledUpdate, whole
 from hf_adafisher.optimizers.layout import Parts
 from hf_adafisher.optimizers.sharding import is_sharded, local_part
@@ -18,7 +18,7 @@ from hf_adafisher.optimizers.update import Scratch, Vectors, cut, update_paramet
 from hf_adafisher.optimizers.validation.checks import ADAFISHER_KEYS, check_flag, check_options
 
 
-class AdaFisher(FactoredOptimizer):
+class AdaFisher(KroneckerDiagonalOptimizer):
     """Momentum divided by a damped diagonal Kronecker Fisher, with L2 regularisation in the gradient.
 
     For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over
@@ -101,12 +101,12 @@ class AdaFisher(FactoredOptimizer):
     def close(self) -> None:
         """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
         super().close()
-        self._curvature.parts.clear()
+        self._statistics.parts.clear()
 
     def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         check_options(group, first, type(self).__name__)
 
-    def damping_of(self, group: Mapping[str, Any], terms: Sequence[Term]) -> float:
+    def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """The group's ``damping``, whatever the terms are."""
         return group["damping"]
 
@@ -115,7 +115,7 @@ class AdaFisher(FactoredOptimizer):
         vectors: dict[tuple[int, int], Vectors] = {}
         calls: list[Call] = []
         for group, p, grad, state in self._count_step():
-            step, terms = int(state["step"].item()), self._curvature.local_terms(p, state, grad)
+            step, terms = int(state["step"].item()), self._statistics.local_terms(p, state, grad)
             alike = vectors.get((id(group), step))
             if alike is None:
                 alike = vectors[id(group), step] = Vectors(self._numbers(group, step))
@@ -135,13 +135,13 @@ class AdaFisher(FactoredOptimizer):
             alike.update_()
         if compiled is not None and not compiled.run(calls):  # no compiler works: from now on everything is eager
             self._compiled = None
-            self._curvature.parts.clear()
+            self._statistics.parts.clear()
 
     def _parts_of(
-        self, p: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], make: Callable[..., Parts]
+        self, p: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], make: Callable[..., Parts]
     ) -> Parts:
         """The parameter as its update takes it, kept for the next steps where that is safe."""
-        kept = self._curvature.parts
+        kept = self._statistics.parts
         parts = kept.get(id(p))
         if parts is None or not parts.fits(p, grad, exp_avg, terms):
             parts = make(p, grad, exp_avg, terms)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.layout import Part, Parts, aligned, merged
 from hf_adafisher.optimizers.update import scalars, update_parameter
 
@@ -108,7 +108,7 @@ class CompiledUpdate:
         return self._scalars[key]
 
 
-def whole(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Parts:
+def whole(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> Parts:
     """The parameter as one part with as few axes as possible, for :class:`CompiledUpdate`."""
     return Parts(param, grad, exp_avg, terms, lambda tensors: [merged(aligned(*tensors))])
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.layout import Parts
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def update_fused(parts: Parts, grad: Tensor, kernel: Callable[..., None], scratc
 
 def kernel_of(
     dtype: torch.dtype, *, beta: float, damping: float, shrink: float, rate: float, decay: float
-) -> Callable[[Tensor, Tensor, Tensor, Sequence[Term], Tensor], None]:
+) -> Callable[[Tensor, Tensor, Tensor, Sequence[DiagonalTerm], Tensor], None]:
     """The update of contiguous tensors: of ``(param, grad, exp_avg, terms from _scaled, memory for v)``.
 
     Args:
@@ -96,7 +96,7 @@ def kernel_of(
         "maximize": False,
     }
 
-    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, scaled: Sequence[Term], out: Tensor) -> None:
+    def update(param: Tensor, grad: Tensor, exp_avg: Tensor, scaled: Sequence[DiagonalTerm], out: Tensor) -> None:
         (left, right), *others = scaled
         torch.mul(left, right, out=out)
         for left, right in others:
@@ -155,7 +155,7 @@ def _suitable(parts: Parts) -> bool:
     )
 
 
-def _scaled_terms(parts: Parts) -> list[list[Term]]:
+def _scaled_terms(parts: Parts) -> list[list[DiagonalTerm]]:
     """The terms of each part, as the kernel takes them; parts that share a factor share it scaled too."""
     made: dict[tuple[int, torch.Size], Tensor] = {}
 

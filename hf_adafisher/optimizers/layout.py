@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.diagonals import Term, diagonal_of
+from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 
 
 class Tensors(NamedTuple):
@@ -17,7 +17,7 @@ class Tensors(NamedTuple):
     param: Tensor
     grad: Tensor
     exp_avg: Tensor
-    terms: tuple[Term, ...]
+    terms: tuple[DiagonalTerm, ...]
 
     def factors(self) -> list[Tensor]:
         """The factors of all terms in a row."""
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
     param: Tensor
     exp_avg: Tensor
-    terms: tuple[Term, ...]
+    terms: tuple[DiagonalTerm, ...]
     outer: Sequence[tuple[Tensor, ...]]
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -75,7 +75,7 @@ class Parts:
         param: Tensor,
         grad: Tensor,
         exp_avg: Tensor,
-        terms: Sequence[Term],
+        terms: Sequence[DiagonalTerm],
         form: Callable[[Tensors], Iterable[Tensors]],
     ) -> None:
         begin = grad.storage_offset()
@@ -93,7 +93,7 @@ class Parts:
         ]
         self.factors = [factor for part in self.parts for term in part.terms for factor in term]
         self.kernel: Callable[..., None] | None = None
-        self.scaled: Sequence[Sequence[Term]] | None = None
+        self.scaled: Sequence[Sequence[DiagonalTerm]] | None = None
         self._terms = terms
         self._rows = _rows_of(self.parts, grad)
         # Factors of the parameter's own size are not to outlive a step.
@@ -113,7 +113,7 @@ class Parts:
             return grad.split(self._rows)
         return [part.of(grad) for part in parts]
 
-    def fits(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> bool:
+    def fits(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> bool:
         """Whether a lasting one was made of these tensors, but for the gradient, which has the same strides."""
         return (
             terms is self._terms
@@ -141,10 +141,10 @@ def _outer(tensors: Tensors) -> Sequence[tuple[Tensor, ...]]:
     return terms if spanned else ()
 
 
-def aligned(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Tensors:
+def aligned(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> Tensors:
     """Views of the same memory with as many axes as the factors have, the outermost in memory first.
 
-    Grouped convolutions have one axis more (see ``fisher.diagonals.Term``). Where two uses group a weight in
+    Grouped convolutions have one axis more (see ``fisher.diagonals.DiagonalTerm``). Where two uses group a weight in
     different ways the diagonal is formed as a whole.
     """
     axes = param.dim()

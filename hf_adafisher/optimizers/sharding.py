@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -29,12 +29,12 @@ def local_part(tensor: Tensor) -> Any:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Any:
+def full_tensor(tensor: Tensor) -> Any:
     """A DTensor gathered from all processes, which must all call this; any other tensor as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def local_terms(terms: Sequence[Term], param: Any) -> list[Term]:
+def local_terms(terms: Sequence[DiagonalTerm], param: Any) -> list[DiagonalTerm]:
     """The part of each term that broadcasts to this process's part of ``param``."""
     if not is_sharded(param):
         return list(terms)
@@ -46,7 +46,7 @@ def local_values(full: Tensor, param: Any) -> Tensor:
     return _local_factor(full, param) if is_sharded(param) else full
 
 
-def is_split(terms: Sequence[Term], param: Any) -> bool:
+def is_split(terms: Sequence[DiagonalTerm], param: Any) -> bool:
     """Whether a term has the weight of a grouped convolution as one axis more: its local part is of the weight's size.
 
     Shards need not end where a group ends, so that the factors are copied out for each row before they are cut.

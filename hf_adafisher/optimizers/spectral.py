@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
-from hf_adafisher.optimizers.base.spectral_statistics import SpectralCurvature
-from hf_adafisher.optimizers.sharding import local_part, local_values, whole
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from hf_adafisher.optimizers.base.spectral_statistics import SpectralStatistics
+from hf_adafisher.optimizers.sharding import full_tensor, local_part, local_values
 from hf_adafisher.optimizers.spectral_update import bounded, diagonal_direction, spectral_directions
 from hf_adafisher.optimizers.validation.checks import SPECTRAL_KEYS, check_spectral_options, dtype_option
 
@@ -32,10 +32,10 @@ class _Member(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     step: int
-    terms: Sequence[Term]
+    terms: Sequence[DiagonalTerm]
 
 
-class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
+class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
     """AdaFisher's two vectors a layer as the metric of a spectral descent, with decoupled weight decay.
 
     A hidden matrix (of Linear, transformers' Conv1D, or a convolution seen as ``(out, in * kernel)``) with momentum
@@ -122,7 +122,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     )
     decoupled: ClassVar[bool | None] = True
     _warned_of_heads = False
-    _curvature: SpectralCurvature
+    _statistics: SpectralStatistics
 
     def __init__(
         self,
@@ -161,25 +161,25 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         }
         super().__init__(model, params, defaults)
 
-    def _new_tracker(self) -> SpectralCurvature:
-        return SpectralCurvature(self.model)
+    def _new_tracker(self) -> SpectralStatistics:
+        return SpectralStatistics(self.model)
 
     def _track(self) -> None:
         super()._track()
         asked = [p for group in self.param_groups if group["spectral_heads"] for p in group["params"]]
-        if asked and not self._warned_of_heads and not any(self._curvature.is_head(p) for p in asked):
+        if asked and not self._warned_of_heads and not any(self._statistics.is_head(p) for p in asked):
             self._warned_of_heads = True
             logger.warning("spectral_heads=True changes nothing: no output layer is in the groups that set it.")
 
     def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         check_spectral_options(group, first, type(self).__name__)
 
-    def damping_of(self, group: Mapping[str, Any], terms: Sequence[Term]) -> float:
+    def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """``relative_damping`` times the mean of the diagonal that the terms make."""
-        return group["relative_damping"] * self._curvature.mean_of(terms)
+        return group["relative_damping"] * self._statistics.mean_of(terms)
 
     def _take_statistics(self) -> bool | None:
-        self._curvature.loss_terms = self.loss_terms
+        self._statistics.loss_terms = self.loss_terms
         return super()._take_statistics()
 
     def _update_parameters(self) -> None:
@@ -188,7 +188,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
             exp_avg, grad = local_part(member.exp_avg), local_part(member.grad)
             exp_avg.lerp_(grad.to(exp_avg.dtype), 1.0 - member.group["beta"])
             p = member.param
-            if self._curvature.is_matrix(p, member.group["spectral_heads"]) and _are_sides(member.terms, p):
+            if self._statistics.is_matrix(p, member.group["spectral_heads"]) and _are_sides(member.terms, p):
                 rows, columns = p.shape[0], p.shape[1:].numel()
                 shape = min(rows, columns), max(rows, columns), rows > columns
                 kind = p.device, statistics_dtype(p.dtype), dtype_option(member.group, "polar_dtype")
@@ -205,7 +205,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
     def _members(self) -> list[_Member]:
         """Every parameter with a gradient, its step counted."""
         return [
-            _Member(group, p, grad, state["exp_avg"], int(state["step"].item()), self._curvature.terms(p, state, grad))
+            _Member(group, p, grad, state["exp_avg"], int(state["step"].item()), self._statistics.terms(p, state, grad))
             for group, p, grad, state in self._count_step()
             if p.numel()
         ]
@@ -216,7 +216,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         momentum = member.exp_avg.to(dtype)
         if member.group["nesterov"]:
             momentum = momentum * beta + member.grad.to(dtype) * (1.0 - beta)
-        return whole(momentum) / (1.0 - beta**member.step)
+        return full_tensor(momentum) / (1.0 - beta**member.step)
 
     def _diagonal_step(self, member: _Member) -> Tensor:
         return diagonal_direction(self._momentum(member), member.terms, member.group["relative_damping"])
@@ -225,7 +225,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         momenta, whitenings = [], []
         for member in members:
             momenta.append(self._momentum(member).flatten(1))
-            whitenings.append(self._curvature.whitening(member.param, member.terms, member.group))
+            whitenings.append(self._statistics.whitening(member.param, member.terms, member.group))
         directions = spectral_directions(momenta, whitenings, polar_dtype)
         for member, direction in zip(members, directions, strict=True):
             yield direction.reshape(member.param.shape)
@@ -234,7 +234,7 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
         lr, weight_decay, p = float(member.group["lr"]), member.group["weight_decay"], local_part(member.param)
         most = member.group["max_relative_step"]
         if most is not None and p.dim() > 1:
-            norm = whole(torch.linalg.vector_norm(member.param.detach(), dtype=direction.dtype))
+            norm = full_tensor(torch.linalg.vector_norm(member.param.detach(), dtype=direction.dtype))
             direction = bounded(direction, lr, norm, most)
         direction = local_values(direction, member.param)
         moved = p if p.dtype == direction.dtype else p.to(direction.dtype)
@@ -245,6 +245,6 @@ class SpectralAdaFisher(CountsLossTerms, FactoredOptimizer):
             p.copy_(moved)
 
 
-def _are_sides(terms: Sequence[Term], p: Tensor) -> bool:
+def _are_sides(terms: Sequence[DiagonalTerm], p: Tensor) -> bool:
     """Whether every term has one factor for the rows and one for the columns (not so for grouped convolutions)."""
     return all(len(term) == 2 and term[0].dim() == p.dim() for term in terms)

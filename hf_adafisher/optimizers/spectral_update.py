@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import Term, diagonal_of
+from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.optimizers.base.spectral_statistics import Whitening
 from hf_adafisher.optimizers.polar import polar_factor
 
@@ -43,7 +43,7 @@ def spectral_directions(
     return iter(direction.mul_(scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
 
 
-def diagonal_direction(momentum: Tensor, terms: Sequence[Term], relative_damping: float) -> Tensor:
+def diagonal_direction(momentum: Tensor, terms: Sequence[DiagonalTerm], relative_damping: float) -> Tensor:
     """``u / max(1, rms(u))`` with ``u = m / sqrt(F + rho * mean(F))``, and 0.2 of that for a vector or a single value.
 
     Args:

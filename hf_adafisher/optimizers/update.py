@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.fused import kernel_of, takes, update_fused
 from hf_adafisher.optimizers.layout import Part, Parts, aligned, blocks
 
@@ -58,7 +58,7 @@ class Vectors:
         self.numbers = numbers
         self._members: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
 
-    def take(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> bool:
+    def take(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> bool:
         """Take a parameter in if it is a vector whose tensors are all alike; :meth:`update_` then updates it."""
         if param.dim() != 1 or len(terms) != 1 or len(terms[0]) != 1:
             return False
@@ -95,7 +95,7 @@ def update_parameter(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
-    terms: Sequence[Term],
+    terms: Sequence[DiagonalTerm],
     *,
     step: int,
     lr: float,
@@ -127,7 +127,7 @@ def update_parameter(
     update_parts(cut(param, grad, exp_avg, terms), grad, {**numbers, "decoupled": decoupled}, scratch)
 
 
-def cut(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Parts:
+def cut(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> Parts:
     """The parts of a parameter, which :func:`update_parts` updates one after the other."""
     limit = CPU_BLOCK if param.device.type == "cpu" else DEVICE_BLOCK
     return Parts(param, grad, exp_avg, terms, lambda tensors: blocks(aligned(*tensors), limit))

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.validation.checks import unwrapped
 
 
@@ -23,7 +23,7 @@ class AdaFisherCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = unwrapped(kwargs.get("optimizer"))
-        if isinstance(optimizer, RecordingOptimizer):
+        if isinstance(optimizer, HookedOptimizer):
             optimizer.discard_statistics()
 
     def on_step_begin(
@@ -31,12 +31,12 @@ class AdaFisherCallback(TrainerCallback):
     ) -> None:
         optimizer = unwrapped(kwargs.get("optimizer"))
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        if isinstance(optimizer, RecordingOptimizer) and optimizer.refresh_due and scaler is not None:
+        if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due and scaler is not None:
             optimizer.gradient_scale = scaler.get_scale()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = unwrapped(kwargs.get("optimizer"))
-        if isinstance(optimizer, RecordingOptimizer) and getattr(kwargs["optimizer"], "step_was_skipped", False):
+        if isinstance(optimizer, HookedOptimizer) and getattr(kwargs["optimizer"], "step_was_skipped", False):
             optimizer.discard_statistics()

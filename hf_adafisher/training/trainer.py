@@ -15,8 +15,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
-from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_record
 from hf_adafisher.optimizers.validation.checks import unwrapped
 from hf_adafisher.optimizers.validation.compilation import due_steps_run_eagerly
@@ -181,11 +181,11 @@ class AdaFisherTrainer(Trainer):
         Those for which AdaHessian and Sophia estimate the Hessian keep the gradients' graph.
         """
         optimizer, stance = self._raw_optimizer(), contextlib.nullcontext()
-        if isinstance(optimizer, RecordingOptimizer) and optimizer.refresh_due:
+        if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
             if hasattr(optimizer, "loss_terms"):
                 optimizer.loss_terms = self._loss_terms(num_items_in_batch) or 1.0
-            optimizer._curvature.runs_eagerly = True
+            optimizer._statistics.runs_eagerly = True
             stance = torch.compiler.set_stance("force_eager")  # whoever compiled what, it would not run the hooks
         with stance, second_derivatives(self.accelerator, optimizer, model):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -209,8 +209,8 @@ class AdaFisherTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in Trainer; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
         optimizer = self._raw_optimizer()
-        if isinstance(optimizer, RecordingOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
-            kind = "adafisher" if isinstance(optimizer, FactoredOptimizer) else "kfac"
+        if isinstance(optimizer, HookedOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
+            kind = "adafisher" if isinstance(optimizer, KroneckerDiagonalOptimizer) else "kfac"
             summary: dict[str, float] = getattr(optimizer, "curvature_summary", dict)()
             logs |= {f"{kind}/{key}": summary[key] for key in _LOGGED if key in summary}
         super().log(logs, start_time)
@@ -218,7 +218,7 @@ class AdaFisherTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As in Trainer, with the optimizer and the options that were really used."""
         optimizer, used = self._raw_optimizer(), {}
-        factored = isinstance(optimizer, FactoredOptimizer)
+        factored = isinstance(optimizer, KroneckerDiagonalOptimizer)
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {}
         if factored:
             shown = ("lr", "beta", "damping", "relative_damping", "ema_decay", "update_interval")

@@ -30,7 +30,7 @@ from hf_adafisher import (
 )
 from hf_adafisher.fisher import reduce
 from hf_adafisher.optimizers import sharding
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.model_zoo import family
 
@@ -49,11 +49,11 @@ def full(value: Any) -> Any:
     return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value.detach().clone()
 
 
-def build_optimizer(model: nn.Module, spectral: bool) -> FactoredOptimizer:
+def build_optimizer(model: nn.Module, spectral: bool) -> KroneckerDiagonalOptimizer:
     return SpectralAdaFisher(model, **SPECTRAL) if spectral else AdaFisherW(model, **OPTIONS)
 
 
-def state_of(model: nn.Module, optimizer: FactoredOptimizer) -> dict[str, dict[str, Tensor]]:
+def state_of(model: nn.Module, optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str, Tensor]]:
     """The whole state of every parameter by name."""
     named = dict(model.named_parameters())
     return {
@@ -78,7 +78,7 @@ def build(name: str) -> nn.Module:
     return family(name).build().double()
 
 
-def loop(name: str, model: nn.Module, optimizer: FactoredOptimizer, first: int = 0, last: int = STEPS) -> None:
+def loop(name: str, model: nn.Module, optimizer: KroneckerDiagonalOptimizer, first: int = 0, last: int = STEPS) -> None:
     """Steps over global batches of equal rows; the loss is a mean, so that gradients average over processes."""
     for step in range(first, last):
         optimizer.zero_grad()

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from hf_adafisher.fisher.averages import (
-    FactorPair,
+    FactorSums,
     MovingAverage,
     min_max_normalize,
     sum_of_squares,
     sum_of_squares_along,
 )
-from hf_adafisher.fisher.diagonals import GradientForm
+from hf_adafisher.fisher.diagonals import GradientDiagonal
 
 VALUES = st.lists(st.floats(0.0, 1e3, width=32), min_size=1, max_size=20)
 
@@ -95,21 +95,21 @@ def test_the_average_is_the_weighted_mean_of_all_samples() -> None:
 
 
 def test_pairs_add_sums_and_counts() -> None:
-    pair = FactorPair(torch.ones(2), torch.ones(3), 4)
-    pair.add_(FactorPair(torch.full((2,), 2.0), torch.full((3,), 5.0), 6))
+    pair = FactorSums(torch.ones(2), torch.ones(3), 4)
+    pair.add_(FactorSums(torch.full((2,), 2.0), torch.full((3,), 5.0), 6))
     assert_close((pair.input_factor, pair.output_grad_factor), (torch.full((2,), 3.0), torch.full((3,), 6.0)))
     assert pair.count == 10
 
 
 def test_gradient_factors_of_every_number_of_axes() -> None:
-    form, grad = GradientForm(), torch.randn(2, 1, 4, 3, dtype=torch.float64)
+    form, grad = GradientDiagonal(), torch.randn(2, 1, 4, 3, dtype=torch.float64)
     factors = form.from_gradient(grad)
     assert set(factors) == set(form.factor_shapes(grad.shape)) == {"axis0_factor", "axis2_factor", "axis3_factor"}
     assert_close(factors["axis2_factor"], torch.stack([grad[:, :, i].square().mean() for i in range(4)]))
-    raw = form.spread(factors, grad.shape, normalize=False)
+    raw = form.expand(factors, grad.shape, normalize=False)
     product = raw[0] * raw[1] * raw[2]
     assert_close(
         product.expand(grad.shape)[1, 0, 2, 1],
         factors["axis0_factor"][1] * factors["axis2_factor"][2] * factors["axis3_factor"][1],
     )
-    assert form.spread({}, torch.Size((1, 1))) == ()
+    assert form.expand({}, torch.Size((1, 1))) == ()

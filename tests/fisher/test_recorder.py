@@ -13,7 +13,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 from hf_adafisher import AdaFisherW, LayerRule, register_layer
 from hf_adafisher.fisher import FactorRecorder, find_rule
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerForm
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerDiagonal
 from hf_adafisher.fisher.layers import registry
 from tests.cases import CASES, Case, mlp
 from tests.model_zoo import FAMILIES, Family
@@ -115,7 +115,7 @@ def test_only_due_steps_are_armed() -> None:
     optimizer = AdaFisherW(model, update_interval=3)
     armed = []
     for _ in range(7):
-        armed.append(optimizer._curvature.recorder.armed)
+        armed.append(optimizer._statistics.recorder.armed)
         model(torch.randn(3, 4)).sum().backward()
         optimizer.step()
     assert armed == [True, False, False, True, False, False, True]
@@ -188,8 +188,8 @@ class Doubling(nn.Module):
 class DoublingRule(LayerRule):
     name = "Doubling"
 
-    def forms(self, module: nn.Module) -> dict[str, Any]:
-        return {"table": KroneckerForm((INPUT, OUTPUT_GRAD))}
+    def diagonals(self, module: nn.Module) -> dict[str, Any]:
+        return {"table": KroneckerDiagonal((INPUT, OUTPUT_GRAD))}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (4,), (3,)
@@ -326,10 +326,10 @@ def test_tokens_that_happen_to_be_consecutive_are_counted_as_tokens() -> None:
     expected = torch.outer(torch.tensor([0, 0, 1, 1, 1, 1, 0]) / 4.0, seen[0][0].square().mean(0))
     assert_close(optimizer.fisher_diagonal(model.tokens.weight, normalized=False), expected, check_dtype=False)
     rule = find_rule(model.tokens)
-    assert rule is not None and not rule.shared_by_batch([torch.tensor([[3, 4, 5]])])
-    assert not rule.shared_by_batch([torch.tensor([[3, 4, 5, 7]])])
-    assert not rule.shared_by_batch([torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6]])])
-    assert rule.shared_by_batch([torch.tensor([3, 4, 5, 6])])
+    assert rule is not None and not rule.broadcasts_over_batch([torch.tensor([[3, 4, 5]])])
+    assert not rule.broadcasts_over_batch([torch.tensor([[3, 4, 5, 7]])])
+    assert not rule.broadcasts_over_batch([torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6]])])
+    assert rule.broadcasts_over_batch([torch.tensor([3, 4, 5, 6])])
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -434,7 +434,7 @@ def test_other_hooks_that_change_the_output_do_not_change_what_the_layer_compute
     recorder.arm()
     model(x).pow(3).sum().backward()
     assert_close({t.name: factors for t, factors in recorder.flush().factors.items()}, expected)
-    assert {t.name: t.explained for t in recorder.tracked} == {"0": True, "2": True}
+    assert {t.name: t.matches_rule for t in recorder.tracked} == {"0": True, "2": True}
     for handle in handles:
         handle.remove()
 

@@ -129,7 +129,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(name: str, dtype: tor
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     resumed.load_state_dict(checkpoint["model"])
     restored.load_state_dict(checkpoint["optimizer"])
-    assert not restored._curvature.recorder.armed
+    assert not restored._statistics.recorder.armed
     train(resumed, case, restored, steps=6, start=6)
     assert_close(resumed.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert_close(restored.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
@@ -376,7 +376,7 @@ def test_momentum_in_float32_updates_bfloat16_weights_as_float32_ones() -> None:
         q.grad = p.grad.float()
     for optimizer in optimizers:
         for p in optimizer.param_groups[0]["params"]:
-            optimizer._curvature._terms[id(p)] = [(torch.full(p.shape, 0.5),)]
+            optimizer._statistics._terms[id(p)] = [(torch.full(p.shape, 0.5),)]
         optimizer._refresh = lambda: None
         optimizer.step()
     for p, q in zip(low.parameters(), high.parameters(), strict=True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherW
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers import fused as fused_module
 from hf_adafisher.optimizers import update as update_module
 from hf_adafisher.optimizers.update import cut, update_parameter
@@ -44,7 +44,7 @@ def listed(name: str, function: Callable[..., Any], seen: list[str]) -> Callable
     return call
 
 
-def assert_updated(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], **changes: Any) -> None:
+def assert_updated(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], **changes: Any) -> None:
     """Update, and compare with the definition in float64: each value by what its own operands may be rounded by."""
     options = OPTIONS | changes
     exact = [tensor.double().clone() for tensor in (param, grad, exp_avg)]
@@ -65,7 +65,9 @@ def assert_updated(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence
     assert ((exp_avg.double() - moment).abs() <= eps * largest + tiny).all()
 
 
-def matrix(dtype: torch.dtype, size: float = 1.0, shape: tuple[int, int] = (23, 17)) -> tuple[list[Tensor], list[Term]]:
+def matrix(
+    dtype: torch.dtype, size: float = 1.0, shape: tuple[int, int] = (23, 17)
+) -> tuple[list[Tensor], list[DiagonalTerm]]:
     """Tensors with gradients of this size, and factors that reach from 0 to 1."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) * scale for scale in (1.0, size, size)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisherW
-from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 
 
@@ -26,7 +26,7 @@ class Scaled(nn.Module):
         return self.layer(x) * self.scale
 
 
-def make_steps(model: nn.Module, optimizer: RecordingOptimizer, steps: int, seed: int = 0) -> None:
+def make_steps(model: nn.Module, optimizer: HookedOptimizer, steps: int, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -35,7 +35,7 @@ def make_steps(model: nn.Module, optimizer: RecordingOptimizer, steps: int, seed
 
 
 @pytest.mark.parametrize("kind", [AdaFisherW, KFAC])
-def test_only_scalars_that_are_read_as_numbers_stay_on_the_cpu(kind: type[RecordingOptimizer]) -> None:
+def test_only_scalars_that_are_read_as_numbers_stay_on_the_cpu(kind: type[HookedOptimizer]) -> None:
     model = Scaled()
     optimizer = kind(model)
     make_steps(model, optimizer, 1)
@@ -49,7 +49,7 @@ def test_only_scalars_that_are_read_as_numbers_stay_on_the_cpu(kind: type[Record
 
 
 @pytest.mark.parametrize("kind", [AdaFisherW, KFAC])
-def test_a_default_device_does_not_move_the_scalars(kind: type[RecordingOptimizer]) -> None:
+def test_a_default_device_does_not_move_the_scalars(kind: type[HookedOptimizer]) -> None:
     model = Scaled()
     optimizer = kind(model)
     model(torch.randn(6, 4)).square().mean().backward()

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers import adafisher as adafisher_module
 from hf_adafisher.optimizers import compiled as compiled_module
 from hf_adafisher.optimizers import fused as fused_module
@@ -52,7 +52,7 @@ class Example:
     ) -> None:
         self.shape, self.order = tuple(shape), order
         self.generator = torch.Generator().manual_seed(0)
-        self.terms: list[Term] = [tuple(self.random(shape).abs() for shape in term) for term in spreads]
+        self.terms: list[DiagonalTerm] = [tuple(self.random(shape).abs() for shape in term) for term in spreads]
 
     def random(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64)
@@ -90,7 +90,14 @@ SHAPES = pytest.mark.parametrize("name", EXAMPLES)
 
 
 def by_definition(
-    param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[Term], *, step: int, decoupled: bool, **options: Any
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    terms: Sequence[DiagonalTerm],
+    *,
+    step: int,
+    decoupled: bool,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The new parameter and moment from Eq. 4 and the update rule, out of place, over whole tensors."""
     lr, beta, decay = options["lr"], options["beta"], options["weight_decay"]
@@ -295,11 +302,11 @@ def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, mon
             model(x).square().mean().backward()
             replace_tensors(model, optimizer, step)
             if not keep:
-                optimizer._curvature.parts.clear()
+                optimizer._statistics.parts.clear()
                 for p in model.parameters():
                     p.grad = torch.empty_like(p).copy_(p.grad)  # type: ignore[arg-type]
             optimizer.step()
-            kept = optimizer._curvature.parts
+            kept = optimizer._statistics.parts
             assert len(kept) == 2 and all(parts.lasting for parts in kept.values())
         return model, optimizer
 
@@ -326,7 +333,7 @@ def test_a_diagonal_as_large_as_its_weight_is_not_kept() -> None:
 @pytest.mark.parametrize("how", ["load_state_dict", "close"])
 def test_replaced_momentum_is_not_held(how: str) -> None:
     _, optimizer, _ = train(AdaFisherW, False, 3)
-    assert optimizer._curvature.parts
+    assert optimizer._statistics.parts
     states = optimizer.state_dict()
     held = [weakref.ref(state["exp_avg"].untyped_storage()) for state in states["state"].values()]
     if how == "load_state_dict":
@@ -368,7 +375,7 @@ def test_where_no_compiler_works_it_warns_once_and_is_eager(
     monkeypatch.setattr(update_module, "CPU_BLOCK", 1 << 12)
     with caplog.at_level(logging.WARNING, "hf_adafisher"):
         model, optimizer, _ = train(AdaFisherW, True, 5)
-    cuts = [len(parts.parts) for parts in optimizer._curvature.parts.values()]
+    cuts = [len(parts.parts) for parts in optimizer._statistics.parts.values()]
     assert len(cuts) == 3 and sorted(cuts)[1] > 1  # in blocks, as without the option
     warnings = [record.getMessage() for record in caplog.records if "torch.compile" in record.getMessage()]
     assert len(warnings) == 1 and "(RuntimeError: no C++ compiler)" in warnings[0]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from tests.model_zoo import FAMILIES, Family
 
 STEPS = 4
@@ -57,10 +57,10 @@ def model_of(trainer: AdaFisherTrainer) -> nn.Module:
     return trainer.model
 
 
-def adafisher_of(trainer: AdaFisherTrainer) -> FactoredOptimizer:
+def adafisher_of(trainer: AdaFisherTrainer) -> KroneckerDiagonalOptimizer:
     """The optimizer inside accelerate's wrapper."""
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    assert isinstance(optimizer, FactoredOptimizer)
+    assert isinstance(optimizer, KroneckerDiagonalOptimizer)
     return optimizer
 
 

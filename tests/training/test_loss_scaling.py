@@ -127,7 +127,7 @@ def test_an_overflow_on_a_due_step_leaves_the_refresh_due(tmp_path: Path) -> Non
     trainer = train(tmp_path, [BAD[0]], 1, scaled=True, where="output")
     optimizer = optimizer_of(trainer)
     assert optimizer.param_groups[0]["steps"] == 0 and optimizer.refresh_due and not optimizer.state
-    assert not optimizer._curvature.recorder._pending
+    assert not optimizer._statistics.recorder._pending
 
 
 def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> None:

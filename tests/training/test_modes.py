@@ -28,7 +28,7 @@ from hf_adafisher import (
     SpectralAdaFisher,
     create_optimizer,
 )
-from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from tests.cases import CASES, WORDS
 from tests.equivalence import Training, assert_same_training, moved, training_of
 from tests.model_zoo import Family, family
@@ -74,13 +74,13 @@ def half_masked(record: Family, n: int) -> Examples:
     return examples
 
 
-def in_a_loop(kind: type[FactoredOptimizer], model: nn.Module, **options: Any) -> Any:
+def in_a_loop(kind: type[KroneckerDiagonalOptimizer], model: nn.Module, **options: Any) -> Any:
     """An optimizer with the damping that it knows."""
     damping = {"relative_damping" if kind is SpectralAdaFisher else "damping": 0.1}
     return kind(model, lr=0.05, **damping, **options)  # type: ignore[call-arg]
 
 
-def weights_of_averages(optimizer: FactoredOptimizer) -> set[float]:
+def weights_of_averages(optimizer: KroneckerDiagonalOptimizer) -> set[float]:
     """The weight of every moving average in the state."""
     return {
         value.item()
@@ -97,7 +97,7 @@ def weights_of_averages(optimizer: FactoredOptimizer) -> set[float]:
 
 @pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
 @pytest.mark.parametrize("name", ["mlp", "tied", "norm", "experts"])
-def test_d15_micro_batches_in_a_plain_loop(name: str, kind: type[FactoredOptimizer]) -> None:
+def test_d15_micro_batches_in_a_plain_loop(name: str, kind: type[KroneckerDiagonalOptimizer]) -> None:
     """D15: k micro-batches are one batch, and one update of the factors, not k."""
     case, gamma, steps, k = BY_NAME[name], 0.7, 5, 4
     runs = []
@@ -181,7 +181,7 @@ def test_accumulation_with_another_loss(loss: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
-def test_accumulation_in_an_accelerate_loop(kind: type[FactoredOptimizer]) -> None:
+def test_accumulation_in_an_accelerate_loop(kind: type[KroneckerDiagonalOptimizer]) -> None:
     """`accelerator.accumulate`: k micro-batches are one batch in a plain loop, in weights and in factors."""
     case, steps, k = BY_NAME["mlp"], 5, 4
     batches = [
@@ -567,7 +567,7 @@ def test_trainer_is_a_plain_loop(rows: int, optim: str, declared: bool, tmp_path
     names = ("weight_decay", "ema_decay", "update_interval", *(("damping",) if optim == "adafisherw" else ()))
     given = {key: OPTIONS[key] for key in names}
     optimizer = create_optimizer(optim, model, lr=OPTIONS["learning_rate"], **given)
-    assert isinstance(optimizer, FactoredOptimizer)
+    assert isinstance(optimizer, KroneckerDiagonalOptimizer)
     for batch in batches:
         items = int(batch["labels"][:, 1:].ne(-100).sum())
         optimizer.gradient_scale = 1 / items if declared else 1.0

@@ -75,7 +75,7 @@ def straight_line(points: Sequence[Mapping[str, float]], x: str, y: str) -> dict
 
     Returns:
         ``ms_per_million`` of what is on the axis ``x``, ``intercept_ms``, and ``r_squared``, the share of the variance
-        of ``y`` that the line explains: 1 where growth is exactly linear.
+        of ``y`` that the line matches_forward: 1 where growth is exactly linear.
     """
     millions, values = [point[x] / 1e6 for point in points], [point[y] for point in points]
     slope, intercept = statistics.linear_regression(millions, values)

@@ -222,7 +222,7 @@ def measure_layer(factors: LayerFactors) -> MeasuredLayer:
     """A row of the table."""
     layer, notes = factors.layer, []
     dimensions = {side: len(factors.moments[side]) for side in SIDES}
-    if factors.batch_shared:
+    if factors.broadcast:
         notes.append("S of gradients summed over a batch")
     notes += [f"{SYMBOLS[side]} too long" for side in SIDES if side in layer.cut]
     notes += [f"{SYMBOLS[side]} diagonal by nature" for side in SIDES if side in layer.by_nature]

@@ -30,8 +30,8 @@ _DIVERGED = "the training has diverged; lower the learning rate or look at an ea
 class _FullMoments(MomentRule):
     """Full moments without the bias's constant 1, which AdaFisher keeps apart."""
 
-    def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
-        return self.rule.shared_by_batch(inputs)
+    def broadcasts_over_batch(self, inputs: Sequence[Tensor]) -> bool:
+        return self.rule.broadcasts_over_batch(inputs)
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class LayerFactors:
         layer: which.
         moments: ``INPUT`` and ``OUTPUT_GRAD``: (d, d), or (d,) where the factor is diagonal by nature or cut.
         positions: what the means are over.
-        batch_shared: the output served a whole batch at once, so gradients are sums over a batch's examples.
+        broadcast: the output served a whole batch at once, so gradients are sums over a batch's examples.
     """
 
     layer: FactorLayer
     moments: Mapping[str, Tensor]
     positions: int
-    batch_shared: bool
+    broadcast: bool
 
     def measured(self) -> dict[str, Dominance]:
         """By side; without those that are cut."""
@@ -143,6 +143,6 @@ def collect_factors(
     if sample.non_finite:
         raise ValueError(f"the factors of layer {sample.non_finite[0]!r} are not finite: {_DIVERGED}")
     return {
-        t.name: LayerFactors(layers[t.name], moments, round(sample.counts[t]), t in sample.batch_shared)
+        t.name: LayerFactors(layers[t.name], moments, round(sample.counts[t]), t in sample.broadcast)
         for t, moments in sample.factors.items()
     }

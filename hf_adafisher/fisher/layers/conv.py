@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares_along, sum_of_squares_over_batch
-from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, ConvForm, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, ConvDiagonal, KroneckerDiagonal, ParameterDiagonal
 from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer, second_moment, weight_of
 
 _FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
@@ -30,8 +30,8 @@ class ConvRule(LayerRule):
 
     name = "Conv"
 
-    def forms(self, module: Any) -> Mapping[str, ParameterForm]:
-        return {"weight": ConvForm(module.groups), "bias": KroneckerForm((OUTPUT_GRAD,))}
+    def diagonals(self, module: Any) -> Mapping[str, ParameterDiagonal]:
+        return {"weight": ConvDiagonal(module.groups), "bias": KroneckerDiagonal((OUTPUT_GRAD,))}
 
     def factor_shapes(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (module.in_channels, *module.kernel_size), (module.out_channels,)
@@ -73,7 +73,7 @@ class ConvRule(LayerRule):
         by_position = grad.movedim(grad.dim() - len(module.kernel_size) - 1, -1)
         return second_moment(by_position.reshape(-1, module.out_channels))
 
-    def explains(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def matches_forward(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> bool:
         base = next(c for c in _FUNCTIONS if isinstance(module, c))
         kind = type(module)
         if kind.forward is base.forward and kind._conv_forward is base._conv_forward:

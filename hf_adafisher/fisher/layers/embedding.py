@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerDiagonal, ParameterDiagonal
 from hf_adafisher.fisher.layers.registry import PROBE_ROWS, LayerRule, register_layer, second_moment, weight_of
 
 _SHORTEST_TABLE = 4
@@ -24,8 +24,8 @@ class EmbeddingRule(LayerRule):
 
     name = "Embedding"
 
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
-        return {"weight": KroneckerForm((INPUT, OUTPUT_GRAD))}
+    def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
+        return {"weight": KroneckerDiagonal((INPUT, OUTPUT_GRAD))}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         vocabulary, width = weight_of(module).shape
@@ -55,7 +55,7 @@ class EmbeddingRule(LayerRule):
     def full_output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return second_moment(grad.reshape(-1, weight_of(module).shape[1]))
 
-    def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
+    def broadcasts_over_batch(self, inputs: Sequence[Tensor]) -> bool:
         """A single row of consecutive ids: transformers look positions up once and add them to every example.
 
         Shorter rows than four may be tokens, or classes, that happen to follow each other.
@@ -66,7 +66,7 @@ class EmbeddingRule(LayerRule):
         row = ids.reshape(-1)
         return bool((row[1:] - row[:-1] == 1).all())
 
-    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward is nn.Embedding.forward:
             return True
         # Subclasses may scale the rows (Gemma) but not look up other rows than their argument names (OPT, BART).

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher.fisher.averages import sum_of_squares
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerForm, ParameterForm
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerDiagonal, ParameterDiagonal
 from hf_adafisher.fisher.layers.registry import (
     PROBE_ROWS,
     LayerRule,
@@ -26,8 +26,8 @@ class LinearRule(LayerRule):
     name = "Linear"
     axes: tuple[str, str] = (OUTPUT_GRAD, INPUT)
 
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
-        return {"weight": KroneckerForm(self.axes), "bias": KroneckerForm((OUTPUT_GRAD,))}
+    def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
+        return {"weight": KroneckerDiagonal(self.axes), "bias": KroneckerDiagonal((OUTPUT_GRAD,))}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         sizes = dict(zip(self.axes, weight_of(module).shape, strict=True))
@@ -55,7 +55,7 @@ class LinearRule(LayerRule):
         _, (width,) = self.factor_shapes(module)
         return second_moment(grad.reshape(-1, width))
 
-    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward is nn.Linear.forward:
             return True
         (d_in,), (d_out,) = self.factor_shapes(module)

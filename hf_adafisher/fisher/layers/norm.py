@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares, sum_of_squares_along
-from hf_adafisher.fisher.diagonals import ParameterForm, ScaleForm, ShiftForm
+from hf_adafisher.fisher.diagonals import ParameterDiagonal, ScaleDiagonal, ShiftDiagonal
 from hf_adafisher.fisher.layers.registry import (
     PROBE_ROWS,
     LayerRule,
@@ -35,8 +35,8 @@ def _epsilon(module: nn.Module, default: float) -> float:
 class ScaleAndShiftRule(LayerRule):
     """What all of them share: a scale and a shift, whose factors have their shape."""
 
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
-        return {"weight": ScaleForm(), "bias": ShiftForm()}
+    def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
+        return {"weight": ScaleDiagonal(), "bias": ShiftDiagonal()}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
@@ -61,7 +61,7 @@ class LayerNormRule(ScaleAndShiftRule):
         shape = weight_of(module).shape
         return sum_of_squares(grad, shape.numel()).reshape(shape)
 
-    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
             return True
         shape = weight_of(module).shape
@@ -100,7 +100,7 @@ class ChannelNormRule(ScaleAndShiftRule):
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return sum_of_squares_along(grad, 1)
 
-    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward in (nn.BatchNorm2d.forward, nn.GroupNorm.forward):
             return True
         x, weight = inputs[0].detach().float(), weight_of(module)
@@ -129,7 +129,7 @@ class GroupNormRule(ChannelNormRule):
 
 
 def _is_rms_norm(module: nn.Module) -> bool:
-    """A leaf with one 1-D weight and an epsilon. That it does compute an RMS norm is then checked by ``explains``."""
+    """A leaf with one 1-D weight and an epsilon. That it does compute an RMS norm ``matches_forward`` checks."""
     parameters = dict(module.named_parameters(recurse=False))
     if set(parameters) != {"weight"} or any(True for _ in module.children()) or any(True for _ in module.buffers()):
         return False

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.fisher.diagonals import ParameterForm
+from hf_adafisher.fisher.diagonals import ParameterDiagonal
 
 PROBE_ROWS = 8
-"""Number of positions on which ``explains`` compares a call with what the rule assumes."""
+"""Number of positions on which ``matches_forward`` compares a call with what the rule assumes."""
 
 
 class LayerRule(ABC):
-    """The geometry of one kind of layer: two pure functions from tensors to sums, and a form per parameter.
+    """The geometry of one kind of layer: two pure functions from tensors to sums, and a diagonal per parameter.
 
     A rule holds no state: the same instance serves every module of its class.
     """
@@ -26,8 +26,8 @@ class LayerRule(ABC):
     """Shown by ``coverage()``."""
 
     @abstractmethod
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
-        """The form of each parameter of ``module`` that this rule covers, by its name inside the module."""
+    def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
+        """The diagonal of each parameter of ``module`` that this rule covers, by its name inside the module."""
 
     @abstractmethod
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -47,16 +47,16 @@ class LayerRule(ABC):
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         """``sum_n g_n^2`` over all positions; ``grad`` is the loss gradient with respect to the output."""
 
-    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+    def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         """Whether this call really computes what the rule assumes.
 
         Asked once per module, on real numbers, because a class proves little: OPT's position table derives from
         Embedding and is called with an attention mask, a gated RMSNorm multiplies before it normalises. A module that
-        is not explained gets gradient factors. The default accepts.
+        does not match gets gradient factors. The default accepts.
         """
         return True
 
-    def shared_by_batch(self, inputs: Sequence[Tensor]) -> bool:
+    def broadcasts_over_batch(self, inputs: Sequence[Tensor]) -> bool:
         """Whether this call's output serves all examples of the batch at once. The default denies it.
 
         Its gradient is then a sum over the examples of one backward, whose square depends on how a batch is split into

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from hf_adafisher.optimizers.base.tracker import ParameterTracker
+from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.validation.checks import check_checkpoint, check_model, warn_changed_options
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -21,7 +21,7 @@ COUNTERS = ("steps", "next_refresh", "refreshes", "dropped_refreshes")
 """Counters that every parameter group carries, so that they travel with a checkpoint."""
 
 
-class RecordingOptimizer(Optimizer, ABC):
+class HookedOptimizer(Optimizer, ABC):
     """A torch optimizer that reads layer inputs and output gradients with hooks on the steps that are due.
 
     Subclasses say what is recorded (:meth:`_new_tracker`), what becomes of it (:meth:`_take_statistics`) and how
@@ -53,7 +53,7 @@ class RecordingOptimizer(Optimizer, ABC):
     supports_shards: ClassVar[bool] = True
     """Whether parameters may be sharded by FSDP2."""
 
-    _curvature: ParameterTracker
+    _statistics: StatisticsTracker
 
     def __init__(self, model: nn.Module, params: ParamsT | None, defaults: Mapping[str, Any]) -> None:
         kind = type(self).__name__
@@ -72,7 +72,7 @@ class RecordingOptimizer(Optimizer, ABC):
                     f"{type(model).__name__} has no trainable parameter: set requires_grad=True on what {kind} should "
                     "train"
                 )
-        self._curvature = self._new_tracker()
+        self._statistics = self._new_tracker()
         super().__init__(params, {**defaults, **dict.fromkeys(COUNTERS, 0)})
         if not any(p.requires_grad for p in self._params()):
             raise ValueError(
@@ -81,7 +81,7 @@ class RecordingOptimizer(Optimizer, ABC):
         self._track()
 
     @abstractmethod
-    def _new_tracker(self) -> ParameterTracker:
+    def _new_tracker(self) -> StatisticsTracker:
         """The bookkeeping of ``self.model``, tracking nothing yet."""
 
     @abstractmethod
@@ -120,7 +120,7 @@ class RecordingOptimizer(Optimizer, ABC):
         Raises:
             RuntimeError: After :meth:`close`, or for a sparse gradient.
         """
-        self._curvature.open_recorder()  # raises after close(), before the closure does any work
+        self._statistics.open_recorder()  # raises after close(), before the closure does any work
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -131,7 +131,7 @@ class RecordingOptimizer(Optimizer, ABC):
             self._update_parameters()
             for group in self.param_groups:
                 group["steps"] += 1
-        self._curvature.arm(self.refresh_due)
+        self._statistics.arm(self.refresh_due)
         return loss
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
@@ -141,7 +141,7 @@ class RecordingOptimizer(Optimizer, ABC):
                 if p.grad is not None:
                     if p.grad.is_sparse:
                         raise RuntimeError(
-                            f"{self._curvature.name_of(p)} has a sparse gradient: build its Embedding with sparse=False"
+                            f"{self._statistics.name_of(p)} has a sparse gradient: build it with sparse=False"
                         )
                     yield group, p, p.grad
 
@@ -167,13 +167,13 @@ class RecordingOptimizer(Optimizer, ABC):
             ValueError: On setting a value that is not finite and > 0.
             RuntimeError: After :meth:`close`.
         """
-        return self._curvature.open_recorder().gradient_scale
+        return self._statistics.open_recorder().gradient_scale
 
     @gradient_scale.setter
     def gradient_scale(self, value: float) -> None:
         if not (math.isfinite(value) and value > 0.0):
             raise ValueError(f"gradient_scale must be finite and > 0, got {value}")
-        self._curvature.open_recorder().gradient_scale = float(value)
+        self._statistics.open_recorder().gradient_scale = float(value)
 
     def _refresh(self) -> None:
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
@@ -189,8 +189,8 @@ class RecordingOptimizer(Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics of the backward passes that made them."""
         super().zero_grad(set_to_none)
-        if self._curvature.recorder is not None:
-            self._curvature.recorder.forget_pending()
+        if self._statistics.recorder is not None:
+            self._statistics.recorder.forget_pending()
 
     def discard_statistics(self) -> None:
         """Forget statistics recorded since the last step.
@@ -198,7 +198,7 @@ class RecordingOptimizer(Optimizer, ABC):
         For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
         ``optimizer.zero_grad()`` does it by itself.
         """
-        self._curvature.discard()
+        self._statistics.discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
@@ -213,9 +213,9 @@ class RecordingOptimizer(Optimizer, ABC):
         group = self.param_groups[-1]
         try:
             self._check_group(group, self.param_groups[0])
-            self._curvature.map_parameters()  # the model may have grown since
+            self._statistics.map_parameters()  # the model may have grown since
             for p in group["params"]:
-                if id(p) not in self._curvature.names:
+                if id(p) not in self._statistics.names:
                     raise ValueError(
                         f"a parameter of shape {tuple(p.shape)} does not belong to the model "
                         f"({type(self.model).__name__}): build the optimizer on the module that holds every parameter "
@@ -225,12 +225,12 @@ class RecordingOptimizer(Optimizer, ABC):
             self.param_groups.pop()
             raise
         group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
-        if self._curvature.recorder is not None:  # None while the constructor adds its groups
+        if self._statistics.recorder is not None:  # None while the constructor adds its groups
             self._track()
 
     def _track(self) -> None:
-        self._curvature.track(self._params())
-        self._curvature.arm(self.refresh_due)
+        self._statistics.track(self._params())
+        self._statistics.arm(self.refresh_due)
 
     def _params(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -263,14 +263,14 @@ class RecordingOptimizer(Optimizer, ABC):
                 dtype = self._restored_dtype(group, p, key, value.dtype)
                 device = torch.device("cpu") if scalar else p.device
                 self.state[p][key] = value.detach().clone().to(device, dtype)
-        self._curvature.forget()
-        self._curvature.discard()
-        self._curvature.arm(self.refresh_due)
+        self._statistics.forget()
+        self._statistics.discard()
+        self._statistics.arm(self.refresh_due)
 
     def close(self) -> None:
         """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
-        if self._curvature.recorder is not None:
-            self._curvature.recorder.close()
+        if self._statistics.recorder is not None:
+            self._statistics.recorder.close()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(

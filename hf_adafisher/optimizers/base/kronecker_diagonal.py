@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import Term, diagonal_of
+from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.parameter_uses import new_state
-from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
-from hf_adafisher.optimizers.base.statistics import Curvature
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
+from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.validation.checks import dtype_option, plain_dtypes
 
 
-class FactoredOptimizer(RecordingOptimizer):
+class KroneckerDiagonalOptimizer(HookedOptimizer):
     """A first moment and the averaged factors of every use of every parameter; subclasses say what moves by them.
 
     The state of a parameter is ``step``, ``exp_avg`` in its shape, and vectors
@@ -25,31 +25,31 @@ class FactoredOptimizer(RecordingOptimizer):
     """
 
     momentum_key = "exp_avg"
-    _curvature: Curvature
+    _statistics: FactorStatistics
 
     @abstractmethod
     def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         """Raises ValueError for an option of a new group that is outside its range."""
 
     @abstractmethod
-    def damping_of(self, group: Mapping[str, Any], terms: Sequence[Term]) -> float:
+    def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """What is added to the diagonal that these terms of a parameter in ``group`` make."""
 
-    def _new_tracker(self) -> Curvature:
-        return Curvature(self.model)
+    def _new_tracker(self) -> FactorStatistics:
+        return FactorStatistics(self.model)
 
     def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         self._check_options(group, first)
         plain_dtypes(group)
 
     def _take_statistics(self) -> bool | None:
-        updates = self._curvature.collect(self._with_gradient(), self._state_of)
+        updates = self._statistics.collect(self._with_gradient(), self._state_of)
         if updates is None:
             return None
         for update in updates:
-            update.apply(self._state_of(update.group, update.param), self._curvature.uses_of(update.param))
+            update.apply(self._state_of(update.group, update.param), self._statistics.uses_of(update.param))
         if updates:
-            self._curvature.forget()
+            self._statistics.forget()
         return bool(updates)
 
     def _count_step(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Tensor]]]:
@@ -66,7 +66,7 @@ class FactoredOptimizer(RecordingOptimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             dtype = dtype_option(group, "momentum_dtype", p.dtype)
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state.update(new_state(self._curvature.uses_of(p), p))
+            state.update(new_state(self._statistics.uses_of(p), p))
         return state
 
     def _track(self) -> None:
@@ -75,7 +75,7 @@ class FactoredOptimizer(RecordingOptimizer):
         for p in self._params():
             state = self.state.get(p)
             if state:
-                fresh = new_state(self._curvature.uses_of(p), p)
+                fresh = new_state(self._statistics.uses_of(p), p)
                 known = {key: value for key, value in state.items() if key not in ("step", self.momentum_key)}
                 if not known.keys() <= fresh.keys():  # another rule reaches it now: its factors mean something else
                     for key in known:
@@ -85,7 +85,7 @@ class FactoredOptimizer(RecordingOptimizer):
 
     def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of a parameter's state; they depend on the model alone."""
-        factors = new_state(self._curvature.uses_of(p), p)
+        factors = new_state(self._statistics.uses_of(p), p)
         return {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
 
     def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
@@ -114,11 +114,11 @@ class FactoredOptimizer(RecordingOptimizer):
             RuntimeError: There are no statistics yet, since it had no gradient in any step so far.
         """
         group = next((g for g in self.param_groups if any(q is param for q in g["params"])), None)
-        name = self._curvature.name_of(param)
+        name = self._statistics.name_of(param)
         if group is None:
             raise ValueError(f"{name} is not trained by this optimizer: it is in none of its parameter groups")
         state = self.state.get(param)
-        terms = self._curvature.known_terms(param, state, normalized) if state else []
+        terms = self._statistics.known_terms(param, state, normalized) if state else []
         if not terms:
             raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
         return diagonal_of(terms, param, self.damping_of(group, terms) if normalized else 0.0)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, Term
+from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, DiagonalTerm
 from hf_adafisher.fisher.parameter_uses import estimated_terms, gradient_estimate, rows_in_use
-from hf_adafisher.optimizers.base.statistics import Curvature
+from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices
-from hf_adafisher.optimizers.sharding import whole
+from hf_adafisher.optimizers.sharding import full_tensor
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Whitening:
     columns: Tensor
 
 
-class SpectralCurvature(Curvature):
+class SpectralStatistics(FactorStatistics):
     """Factors whose product estimates the second moment of the batch's gradient, ``sum_n g_n^2 x_n^2``.
 
     ``H`` is a mean over the ``N`` positions of a refresh as elsewhere, ``S`` the *sum* over them, so that ``S (x) H``
@@ -54,7 +54,7 @@ class SpectralCurvature(Curvature):
         """Whether a parameter is the weight of an output layer."""
         return id(p) in self._heads
 
-    def mean_of(self, terms: Sequence[Term]) -> float:
+    def mean_of(self, terms: Sequence[DiagonalTerm]) -> float:
         """The mean of the diagonal that terms of :meth:`terms` make."""
         return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
 
@@ -70,13 +70,13 @@ class SpectralCurvature(Curvature):
         # The positions are the rows, and the gradient is the batch's already.
         return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * rows_in_use(factors)}
 
-    def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[Term]:
+    def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         return estimated_terms(self.uses_of(p), state, p.shape)
 
-    def _provisional_term(self, p: Tensor, grad: Tensor) -> Term:
-        return gradient_estimate(self.uses_of(p), whole(grad))
+    def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
+        return gradient_estimate(self.uses_of(p), full_tensor(grad))
 
-    def whitening(self, p: Tensor, terms: Sequence[Term], group: Mapping[str, float]) -> Whitening:
+    def whitening(self, p: Tensor, terms: Sequence[DiagonalTerm], group: Mapping[str, float]) -> Whitening:
         """``(S / mean(S) + rho)^-e`` and the same of ``H``, along the sides of a hidden matrix; kept with the terms.
 
         Several uses of one weight add up to the means of their diagonal along either side.

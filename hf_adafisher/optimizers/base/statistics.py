@@ -9,20 +9,20 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import Term
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.fisher.parameter_uses import (
     ON_GRADIENT,
-    Use,
-    find_uses,
+    ParameterUse,
+    find_parameter_uses,
     gradient_term,
     needs_gradient_factors,
     terms_of,
     with_gradient_sums,
 )
 from hf_adafisher.fisher.recorder import FactorRecorder
-from hf_adafisher.optimizers.base.tracker import ParameterTracker
+from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.layout import Parts
-from hf_adafisher.optimizers.sharding import is_sharded, is_split, local_terms, whole
+from hf_adafisher.optimizers.sharding import full_tensor, is_sharded, is_split, local_terms
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,11 @@ class FactorUpdate:
 
     group: Mapping[str, Any]
     param: Tensor
-    use: Use
+    use: ParameterUse
     factors: Mapping[str, Tensor]
     from_gradient: bool
 
-    def apply(self, state: Mapping[str, Tensor], uses: Sequence[Use]) -> None:
+    def apply(self, state: Mapping[str, Tensor], uses: Sequence[ParameterUse]) -> None:
         """Take the factors into the averages of ``state``; a module's first statistics replace gradient factors.
 
         The two have different scales, so they are never averaged with each other.
@@ -50,7 +50,7 @@ class FactorUpdate:
         self.use.update_(state, self.factors, self.param.shape, self.group["ema_decay"])
 
 
-class Curvature(ParameterTracker):
+class FactorStatistics(StatisticsTracker):
     """Bookkeeping between the recorder, which knows modules, and the optimizer's state, which knows parameters."""
 
     def _new_recorder(self) -> FactorRecorder:
@@ -69,17 +69,17 @@ class Curvature(ParameterTracker):
             for key, p in module._parameters.items()
             if p is not None
         }
-        self._uses = find_uses(self._params, self.recorder.tracked if self.recorder else [])
+        self._uses = find_parameter_uses(self._params, self.recorder.tracked if self.recorder else [])
         super().map_parameters()
 
     def forget(self) -> None:
         """Forget every cached term, and what was made of it: the averages have changed."""
-        self._terms: dict[int, list[Term]] = {}
-        self._local_terms: dict[int, list[Term]] = {}
+        self._terms: dict[int, list[DiagonalTerm]] = {}
+        self._local_terms: dict[int, list[DiagonalTerm]] = {}
         self._provisional: set[int] = set()
         self.parts: dict[int, Parts] = {}
 
-    def uses_of(self, p: Any) -> tuple[Use, ...]:
+    def uses_of(self, p: Any) -> tuple[ParameterUse, ...]:
         """All uses of a tracked parameter, at least one."""
         if id(p) not in self._uses:
             self._follow_replaced_parameters()
@@ -94,7 +94,7 @@ class Curvature(ParameterTracker):
         self._params = [getattr(*self._owners[id(p)]) if id(p) in self._owners else p for p in self._params]
         self.map_parameters()
 
-    def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
+    def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
         """The normalised factors of every use of ``p``, kept until the next refresh.
 
         Before the first statistics (a layer first used between two refreshes) they come from the current gradient.
@@ -107,15 +107,15 @@ class Curvature(ParameterTracker):
             self._terms[key] = [self._provisional_term(p, grad)]
         return self._terms[key]
 
-    def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[Term]:
+    def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         """What the averages give, empty while there are none."""
         return terms_of(self.uses_of(p), state, p.shape, normalize)
 
-    def _provisional_term(self, p: Tensor, grad: Tensor) -> Term:
+    def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
         """What stands in for them: the current gradient's."""
-        return gradient_term(self.uses_of(p), whole(grad))
+        return gradient_term(self.uses_of(p), full_tensor(grad))
 
-    def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[Term]:
+    def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
         """The part of :meth:`terms` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
         terms = self.terms(p, state, grad)
         if not is_sharded(p):
@@ -127,7 +127,7 @@ class Curvature(ParameterTracker):
             self._local_terms[key] = local_terms(terms, p)
         return self._local_terms[key]
 
-    def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[Term]:
+    def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[DiagonalTerm]:
         """The terms that the last step used, else those of the averages; empty while nothing is known.
 
         With ``normalize=False`` those of the averages, not normalised.
@@ -175,21 +175,21 @@ class Curvature(ParameterTracker):
             for use in used:
                 assert use.tracked is not None
                 factors = sample.factors[use.tracked]
-                if use.tracked in sample.batch_shared and len(uses) == 1:
-                    factors = self._shared(with_gradient_sums(use.form, factors, whole(grad)))
+                if use.tracked in sample.broadcast and len(uses) == 1:
+                    factors = self._shared(with_gradient_sums(use.diagonal, factors, full_tensor(grad)))
                 else:
                     factors = self._recorded(factors, sample.counts[use.tracked])
                 recorded.append(FactorUpdate(group, p, use, factors, False))
             if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
-                full = whole(grad)
+                full = full_tensor(grad)
                 informative = informative or bool(full.any())
-                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].form.from_gradient(full), True))
+                fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].diagonal.from_gradient(full), True))
             elif id(p) in silent:
                 kept.append(p)
         self._warn_bypassed(kept, "their averages stay as they are")
         if not informative and not sample.non_finite:
             return []  # zeros everywhere: distributed checkpoints make such a step to initialise states
-        from_gradients = [*fallbacks, *(u for u in recorded if u.use.tracked in sample.batch_shared)]
+        from_gradients = [*fallbacks, *(u for u in recorded if u.use.tracked in sample.broadcast)]
         if sample.non_finite or not all(bool(f.isfinite().all()) for u in from_gradients for f in u.factors.values()):
             self._warn_dropped(sample.non_finite)
             return None

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _NAMES_SHOWN = 5
 
 
-class ParameterTracker(ABC):
+class StatisticsTracker(ABC):
     """The recorder of the parameters that an optimizer trains, their names, and what there is to say about them.
 
     Args:
@@ -128,7 +128,7 @@ class ParameterTracker(ABC):
         # Steps of zero gradients do not count: distributed checkpoints make them to initialise states.
         moving = {id(p) for p, grad in gradients if id(p) in owned and bool(local_part(grad).any())}
         quiet = [t for t in quiet if any(id(p) in moving for p in t.module.parameters(recurse=False))]
-        silent = [t for t in quiet if t.explained is not False]
+        silent = [t for t in quiet if t.matches_rule is not False]
         for region in compiled_regions(self.model) if silent else ():
             inside = set(region.modules())
             hidden = [t.name for t in silent if t.module in inside]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT, RecordingOptimizer
+from hf_adafisher.optimizers.base.hooked import CountsLossTerms, HookedOptimizer, ParamsT
 from hf_adafisher.optimizers.baselines.kfac_blocks import READY, Block
-from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerCurvature, check_kfac_options
+from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerStatistics, check_kfac_options
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, owner_names
 from hf_adafisher.optimizers.validation.checks import KFAC_KEYS, refuse_shards
 
 PLAIN = "plain SGD"
 
 
-class KFAC(CountsLossTerms, RecordingOptimizer):
+class KFAC(CountsLossTerms, HookedOptimizer):
     """SGD with momentum along the gradient preconditioned by a damped Kronecker-factored Fisher.
 
     For a layer with inputs ``x`` (a last entry 1 for the bias) and output gradients ``g``
@@ -97,7 +97,7 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
         "weight_decay",
         "kl_clip",
     )
-    _curvature: KroneckerCurvature
+    _statistics: KroneckerStatistics
 
     def __init__(
         self,
@@ -128,8 +128,8 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
         }
         super().__init__(model, params, defaults)
 
-    def _new_tracker(self) -> KroneckerCurvature:
-        return KroneckerCurvature(self.model)
+    def _new_tracker(self) -> KroneckerStatistics:
+        return KroneckerStatistics(self.model)
 
     def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         check_kfac_options(group, first, type(self).__name__)
@@ -140,23 +140,23 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
             yield group, p, grad
 
     def _track(self) -> None:
-        self._curvature.max_factor_dim = self.param_groups[0]["max_factor_dim"]
+        self._statistics.max_factor_dim = self.param_groups[0]["max_factor_dim"]
         super()._track()
-        for block in self._curvature.blocks:  # one that has changed, since a bias has joined it, starts again
+        for block in self._statistics.blocks:  # one that has changed, since a bias has joined it, starts again
             state, shapes = self.state.get(block.weight), block.state_shapes()
             if state and any(key not in state or tuple(state[key].shape) != shapes[key] for key in shapes):
                 state.update(_new_factors(block))
 
     def _take_statistics(self) -> bool | None:
         gradients = list(self._with_gradient())
-        sample = self._curvature.collect(gradients)
+        sample = self._statistics.collect(gradients)
         if sample is None:
             return None
         first, groups = self.param_groups[0], {id(p): group for group in self.param_groups for p in group["params"]}
         # Whether a multiple of the interval lies between the step this refresh was meant for and the present one.
         inversion_due = first["steps"] // first["inverse_interval"] * first["inverse_interval"] >= first["next_refresh"]
         known = set()
-        for block in self._curvature.blocks:
+        for block in self._statistics.blocks:
             group, used = groups[id(block.weight)], [use for use in block.uses if use.tracked in sample.factors]
             state = self._state_of(block.weight) if used else self.state.get(block.weight)
             if not state:
@@ -167,8 +167,8 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
             if block.has_statistics(state):
                 known.add(id(block.weight))
                 if sample.factors and (inversion_due or not state[READY].item()):
-                    block.invert_(state, group["damping"], self._curvature.name_of(block.weight))
-        self._curvature.note_bypassed(gradients, known)
+                    block.invert_(state, group["damping"], self._statistics.name_of(block.weight))
+        self._statistics.note_bypassed(gradients, known)
         return bool(sample.factors)
 
     def _update_parameters(self) -> None:
@@ -187,7 +187,7 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
         """The preconditioned gradient of each parameter in a block that has inverses; notes the KL factor."""
         grads, rates = {id(p): grad for _, p, grad in members}, {id(p): float(g["lr"]) for g, p, _ in members}
         directions: dict[int, Tensor] = {}
-        for block in self._curvature.blocks:
+        for block in self._statistics.blocks:
             state = self.state.get(block.weight, {})
             weight, bias = grads.get(id(block.weight)), grads.get(id(block.bias))
             if state and state[READY].item() and (weight is not None or bias is not None):
@@ -206,7 +206,7 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
 
     def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of a parameter's state; they depend on the model and ``max_factor_dim`` alone."""
-        block = self._curvature.block_of_weight(p)
+        block = self._statistics.block_of_weight(p)
         return {self.momentum_key: tuple(p.shape)} | ({} if block is None else block.state_shapes())
 
     def _state_of(self, p: Any) -> dict[str, Tensor]:
@@ -214,7 +214,7 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
         state = self.state[p]
         if not state:
             state[self.momentum_key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            block = self._curvature.block_of_weight(p)
+            block = self._statistics.block_of_weight(p)
             state.update({} if block is None else _new_factors(block))
         return state
 
@@ -246,9 +246,9 @@ class KFAC(CountsLossTerms, RecordingOptimizer):
         total = max(sum(p.numel() for p in params), 1)
         rows = []
         for p in params:
-            block = self._curvature.block_of(p)
+            block = self._statistics.block_of(p)
             rule = PLAIN if block is None or self._is_bypassed(block) else block.rule_name
-            name = self._curvature.name_of(p)
+            name = self._statistics.name_of(p)
             rows.append(ParameterCoverage(name, rule, tuple(owners.get(id(p), ())), p.numel(), p.numel() / total))
         return rows
 

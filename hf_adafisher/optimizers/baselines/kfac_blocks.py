@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterForm
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterDiagonal
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.recorder import TrackedModule
 from hf_adafisher.optimizers.baselines.kfac_inverse import damped_inverse, split_damping, trace
@@ -41,9 +41,9 @@ class MomentRule(LayerRule):
         if with_one:
             self.input_shape = tuple(size + 1 for size in self.input_shape)
 
-    def forms(self, module: nn.Module) -> Mapping[str, ParameterForm]:
+    def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
         kept = ("weight", "bias") if self.with_one else ("weight",)
-        return {key: form for key, form in self.rule.forms(module).items() if key in kept}
+        return {key: diagonal for key, diagonal in self.rule.diagonals(module).items() if key in kept}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.input_shape, self.grad_shape
@@ -59,8 +59,8 @@ class MomentRule(LayerRule):
         full = len(self.grad_shape) == 2
         return self.rule.full_output_grad_sums(module, grad) if full else self.rule.output_grad_sums(module, grad)
 
-    def explains(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
-        return self.rule.explains(module, inputs, output)
+    def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        return self.rule.matches_forward(module, inputs, output)
 
 
 def moment_rules(model: nn.Module, params: Sequence[Any], max_factor_dim: int) -> dict[int, MomentRule]:
@@ -99,9 +99,9 @@ class BlockUse:
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the two factors, that of the weight's rows first."""
         shapes = dict(zip((INPUT, OUTPUT_GRAD), self.tracked.rule.factor_shapes(self.tracked.module), strict=True))
-        # A form lists the factors by the axis of the weight.
+        # A diagonal lists the factors by the axis of the weight.
         weight = self.tracked.module.weight
-        return {name: shapes[name] for name in self.tracked.forms["weight"].factor_shapes(weight.shape)}  # type: ignore[arg-type]
+        return {name: shapes[name] for name in self.tracked.diagonals["weight"].factor_shapes(weight.shape)}  # type: ignore[arg-type]
 
     @property
     def input_axis(self) -> int:
@@ -224,7 +224,7 @@ def find_blocks(tracked: Sequence[TrackedModule]) -> list[Block]:
     blocks = []
     for modules in by_weight.values():
         first = modules[0]
-        blocks.append(Block(first.module.weight, first.module.bias if "bias" in first.forms else None, modules))
+        blocks.append(Block(first.module.weight, first.module.bias if "bias" in first.diagonals else None, modules))
     return blocks
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_adafisher.fisher.recorder import FactorRecorder, Sample
-from hf_adafisher.optimizers.base.tracker import ParameterTracker
+from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.baselines.kfac_blocks import Block, find_blocks, moment_rules
 from hf_adafisher.optimizers.validation.checks import (
     check_count,
@@ -26,7 +26,7 @@ SHARED_OPTIONS = ("update_interval", "inverse_interval", "kl_clip", "max_factor_
 """Options that all parameter groups have in common."""
 
 
-class KroneckerCurvature(ParameterTracker):
+class KroneckerStatistics(StatisticsTracker):
     """The blocks of a model, and what was recorded for them.
 
     Attributes:

@@ -13,7 +13,7 @@ from hf_adafisher.fisher.parameter_uses import ON_GRADIENT
 from hf_adafisher.optimizers.diagnostics.layer_curvature import at_floor
 
 if TYPE_CHECKING:
-    from hf_adafisher.optimizers.base.kronecker_diagonal import FactoredOptimizer
+    from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 
 GRADIENT_FACTORS = "gradient factors"
 
@@ -47,7 +47,7 @@ def owner_names(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def coverage_of(optimizer: FactoredOptimizer) -> list[ParameterCoverage]:
+def coverage_of(optimizer: KroneckerDiagonalOptimizer) -> list[ParameterCoverage]:
     """One row for every trainable parameter of ``optimizer``, in the order of its groups.
 
     After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
@@ -57,13 +57,13 @@ def coverage_of(optimizer: FactoredOptimizer) -> list[ParameterCoverage]:
     total = sum(p.numel() for p in params)
     rows = []
     for p in params:
-        uses, state = optimizer._curvature.uses_of(p), optimizer.state.get(p)
+        uses, state = optimizer._statistics.uses_of(p), optimizer.state.get(p)
         recorded = [use for use in uses if state and not use.average(state, p.shape).is_empty]
         rules = {use.tracked.rule.name: None for use in recorded or uses if use.tracked is not None}
         rule = GRADIENT_FACTORS if not rules or (state and state[ON_GRADIENT].item()) else "+".join(rules)
         rows.append(
             ParameterCoverage(
-                optimizer._curvature.name_of(p),
+                optimizer._statistics.name_of(p),
                 rule,
                 tuple(owners.get(id(p), ())),
                 p.numel(),
@@ -74,7 +74,7 @@ def coverage_of(optimizer: FactoredOptimizer) -> list[ParameterCoverage]:
 
 
 @torch.no_grad()
-def curvature_summary(optimizer: FactoredOptimizer) -> dict[str, float]:
+def curvature_summary(optimizer: KroneckerDiagonalOptimizer) -> dict[str, float]:
     """A few numbers about the curvature in use, for logs.
 
     Returns:
@@ -89,7 +89,7 @@ def curvature_summary(optimizer: FactoredOptimizer) -> dict[str, float]:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)
-            terms = optimizer._curvature.known_terms(p, state) if state else []
+            terms = optimizer._statistics.known_terms(p, state) if state else []
             if terms:
                 damping = optimizer.damping_of(group, terms)
                 diagonal = diagonal_of(terms, p, damping)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.fisher.diagonals import Term, diagonal_of
+from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.reduce import sum_over_ranks
 from hf_adafisher.optimizers.layout import aligned, blocks
 from hf_adafisher.optimizers.sharding import is_sharded, local_part, local_terms
@@ -99,7 +99,7 @@ def needs_every_process(optimizer: AdaFisher) -> bool:
     return any(is_sharded(p) for p in optimizer._params())
 
 
-_Member = tuple[str, Mapping[str, Any], Tensor, Sequence[Term]]
+_Member = tuple[str, Mapping[str, Any], Tensor, Sequence[DiagonalTerm]]
 
 
 def _members(optimizer: AdaFisher) -> list[_Member]:
@@ -108,15 +108,15 @@ def _members(optimizer: AdaFisher) -> list[_Member]:
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state.get(p)
-            terms = optimizer._curvature.known_terms(p, state) if state and p.numel() else []
+            terms = optimizer._statistics.known_terms(p, state) if state and p.numel() else []
             if terms:
-                known[id(p)] = (optimizer._curvature.name_of(p), group, p, terms)
-    order = {key: place for place, key in enumerate(optimizer._curvature.names)}
+                known[id(p)] = (optimizer._statistics.name_of(p), group, p, terms)
+    order = {key: place for place, key in enumerate(optimizer._statistics.names)}
     return [known[key] for key in sorted(known, key=lambda key: order.get(key, len(order)))]
 
 
 def _numbers(
-    optimizer: AdaFisher, group: Mapping[str, Any], p: Tensor, terms: Sequence[Term], moved: Sequence[float]
+    optimizer: AdaFisher, group: Mapping[str, Any], p: Tensor, terms: Sequence[DiagonalTerm], moved: Sequence[float]
 ) -> dict[str, float]:
     step = int(optimizer.state[p]["step"].item())
     _, rate, _ = scalars(**optimizer._numbers(group, step))
@@ -147,7 +147,7 @@ def _motion(optimizer: AdaFisher, members: Sequence[_Member]) -> list[list[float
     return total.tolist()
 
 
-def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[Term], damping: float) -> Tensor:
+def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], damping: float) -> Tensor:
     """The same for this process's part of the parameter, block by block; three float64 numbers."""
     local, momentum = local_part(p), local_part(exp_avg)
     norms = [
@@ -158,7 +158,9 @@ def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[Term], damping: fl
     return torch.cat((sums, torch.tensor([float(local.numel())], dtype=torch.float64)))
 
 
-def _momentum_blocks(p: Tensor, exp_avg: Tensor, terms: Sequence[Term]) -> Iterator[tuple[Tensor, Sequence[Term]]]:
+def _momentum_blocks(
+    p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]
+) -> Iterator[tuple[Tensor, Sequence[DiagonalTerm]]]:
     dtype = torch.promote_types(statistics_dtype(p.dtype), exp_avg.dtype)
     if 0 < p.numel() <= SMALL:
         yield exp_avg.to(dtype), terms
@@ -174,7 +176,7 @@ def _block_size(tensor: Tensor) -> int:
 # --- how the diagonal is spread ---------------------------------------------------------------
 
 
-def _spread(terms: Sequence[Term], p: Tensor, damping: float) -> _Spread:
+def _spread(terms: Sequence[DiagonalTerm], p: Tensor, damping: float) -> _Spread:
     """Of a parameter's whole diagonal, also where FSDP2 has sharded the parameter: factors are whole everywhere."""
     shape, dtype = p.shape, statistics_dtype(p.dtype)
     # A stand-in of the parameter's shape without its memory.
@@ -201,7 +203,7 @@ def _spread_of_blocks(diagonals: Sequence[Tensor] | Iterator[Tensor], some: Tens
     return _Spread(lows.min().item(), some.median().item(), highs.max().item(), floor.sum().item() / count)
 
 
-def _vectors(terms: Sequence[Term]) -> tuple[Tensor, Tensor] | None:
+def _vectors(terms: Sequence[DiagonalTerm]) -> tuple[Tensor, Tensor] | None:
     """Two vectors whose outer product holds the diagonal's values, the shorter first; None where there are none.
 
     Of three factors and more, all but the longest are multiplied out.
@@ -245,7 +247,7 @@ def _sum_of_rank(left: Tensor, right: Tensor, rank: int) -> float:
     return high
 
 
-def _some_values(terms: Sequence[Term], like: Tensor) -> Tensor:
+def _some_values(terms: Sequence[DiagonalTerm], like: Tensor) -> Tensor:
     """``SAMPLE`` values of the undamped diagonal, one at a random place of each of as many equal stretches."""
     generator = torch.Generator().manual_seed(0)  # its own: training must not notice
     places = torch.arange(SAMPLE, dtype=torch.float64) + torch.rand(SAMPLE, generator=generator, dtype=torch.float64)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from hf_adafisher.optimizers.sharding import is_sharded
 
 if TYPE_CHECKING:
-    from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+    from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def warn_changed_options(optimizer: Optimizer, state_dict: Mapping[str, Any], na
         )
 
 
-def check_checkpoint(optimizer: RecordingOptimizer, state_dict: Mapping[str, Any]) -> None:
+def check_checkpoint(optimizer: HookedOptimizer, state_dict: Mapping[str, Any]) -> None:
     """Check that a saved state belongs to this kind of optimizer and to this model.
 
     Raises:
@@ -312,7 +312,7 @@ def check_checkpoint(optimizer: RecordingOptimizer, state_dict: Mapping[str, Any
             found = {key: tuple(value.shape) for key, value in saved.items()}
             if found != expected:
                 raise ValueError(
-                    f"the saved state of {optimizer._curvature.name_of(p)} does not fit the model: saved {found}, "
+                    f"the saved state of {optimizer._statistics.name_of(p)} does not fit the model: saved {found}, "
                     f"needed {expected}; "
                     "resume with the model that the checkpoint was written for"
                 )

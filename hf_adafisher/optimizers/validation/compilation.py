@@ -54,7 +54,7 @@ def refuse_compiling_trainer(tracker: object) -> None:
         return
     for trainer in _alive(trainers.Trainer):
         optimizer = unwrapped(getattr(trainer, "optimizer", None))
-        if getattr(optimizer, "_curvature", None) is tracker:
+        if getattr(optimizer, "_statistics", None) is tracker:
             refuse_compilation(type(optimizer).__name__)
 
 

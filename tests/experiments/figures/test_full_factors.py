@@ -82,7 +82,7 @@ def test_looking_leaves_no_trace() -> None:
     optimizer = AdaFisherW(net, update_interval=1)
     net.train()
     loss_of(net, batch).backward()
-    recorder = optimizer._curvature.open_recorder()
+    recorder = optimizer._statistics.open_recorder()
     pending = {t.name: pair.output_grad_factor.clone() for t, pair in recorder._pending.items()}
     hooks = {name: dict(module._forward_hooks) for name, module in net.named_modules()}
     kept = {name: value.clone() for name, value in net.state_dict().items()}
@@ -106,7 +106,7 @@ def test_an_embeddings_inputs_are_token_frequencies() -> None:
     words = found["words"]
     torch.testing.assert_close(words.moments[INPUT], torch.tensor([3.0, 3, 2, 0, 1, 0, 1]) / 10)
     assert words.moments[OUTPUT_GRAD].shape == (3, 3) and words.layer.by_nature == {INPUT} and not words.layer.cut
-    assert not words.batch_shared and found["positions"].batch_shared
+    assert not words.broadcast and found["positions"].broadcast
     row = measure_layer(found["positions"])
     assert row.note == "S of gradients summed over a batch, H diagonal by nature"
     assert row.measures[INPUT].energy_share == 1.0 and row.dimensions == {INPUT: 5, OUTPUT_GRAD: 3}

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
 from hf_adafisher import AdaFisherW
-from hf_adafisher.optimizers.base.hooked import RecordingOptimizer
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from hf_adafisher.optimizers.baselines.kfac_blocks import Block
 from tests.cases import CASES, Case, mlp, next_token, regression
@@ -262,7 +262,7 @@ def test_forgotten_statistics_leave_no_trace(how: str) -> None:
 def test_a_closure_is_evaluated_with_gradients_and_closing_is_for_good() -> None:
     model = mlp(4, 3)
     with KFAC(model) as optimizer:
-        assert isinstance(optimizer, RecordingOptimizer)
+        assert isinstance(optimizer, HookedOptimizer)
 
         def closure() -> float:
             optimizer.zero_grad()
