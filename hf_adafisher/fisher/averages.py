@@ -48,14 +48,14 @@ def sum_of_squares(values: Tensor, width: int) -> Tensor:
         width: Length of a row.
 
     Returns:
-        Tensor of shape ``(width,)`` in :func:`statistics_dtype`; reduced in that dtype (a float16 square overflows
+        Tensor of shape ``(width,)`` in ``statistics_dtype``; reduced in that dtype (a float16 square overflows
         above 256), without a temporary of the size of ``values``.
     """
     return sum_of_squares_over_batch(values.detach().reshape(-1, width))
 
 
 def sum_of_squares_over_batch(values: Tensor) -> Tensor:
-    """Sums of squares over the first axis; what :func:`sum_of_squares` promises holds here too."""
+    """Sums of squares over the first axis; what ``sum_of_squares`` promises holds here too."""
     values, dtype = values.detach(), statistics_dtype(values.dtype)
     if values.numel() == 0:
         return torch.zeros(values.shape[1:], dtype=dtype, device=values.device)
@@ -71,7 +71,7 @@ def sum_of_squares_over_batch(values: Tensor) -> Tensor:
 
 
 def sum_of_squares_along(values: Tensor, axis: int) -> Tensor:
-    """Sums of squares over every axis of ``values`` but ``axis``; a vector, as :func:`sum_of_squares`."""
+    """Sums of squares over every axis of ``values`` but ``axis``; a vector, as ``sum_of_squares``."""
     values, dtype, size = values.detach(), statistics_dtype(values.dtype), values.shape[axis]
     last = values.movedim(axis, -1)
     if values.dim() == 1 or values.numel() == 0 or last.is_contiguous():

@@ -131,14 +131,14 @@ def gradient_term(uses: Sequence[ParameterUse], grad: Tensor) -> DiagonalTerm:
 
 
 def estimated_terms(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> list[DiagonalTerm]:
-    """As :func:`terms_of`, not normalised, and gradient factors such that their product estimates ``grad^2``."""
+    """As ``terms_of``, not normalised, and gradient factors such that their product estimates ``grad^2``."""
     terms = terms_of(uses, state, shape, normalize=False)
     on_gradient = uses[0].tracked is None or bool(state[ON_GRADIENT].item())
     return [_estimate(term) for term in terms] if on_gradient else terms
 
 
 def gradient_estimate(uses: Sequence[ParameterUse], grad: Tensor) -> DiagonalTerm:
-    """As :func:`gradient_term`, for :func:`estimated_terms`."""
+    """As ``gradient_term``, for ``estimated_terms``."""
     return _estimate(_gradient_term(uses, grad, normalize=False))
 
 

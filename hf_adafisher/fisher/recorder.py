@@ -151,7 +151,7 @@ class FactorRecorder:
         return bool(self._handles)
 
     def arm(self) -> None:
-        """Put one forward hook on every tracked module. Raises RuntimeError after :meth:`close`."""
+        """Put one forward hook on every tracked module. Raises RuntimeError after ``close``."""
         if self.closed:
             raise RuntimeError("this recorder was closed and records no more; build a new optimizer to train on")
         if not self._handles:

@@ -33,7 +33,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
 
     Because F lies in [damping, 1 + damping], ``lr`` and ``damping`` belong together: the largest step is
     ``lr / damping * m``. The defaults are the paper's; for training language models from scratch,
-    ``lr`` and ``damping`` of :class:`hf_adafisher.AdaFisherTrainingArguments` are a better start.
+    ``lr`` and ``damping`` of ``hf_adafisher.AdaFisherTrainingArguments`` are a better start.
 
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
@@ -165,7 +165,7 @@ class AdaFisherW(AdaFisher):
     """AdaFisher with decoupled weight decay, as AdamW is to Adam.
 
     ``theta <- theta - lr (m^ / F + weight_decay * theta)``, and the gradient alone enters ``m``. Arguments, defaults
-    and errors are those of :class:`AdaFisher`. This is the form for transformers.
+    and errors are those of ``AdaFisher``. This is the form for transformers.
     """
 
     decoupled = True

@@ -53,10 +53,10 @@ class CompiledUpdate:
         return self.works and size >= COMPILED_FROM and size > 0 and type(param) in (Tensor, nn.Parameter)
 
     def call(self, parts: Parts, grad: Tensor, numbers: Mapping[str, Any]) -> Call:
-        """The update of a parameter, for :meth:`run`.
+        """The update of a parameter, for ``run``.
 
         Args:
-            parts: The parameter, from :func:`whole`.
+            parts: The parameter, from ``whole``.
             grad: Its gradient in this step.
             numbers: The keyword arguments of ``update_parameter``.
         """
@@ -109,7 +109,7 @@ class CompiledUpdate:
 
 
 def whole(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> Parts:
-    """The parameter as one part with as few axes as possible, for :class:`CompiledUpdate`."""
+    """The parameter as one part with as few axes as possible, for ``CompiledUpdate``."""
     return Parts(param, grad, exp_avg, terms, lambda tensors: [merged(aligned(*tensors))])
 
 

@@ -14,7 +14,7 @@ such products, ``v = (s (x) h)^2`` and ``eps = damping`` make that AdaFisher's d
   1e24 or gradients above 1e27: the weight is then NaN, or stays as it is. An infinite gradient leaves NaN in its
   weight, not infinity.
 
-Its functions are private to torch, so each is tried on a few numbers before it is used (:func:`works`).
+Its functions are private to torch, so each is tried on a few numbers before it is used (``works``).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LATE = torch.tensor(1e18, dtype=torch.float32, device="cpu")
 
 
 def takes(parts: Parts, damping: float, decay: float) -> bool:
-    """Whether :func:`update_fused` is for this parameter, whose tensors have one dtype.
+    """Whether ``update_fused`` is for this parameter, whose tensors have one dtype.
 
     Args:
         parts: The parameter.
@@ -59,7 +59,7 @@ def takes(parts: Parts, damping: float, decay: float) -> bool:
 
 
 def update_fused(parts: Parts, grad: Tensor, kernel: Callable[..., None], scratch: Scratch) -> None:
-    """The update of a parameter that :func:`takes` said yes to, by a kernel from :func:`kernel_of`."""
+    """The update of a parameter that ``takes`` said yes to, by a kernel from ``kernel_of``."""
     for part, g, scaled in zip(parts.parts, parts.split(grad), parts.scaled or (), strict=True):
         # The kernel takes for granted that all its tensors are contiguous; gradients hardly ever are not.
         kernel(part.param, g.contiguous(), part.exp_avg, scaled, scratch.like(part.param, part.param.dtype))

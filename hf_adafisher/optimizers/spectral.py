@@ -47,7 +47,7 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
 
     With ``e_S = e_H = 1/2`` this is the steepest descent under the norm ``|| S^1/2 dW H^1/2 ||``, the largest singular
     value in coordinates whitened by the diagonal Fisher; with both exponents 0 it is Muon's direction. ``polar`` is
-    four Newton-Schulz iterations (:func:`hf_adafisher.optimizers.polar.polar_factor`). Updates have a root mean square
+    four Newton-Schulz iterations (``hf_adafisher.optimizers.polar.polar_factor``). Updates have a root mean square
     of 0.2, about that of Adam's, so that AdamW's weight decay and the order of its learning rates carry over.
 
     Everything else (embeddings, heads, norms, biases) moves by the same momentum over the root of the batch gradient's
@@ -94,7 +94,7 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: As :class:`hf_adafisher.AdaFisher`.
+        ValueError: As ``hf_adafisher.AdaFisher``.
 
     Example:
         >>> import torch

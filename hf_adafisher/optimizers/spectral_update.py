@@ -30,7 +30,7 @@ def spectral_directions(
     Args:
         momenta: Matrices ``M (rows, columns)`` of one shape, dtype and device.
         whitenings: ``a (rows, 1)`` and ``b (1, columns)`` of each.
-        polar_dtype: See :func:`hf_adafisher.optimizers.polar.polar_factor`.
+        polar_dtype: See ``hf_adafisher.optimizers.polar.polar_factor``.
 
     Returns:
         A matrix for each, zero where the momentum is.

@@ -51,7 +51,7 @@ class Vectors:
     """Biases and norm weights, updated together: a call an operation for all of them, instead of one for each.
 
     Args:
-        numbers: The keyword arguments of :func:`update_parameter` that they share.
+        numbers: The keyword arguments of ``update_parameter`` that they share.
     """
 
     def __init__(self, numbers: dict[str, Any]) -> None:
@@ -59,7 +59,7 @@ class Vectors:
         self._members: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = {}
 
     def take(self, param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> bool:
-        """Take a parameter in if it is a vector whose tensors are all alike; :meth:`update_` then updates it."""
+        """Take a parameter in if it is a vector whose tensors are all alike; ``update_`` then updates it."""
         if param.dim() != 1 or len(terms) != 1 or len(terms[0]) != 1:
             return False
         factor, dtype = terms[0][0], param.dtype
@@ -73,7 +73,7 @@ class Vectors:
         return True
 
     def update_(self) -> None:
-        """What :func:`update_parameter` does to each of them."""
+        """What ``update_parameter`` does to each of them."""
         beta, damping, weight_decay = (self.numbers[name] for name in ("beta", "damping", "weight_decay"))
         shrink, rate, decay = scalars(**self.numbers)
         for params, grads, exp_avgs, factors in self._members.values():
@@ -118,7 +118,7 @@ def update_parameter(
         param: The parameter, updated in place.
         grad: Its gradient; left as it is.
         exp_avg: First moment ``m``, updated in place.
-        terms: The parameter's factors, normalised and spread (see :mod:`hf_adafisher.fisher.diagonals`).
+        terms: The parameter's factors, normalised and spread (see ``hf_adafisher.fisher.diagonals``).
         step: Number of updates of this parameter, this one included.
         scratch: Memory that the updates of a step share. Default: new memory.
     """
@@ -128,18 +128,18 @@ def update_parameter(
 
 
 def cut(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]) -> Parts:
-    """The parts of a parameter, which :func:`update_parts` updates one after the other."""
+    """The parts of a parameter, which ``update_parts`` updates one after the other."""
     limit = CPU_BLOCK if param.device.type == "cpu" else DEVICE_BLOCK
     return Parts(param, grad, exp_avg, terms, lambda tensors: blocks(aligned(*tensors), limit))
 
 
 def update_parts(parts: Parts, grad: Tensor, numbers: Mapping[str, Any], scratch: Scratch) -> None:
-    """:func:`update_parameter` of a parameter that is cut already.
+    """``update_parameter`` of a parameter that is cut already.
 
     Args:
         parts: Made of the same tensors.
         grad: This step's gradient.
-        numbers: The keyword arguments of :func:`update_parameter`.
+        numbers: The keyword arguments of ``update_parameter``.
         scratch: Memory that the updates of a step share.
     """
     shrink, rate, decay = scalars(**numbers)

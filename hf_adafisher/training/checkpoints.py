@@ -72,7 +72,7 @@ def check_checkpoint_files(checkpoint: Path) -> None:
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest ``checkpoint-N`` in a run's directory that :func:`check_checkpoint_files` accepts.
+    """The newest ``checkpoint-N`` in a run's directory that ``check_checkpoint_files`` accepts.
 
     Newer ones that are incomplete are skipped with one warning each, and left as they are.
 

@@ -35,7 +35,7 @@ class CurvatureCallback(TrainerCallback):
 
     * ``step``: optimizer steps made, the one with the refresh included; ``epoch``; ``refresh``: its number;
     * ``layers``: for the name of every parameter with statistics, which begins with its module's, the numbers of
-      :func:`hf_adafisher.optimizers.diagnostics.layer_curvature.layer_curvature`: ``fisher_min``, ``fisher_median``,
+      ``hf_adafisher.optimizers.diagnostics.layer_curvature.layer_curvature``: ``fisher_min``, ``fisher_median``,
       ``fisher_max``, ``condition_number``, ``floor_share``, ``update_rms``, ``step_gain``. What is not finite is null;
     * ``record_seconds``: what the record has cost since the line before, and ``interval_seconds``: the time since
       then, or since training began. A device that works on its own (a GPU) is waited for on either side of the record,
@@ -135,7 +135,7 @@ class CurvatureCallback(TrainerCallback):
 
 
 def read_curvature(file: Path) -> list[dict[str, Any]]:
-    """The lines that :class:`CurvatureCallback` wrote, in order; a last one that a killed run left unfinished is left
+    """The lines that ``CurvatureCallback`` wrote, in order; a last one that a killed run left unfinished is left
     out.
 
     Raises:

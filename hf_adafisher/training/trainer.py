@@ -40,7 +40,7 @@ _LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "plain_share",
 class AdaFisherTrainer(Trainer):
     """``transformers.Trainer``, and ``args.optim`` may name every optimizer of ``available_optimizers()``.
 
-    Use it with :class:`hf_adafisher.AdaFisherTrainingArguments`; the constructor is Trainer's. Optimizers passed as
+    Use it with ``hf_adafisher.AdaFisherTrainingArguments``; the constructor is Trainer's. Optimizers passed as
     ``optimizers=`` or ``optimizer_cls_and_kwargs=`` come first, as in Trainer, and so does an overridden
     ``get_decay_parameter_names``.
 

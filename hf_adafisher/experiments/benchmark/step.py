@@ -203,7 +203,7 @@ def measure_step(name: str, rounds: int, device: str = "cpu", compiled: bool = F
 
 
 def timer(function: Callable[[], Any], device: str) -> Callable[[], float]:
-    """:func:`timed`, to be called later."""
+    """``timed``, to be called later."""
     return lambda: timed(function, device)
 
 

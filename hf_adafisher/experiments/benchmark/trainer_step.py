@@ -87,7 +87,7 @@ def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str,
     Args:
         rounds: Turns of each that count.
         device: ``cpu``, or ``cuda`` where there is one.
-        sizes: Of the GPT-2, see :func:`~hf_adafisher.experiments.benchmark.step.gpt2`.
+        sizes: Of the GPT-2, see ``hf_adafisher.experiments.benchmark.step.gpt2``.
     """
     names = ("adamw_torch_fused", "adafisherw")
     turns, watches, threads = _Turns(len(names)), [], []

@@ -172,8 +172,8 @@ def create_comparison(
     """Reads a configuration; ``optimizers``, ``seeds`` and ``budget`` override what it says.
 
     Args:
-        config: See :func:`~hf_adafisher.experiments.comparison.cells.expand_cells`; besides, ``budget`` and ``paper``
-            (see :func:`~hf_adafisher.experiments.report.published.read_paper`).
+        config: See ``hf_adafisher.experiments.comparison.cells.expand_cells``; besides, ``budget`` and ``paper``
+            (see ``hf_adafisher.experiments.report.published.read_paper``).
         scripts: Folder of the scripts that run cells.
         output_dir: Folder of the comparison.
         optimizers: Only these.

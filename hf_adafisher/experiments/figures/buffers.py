@@ -23,7 +23,7 @@ def flat_buffers(model: nn.Module, before: Mapping[str, Tensor] | None = None) -
 
 
 def load_buffers(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
-    """Gives the buffers these values: the inverse of :func:`flat_buffers`."""
+    """Gives the buffers these values: the inverse of ``flat_buffers``."""
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])

@@ -56,7 +56,7 @@ def independent_share(diagonal: Tensor, positions: int) -> float:
 def mean_correlation(moment: Tensor) -> float:
     """Root mean square of ``a_ij / sqrt(a_ii a_jj)``, i != j: how much is beside the diagonal whatever the rows' sizes.
 
-    :func:`energy_share` is that of the largest rows; this is the same for every rescaling of coordinates. Independent
+    ``energy_share`` is that of the largest rows; this is the same for every rescaling of coordinates. Independent
     coordinates have about ``1 / sqrt(N)``. Rows of zeros are left out; nan where fewer than two are left, 0 for (d,).
     """
     if moment.dim() == 1:
@@ -73,12 +73,12 @@ class Dominance:
 
     Attributes:
         dimension: d.
-        energy_share: :func:`energy_share`.
-        independent_share: :func:`independent_share`, to compare with; 1 for a factor that is diagonal by nature.
+        energy_share: ``energy_share``.
+        independent_share: ``independent_share``, to compare with; 1 for a factor that is diagonal by nature.
         dominant_rows: share of the rows whose Gershgorin disk does not reach zero; rows of zeros (dead inputs, tokens
             that do not occur) are left out here and in the next.
         radius_ratio: mean over rows of radius / centre.
-        mean_correlation: :func:`mean_correlation`.
+        mean_correlation: ``mean_correlation``.
         zero_rows: how many rows are zero.
     """
 
@@ -133,7 +133,7 @@ class Spectrum:
 
     Attributes:
         eigenvalues: of the factor.
-        noisy: of :func:`with_noise`; None for a factor that is diagonal by nature, which has nothing to disturb.
+        noisy: of ``with_noise``; None for a factor that is diagonal by nature, which has nothing to disturb.
         diagonal: what the eigenvalues would be if nothing stood off the diagonal, as AdaFisher takes it.
         sigma: standard deviation of the noise, in units of the factor.
     """

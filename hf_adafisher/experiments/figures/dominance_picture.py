@@ -52,7 +52,7 @@ def write_factor_pictures(study: FactorStudy, output: Path) -> list[Path]:
 
 
 def layer_table(layers: Sequence[MeasuredLayer]) -> Table:
-    """One row a layer: for each factor what :class:`Dominance` says, shares in percent."""
+    """One row a layer: for each factor what ``Dominance`` says, shares in percent."""
     columns = ["layer", "kind", "positions"]
     for symbol in SYMBOLS.values():
         columns += [f"d of {symbol}", f"{symbol} on its diagonal (if independent)"]

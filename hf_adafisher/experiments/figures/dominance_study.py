@@ -109,7 +109,7 @@ class MeasuredLayer:
 
 @dataclass(frozen=True)
 class FactorStudy:
-    """What :func:`study_factors` found.
+    """What ``study_factors`` found.
 
     Attributes:
         title: model, data and optimizer.
@@ -163,14 +163,14 @@ def study_factors(
     """Trains, and takes the factors after the steps asked for; the training is the one it would be without that.
 
     Args:
-        task: see :func:`prepare_run`, as for the other arguments.
+        task: see ``prepare_run``, as for the other arguments.
         output: the picture to be written later.
         options: what to look at.
         optimizer: None for the script's own choice.
         further: further arguments of the run.
 
     Raises:
-        ValueError: the layer's name, what :func:`prepare_run` refuses, and factors that are not finite.
+        ValueError: the layer's name, what ``prepare_run`` refuses, and factors that are not finite.
     """
     run = prepare_run(task, max(options.steps), output, optimizer, further)
     layer = choose_layer(run.model, options)

@@ -113,7 +113,7 @@ def collect_factors(
         model: any.
         batches: with "labels", whose length is the number of examples.
         loss_of: the mean loss over a batch's examples.
-        max_dim: see :func:`factor_layers`.
+        max_dim: see ``factor_layers``.
         only: name of the one layer to record; None for all.
         progress: whether to show a bar.
 

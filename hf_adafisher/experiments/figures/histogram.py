@@ -110,7 +110,7 @@ class Row:
 
 
 def count_values(values: Tensor, step: int, bins_per_decade: int) -> Row:
-    """Counts values in logarithmic bins; see :class:`Row`.
+    """Counts values in logarithmic bins; see ``Row``.
 
     Args:
         values: of any shape, at least one.
@@ -224,10 +224,10 @@ def collect_histograms(settings: HistogramSettings) -> dict[str, Any]:
     """Trains both optimizers and counts the weight's values; the trainings are what they would be without that.
 
     Returns:
-        What :func:`draw_histograms` draws and the JSON file holds.
+        What ``draw_histograms`` draws and the JSON file holds.
 
     Raises:
-        ValueError: see :func:`prepare_pair`, all before any training; a layer that gets no gradient.
+        ValueError: see ``prepare_pair``, all before any training; a layer that gets no gradient.
     """
     runs = prepare_pair(settings)
     weight = choose_weight(runs[0][0].model, settings.layer)

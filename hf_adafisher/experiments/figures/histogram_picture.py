@@ -27,7 +27,7 @@ def draw_histograms(found: dict[str, Any], output: Path) -> list[Path]:
     """Draws both panels as heat maps with the quartiles; returns the files.
 
     Args:
-        found: of :func:`collect_histograms`.
+        found: of ``collect_histograms``.
         output: where to.
 
     Raises:

@@ -49,7 +49,7 @@ class Plane:
     Attributes:
         centre: point with the coordinates (0, 0), shape (d,), float32.
         directions: of the two axes, shape (2, d), float32; not necessarily orthogonal or of length 1.
-        explained: how much of the trajectories lies along each axis, as shares of what :func:`principal_plane` holds
+        explained: how much of the trajectories lies along each axis, as shares of what ``principal_plane`` holds
             most of; None if the plane does not come from them.
     """
 
@@ -94,7 +94,7 @@ def flat_weights(model: nn.Module) -> Tensor:
 
 
 def load_weights(model: nn.Module, vector: Tensor) -> None:
-    """Gives the trainable parameters these values: the inverse of :func:`flat_weights`."""
+    """Gives the trainable parameters these values: the inverse of ``flat_weights``."""
     parameters = list(trainable(model).values())
     with torch.no_grad():
         for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):

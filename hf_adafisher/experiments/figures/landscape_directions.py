@@ -19,7 +19,7 @@ def normalized_plane(model: nn.Module, centre: Tensor, directions: Sequence[Tens
     """The plane of two given directions, filter-normalised, around given weights.
 
     Args:
-        model: see :func:`filter_normalized`.
+        model: see ``filter_normalized``.
         centre: the weights, shape (d,).
         directions: two, each of shape (d,).
 

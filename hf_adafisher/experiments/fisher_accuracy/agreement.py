@@ -60,7 +60,7 @@ TOGETHER = "all values together"
 Agreement = dict[str, dict[str, float]]
 """Measures of each estimate and control, and of the two halves of the examples with each other."""
 OverSeeds = dict[str, dict[str, dict[str, float | None]]]
-"""By estimate and measure: ``mean``, ``sd`` and ``seeds``, see :func:`over_seeds`."""
+"""By estimate and measure: ``mean``, ``sd`` and ``seeds``, see ``over_seeds``."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class LayerAgreement:
     Attributes:
         layer: name of the module, or what stands for several.
         values: how many.
-        measures: see :data:`Agreement`; an estimate that does not exist for this layer is left out.
+        measures: see ``Agreement``; an estimate that does not exist for this layer is left out.
     """
 
     layer: str
@@ -88,10 +88,10 @@ class LayerAverage:
     """One layer's weight, or all together, over several seeds.
 
     Attributes:
-        layer: as in :class:`LayerAgreement`.
+        layer: as in ``LayerAgreement``.
         values: how many; of all together the fewest in any seed.
         seeds: how many have this row at all.
-        measures: see :func:`over_seeds`.
+        measures: see ``over_seeds``.
     """
 
     layer: str
@@ -105,14 +105,14 @@ def compare_layers(
 ) -> list[LayerAgreement]:
     """A row for every trainable weight (a tied one has one row), then one of all values together.
 
-    The last row concatenates the values of those layers that have all of :data:`ESTIMATES` (not those of normalisation,
+    The last row concatenates the values of those layers that have all of ``ESTIMATES`` (not those of normalisation,
     of which K-FAC has no block), as they are: F~ as AdaFisher divides by it, each layer normalised by itself; ``S (x)
     H``, v and K-FAC in the unit of one term of the loss. Controls enter it that all these layers have.
 
     Args:
         model: whose parameters these are.
         exact: their exact diagonals.
-        estimates: by the keys of :data:`ESTIMATES` and :data:`CONTROLS`, and ``id(parameter)``.
+        estimates: by the keys of ``ESTIMATES`` and ``CONTROLS``, and ``id(parameter)``.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     rows, complete, seen = [], [], set()
@@ -147,7 +147,7 @@ def measured(known: Mapping[str, Tensor], exact: Tensor, even: Tensor, odd: Tens
 def mean_of(rows: Sequence[LayerAgreement]) -> Agreement:
     """Means over the layers that have all estimates, weighted by their sizes; numbers that are nan are left out.
 
-    :func:`layers_in_mean` says over how many layers. An estimate without any number has nan.
+    ``layers_in_mean`` says over how many layers. An estimate without any number has nan.
 
     ``scale_spread`` is the standard deviation of ``log_scale`` over these layers, in decades: how much an estimate
     misjudges layers beside each other. A factor that all layers share, which a learning rate absorbs, is not in it.
@@ -165,7 +165,7 @@ def mean_of(rows: Sequence[LayerAgreement]) -> Agreement:
 
 
 def layers_in_mean(rows: Sequence[LayerAgreement]) -> dict[str, dict[str, int]]:
-    """Over how many layers each number of :func:`mean_of` is; all that have all estimates, but for nan."""
+    """Over how many layers each number of ``mean_of`` is; all that have all estimates, but for nan."""
     names = _names(row.measures for row in rows)
     return {name: {key: len(_numbers(rows, name, key)) for key in MEASURES} for name in names}
 

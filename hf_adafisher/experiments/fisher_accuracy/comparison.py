@@ -147,7 +147,7 @@ def _told(settings: FisherSettings, run: PreparedRun, exact: ExactFisher) -> dic
 
 
 def prepare(settings: FisherSettings, seed: int) -> PreparedRun:
-    """The run of one seed, checked. Raises ValueError as :func:`compare_fisher`."""
+    """The run of one seed, checked. Raises ValueError as ``compare_fisher``."""
     further = [*settings.further, "--seed", str(seed)]
     run = prepare_run(settings.task, settings.steps, settings.output, settings.optimizer, further)
     if run.training_args.seed != seed:

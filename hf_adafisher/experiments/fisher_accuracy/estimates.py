@@ -25,9 +25,9 @@ from hf_adafisher.optimizers.baselines.kfac_blocks import (
 class KroneckerFactors:
     """The full factors ``A`` and ``G`` of K-FAC's blocks, averaged as K-FAC does, over the steps that are recorded.
 
-    ``A`` and ``G`` are in the unit of one term of the loss, as :class:`hf_adafisher.optimizers.baselines.kfac.KFAC` has
+    ``A`` and ``G`` are in the unit of one term of the loss, as ``hf_adafisher.optimizers.baselines.kfac.KFAC`` has
     them. Their diagonals are AdaFisher's factors: the diagonal of ``A (x) G``, before any inversion, is ``S (x) H``
-    without normalisation times the positions of a layer that serve one term. So :meth:`diagonals` gives what only
+    without normalisation times the positions of a layer that serve one term. So ``diagonals`` gives what only
     K-FAC does: it inverts the damped factors as matrices, and divides a value by one over the diagonal of
 
         ``(A + pi sqrt(damping) I)^-1 (x) (G + sqrt(damping) / pi I)^-1``
@@ -37,7 +37,7 @@ class KroneckerFactors:
     the diagonal of ``A (x) G``, has the ranks of ``S (x) H`` within a layer.
 
     Args:
-        model: hooks are put on its layers while :meth:`arm` says so.
+        model: hooks are put on its layers while ``arm`` says so.
         decay: of the moving average, in [0, 1).
         max_factor_dim: longest side with a full factor; of others the diagonal is kept.
     """
@@ -148,13 +148,13 @@ class RunObserver:
     AdaFisher's factors and K-FAC's are averages over the steps on which AdaFisher refreshes, with its decay; Adam's
     second moment is one over all steps, with its own. The controls average over AdaFisher's steps with its decay too.
 
-    Use :meth:`after_step` as the function of an ``AtSteps`` for every step, and :meth:`close` when training has ended.
+    Use ``after_step`` as the function of an ``AtSteps`` for every step, and ``close`` when training has ended.
 
     Args:
         model: that is trained.
         ema_decay: AdaFisher's, for the factors too.
         beta2: of the second moment.
-        max_factor_dim: see :class:`KroneckerFactors`.
+        max_factor_dim: see ``KroneckerFactors``.
 
     Attributes:
         factors: of K-FAC.

@@ -49,7 +49,7 @@ Diagonals = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ExactFisher:
-    """What :func:`exact_fisher` found.
+    """What ``exact_fisher`` found.
 
     Attributes:
         diagonals: of all examples, by the parameter's name, in its shape.

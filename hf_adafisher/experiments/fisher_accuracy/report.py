@@ -53,9 +53,9 @@ def agreement_table(found: Mapping[str, Any], measure: str, columns: Sequence[st
     A number that not all seeds have, or a mean over not all layers, says so.
 
     Args:
-        found: of :func:`compare_fisher`.
-        measure: a key of :data:`MEASURES`.
-        columns: keys of :data:`LABELS`; those of which there is nothing are left out.
+        found: of ``compare_fisher``.
+        measure: a key of ``MEASURES``.
+        columns: keys of ``LABELS``; those of which there is nothing are left out.
     """
     names = [name for name in columns if name in found["mean"]]
     rows = []
@@ -88,7 +88,7 @@ def draw_agreement(found: Mapping[str, Any], output: Path) -> list[Path]:
     A dot is hollow if not all seeds have that number.
 
     Args:
-        found: of :func:`compare_fisher`.
+        found: of ``compare_fisher``.
         output: where to.
     """
     rows = found["layers"]

@@ -80,7 +80,7 @@ class LayerRule(ABC):
 
         Args:
             module: The layer.
-            inputs: As for :meth:`input_sums`.
+            inputs: As for ``input_sums``.
             output: What the call returned.
             with_one: Whether each ``x_n`` is extended by a last entry 1, the input of the bias.
         """
@@ -130,7 +130,7 @@ def register_layer(module_class: type[nn.Module], rule: LayerRule) -> None:
 
     Args:
         module_class: A subclass of ``torch.nn.Module``.
-        rule: A :class:`LayerRule` instance.
+        rule: A ``LayerRule`` instance.
 
     Raises:
         TypeError: ``module_class`` is not a Module class, or ``rule`` is not a LayerRule instance.

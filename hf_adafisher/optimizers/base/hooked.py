@@ -24,8 +24,8 @@ COUNTERS = ("steps", "next_refresh", "refreshes", "dropped_refreshes")
 class HookedOptimizer(Optimizer, ABC):
     """A torch optimizer that reads layer inputs and output gradients with hooks on the steps that are due.
 
-    Subclasses say what is recorded (:meth:`_new_tracker`), what becomes of it (:meth:`_take_statistics`) and how
-    parameters move (:meth:`_update_parameters`). Everything a training loop deals with is here: when a step is due,
+    Subclasses say what is recorded (``_new_tracker``), what becomes of it (``_take_statistics``) and how
+    parameters move (``_update_parameters``). Everything a training loop deals with is here: when a step is due,
     the scale of the loss, statistics to be forgotten, checkpoints, closing.
 
     Tensors live in ``state[param]``, created at the parameter's first gradient, since wrappers replace parameters
@@ -118,7 +118,7 @@ class HookedOptimizer(Optimizer, ABC):
             What ``closure`` returned, else None.
 
         Raises:
-            RuntimeError: After :meth:`close`, or for a sparse gradient.
+            RuntimeError: After ``close``, or for a sparse gradient.
         """
         self._statistics.open_recorder()  # raises after close(), before the closure does any work
         loss = None
@@ -165,7 +165,7 @@ class HookedOptimizer(Optimizer, ABC):
 
         Raises:
             ValueError: On setting a value that is not finite and > 0.
-            RuntimeError: After :meth:`close`.
+            RuntimeError: After ``close``.
         """
         return self._statistics.open_recorder().gradient_scale
 

@@ -21,7 +21,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     """A first moment and the averaged factors of every use of every parameter; subclasses say what moves by them.
 
     The state of a parameter is ``step``, ``exp_avg`` in its shape, and vectors
-    (:func:`hf_adafisher.fisher.parameter_uses.new_state`).
+    (``hf_adafisher.fisher.parameter_uses.new_state``).
     """
 
     momentum_key = "exp_avg"
@@ -130,6 +130,6 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     def curvature_summary(self) -> dict[str, float]:
         """A few numbers about the curvature in use, for logs.
 
-        See :func:`hf_adafisher.optimizers.diagnostics.coverage.curvature_summary`.
+        See ``hf_adafisher.optimizers.diagnostics.coverage.curvature_summary``.
         """
         return curvature_summary(self)

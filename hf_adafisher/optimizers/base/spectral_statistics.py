@@ -55,7 +55,7 @@ class SpectralStatistics(FactorStatistics):
         return id(p) in self._heads
 
     def mean_of(self, terms: Sequence[DiagonalTerm]) -> float:
-        """The mean of the diagonal that terms of :meth:`terms` make."""
+        """The mean of the diagonal that terms of ``terms`` make."""
         return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
 
     def forget(self) -> None:
@@ -83,7 +83,7 @@ class SpectralStatistics(FactorStatistics):
 
         Args:
             p: A hidden matrix, or a convolution's weight, whose columns are ``(in, *kernel)``.
-            terms: Of :meth:`terms`.
+            terms: Of ``terms``.
             group: Its parameter group.
         """
         exponents, rho = (group["output_exponent"], group["input_exponent"]), group["relative_damping"]

@@ -116,7 +116,7 @@ class FactorStatistics(StatisticsTracker):
         return gradient_term(self.uses_of(p), full_tensor(grad))
 
     def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
-        """The part of :meth:`terms` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
+        """The part of ``terms`` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
         terms = self.terms(p, state, grad)
         if not is_sharded(p):
             return terms

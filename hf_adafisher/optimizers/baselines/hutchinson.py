@@ -20,14 +20,14 @@ _MISSING = ("derivative for aten::_", "is not implemented")
 class Hutchinson:
     """What both need beside their library's step.
 
-    The gradients of a step for which :attr:`needs_graph` is true must come from
+    The gradients of a step for which ``needs_graph`` is true must come from
     ``loss.backward(create_graph=True)``; AdaFisherTrainer sees to it. In your own loop:
 
         >>> loss.backward(create_graph=optimizer.needs_graph)  # doctest: +SKIP
         >>> optimizer.step()  # doctest: +SKIP
 
     With DistributedDataParallel, whose own averaging does not work on such gradients, run these forward and backward
-    passes within ``model.no_sync()`` and call :meth:`average_gradients` after the last of a step. With several
+    passes within ``model.no_sync()`` and call ``average_gradients`` after the last of a step. With several
     micro-batches each of their backward passes needs ``create_graph``: one without it has no part in the estimate.
 
     A parameter that is first used between two estimates waits for the next one, and a warning says so: without any
@@ -122,7 +122,7 @@ class Hutchinson:
         """Adds the mean of ``z * Hz`` over random vectors z, and over processes, to each ``state[p]["hessian"]``.
 
         Raises:
-            RuntimeError: As :meth:`step`.
+            RuntimeError: As ``step``.
         """
         grads = [(p, p.grad) for p in self._params() if p.grad is not None]
         used = [p for p, grad in grads if grad.requires_grad]
@@ -186,7 +186,7 @@ def _unflatten(buffer: Tensor, params: list[Tensor]) -> Iterator[Tensor]:
 
 
 class AdaHessian(Hutchinson, pytorch_optimizer.AdaHessian):
-    """pytorch_optimizer's AdaHessian; see :class:`Hutchinson` for what its gradients need.
+    """pytorch_optimizer's AdaHessian; see ``Hutchinson`` for what its gradients need.
 
     With ``update_period`` > 1 the latest estimate enters the average at every step, as in the authors' code. (The
     library averages at estimates only, but corrects the bias by steps, so that steps grow with the period.)
@@ -210,4 +210,4 @@ class AdaHessian(Hutchinson, pytorch_optimizer.AdaHessian):
 
 
 class Sophia(Hutchinson, pytorch_optimizer.SophiaH):
-    """pytorch_optimizer's SophiaH; see :class:`Hutchinson` for what its gradients need."""
+    """pytorch_optimizer's SophiaH; see ``Hutchinson`` for what its gradients need."""

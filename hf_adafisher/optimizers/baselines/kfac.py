@@ -40,7 +40,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
     several modules share (GPT-2's embedding and head) gets the one Kronecker product with the partial traces of the sum
     of their products; its modules' biases do not join it. All other parameters (normalisation layers, grouped
     convolutions, class tokens, position tables that are no module's, biases without a weight beside them) take plain
-    SGD steps with momentum and the same learning rate; :meth:`coverage` and a warning name them.
+    SGD steps with momentum and the same learning rate; ``coverage`` and a warning name them.
 
     An Embedding that is looked up once for the whole batch (GPT-2's positions) shows output gradients that are sums
     over the examples of one backward. Their sum of ``g g^T`` has the same expectation where examples are independent,
@@ -48,7 +48,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
 
     ``lr`` and ``damping`` belong together, and both belong to the scale of the loss: ``damping`` and ``kl_clip``
     are compared with the Fisher of one term of it, ``G`` being the sum over all positions divided by
-    :attr:`loss_terms`. The defaults are this package's; they train tiny models of its tests, and everything else
+    ``loss_terms``. The defaults are this package's; they train tiny models of its tests, and everything else
     needs a scan.
 
     Args:

@@ -28,7 +28,7 @@ NUMBERS = (
     "update_rms",
     "step_gain",
 )
-"""What :func:`layer_curvature` says about each parameter."""
+"""What ``layer_curvature`` says about each parameter."""
 SMALL = 1 << 14
 """Diagonals of at most this many values are simply formed."""
 SAMPLE = 1 << 16
@@ -58,7 +58,7 @@ def layer_curvature(optimizer: AdaFisher) -> dict[str, dict[str, float]]:
     * ``condition_number``: ``fisher_max / fisher_min``. Factors are normalised to [0, 1], so for most layers it is
       ``(1 + damping) / damping``, and 1 where all factors are constant; tied weights and grouped convolutions differ;
     * ``floor_share``: share of the values whose Fisher is below the damping, which then decides their step: see
-      :func:`at_floor`;
+      ``at_floor``;
     * ``update_rms``: root mean square of ``lr m^ / F``, the last update without the weight decay that AdaFisherW adds;
     * ``step_gain``: root mean square of ``m^ / F`` divided by that of ``m^``: by how much the curvature multiplies what
       the layer's momentum asks for, whatever the learning rate. Between ``1 / fisher_max`` and ``1 / fisher_min``;
@@ -95,7 +95,7 @@ def at_floor(diagonal: Tensor, damping: float) -> Tensor:
 
 
 def needs_every_process(optimizer: AdaFisher) -> bool:
-    """Whether :func:`layer_curvature` communicates, since FSDP2 has sharded parameters."""
+    """Whether ``layer_curvature`` communicates, since FSDP2 has sharded parameters."""
     return any(is_sharded(p) for p in optimizer._params())
 
 

@@ -255,7 +255,7 @@ _add(
 
 
 def available_optimizers() -> list[str]:
-    """Names that :func:`create_optimizer`, ``--optim`` and ``AdaFisherTrainingArguments(optim=...)`` accept."""
+    """Names that ``create_optimizer``, ``--optim`` and ``AdaFisherTrainingArguments(optim=...)`` accept."""
     return list(RECORDS)
 
 

@@ -54,7 +54,7 @@ def create_optimizer(
     ``optimizer.train()`` before training and ``optimizer.eval()`` before evaluating or saving the model.
 
     Args:
-        name: One of :func:`available_optimizers`.
+        name: One of ``available_optimizers``.
         model: The model to train; its trainable parameters are used.
         lr: Learning rate. Default: that of ``scripts/list_optimizers.py``, but the class's own for AdaFisher(W), SGD,
             Adam and AdamW, whose default there is meant for Trainer.
@@ -125,11 +125,11 @@ class OptimizerFactory:
     """
 
     def __call__(self, model: nn.Module, *, lr: float, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
-        """:func:`create_optimizer` with the model first.
+        """``create_optimizer`` with the model first.
 
         Raises:
             TypeError: Without ``lr``.
-            ValueError: As :func:`create_optimizer`, and where Trainer is to compile the model: for optimizers that need
+            ValueError: As ``create_optimizer``, and where Trainer is to compile the model: for optimizers that need
                 second derivatives, and under a stock Trainer for AdaFisher(W) and K-FAC.
         """
         record = optimizer_record(name)

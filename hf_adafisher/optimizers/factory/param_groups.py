@@ -30,7 +30,7 @@ def decay_groups(model: nn.Module, weight_decay: float, decay_names: Collection[
     Args:
         model: The model; parameters that do not require grad are left out.
         weight_decay: Decay of the first group.
-        decay_names: Names of the parameters to decay. Default: :func:`decay_parameter_names`.
+        decay_names: Names of the parameters to decay. Default: ``decay_parameter_names``.
 
     Returns:
         Always two groups in this order, so that a checkpoint restores by position; one of them may be empty.
@@ -104,7 +104,7 @@ def hidden_matrices(model: nn.Module) -> list[Matrix]:
 
 
 def head_matrices(model: nn.Module) -> list[Matrix]:
-    """The weights of the output layers that :func:`hidden_matrices` leaves out, those tied to an embedding included."""
+    """The weights of the output layers that ``hidden_matrices`` leaves out, those tied to an embedding included."""
     modules = _named_matrices(model)
     heads = {id(weight) for weight in _heads(model, modules)}
     return _matrices(modules, lambda weight: id(weight) in heads)

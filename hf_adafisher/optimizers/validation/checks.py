@@ -221,13 +221,13 @@ def check_factor_options(group: Mapping[str, Any], first: Mapping[str, Any], kin
 
 
 def check_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
-    """:func:`check_factor_options`, and those of AdaFisher(W)."""
+    """``check_factor_options``, and those of AdaFisher(W)."""
     check_size("damping", group["damping"], positive=True, why=f": it is the smallest value that {kind} divides by")
     check_factor_options(group, first, kind)
 
 
 def check_spectral_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
-    """:func:`check_factor_options`, and those of SpectralAdaFisher."""
+    """``check_factor_options``, and those of SpectralAdaFisher."""
     check_size(
         "relative_damping",
         group["relative_damping"],

@@ -18,7 +18,7 @@ _SEEN_TO: ContextVar[bool] = ContextVar("hf_adafisher_due_steps_run_eagerly", de
 
 @contextlib.contextmanager
 def due_steps_run_eagerly() -> Iterator[None]:
-    """Within it :func:`refuse_compilation` lets optimizers with hooks pass: the Trainer that builds one knows them."""
+    """Within it ``refuse_compilation`` lets optimizers with hooks pass: the Trainer that builds one knows them."""
     token = _SEEN_TO.set(True)
     try:
         yield
@@ -45,7 +45,7 @@ def refuse_compilation(kind: str, *, second_derivatives: bool = False) -> None:
 
 
 def refuse_compiling_trainer(tracker: object) -> None:
-    """:func:`refuse_compilation` for an optimizer that was passed as ``optimizers=``, known by its tracker.
+    """``refuse_compilation`` for an optimizer that was passed as ``optimizers=``, known by its tracker.
 
     It may be older than the decision to compile, and nothing tells it who drives it: Trainers are looked through.
     """
