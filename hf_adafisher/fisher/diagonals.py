@@ -164,17 +164,20 @@ class GradientDiagonal(ParameterDiagonal):
         return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
 
 
-def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> Tensor:
-    """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``.
+def sum_of_terms(terms: Sequence[DiagonalTerm], like: Tensor) -> Tensor:
+    """Sum of the products of the terms, in a shape that broadcasts to that of ``like``.
 
     Several terms belong to a tied parameter: the Fisher of a sum of uses is the sum of their Fishers when the uses
     are taken as independent. A term without tensors is the constant 1.
     """
-    dtype = statistics_dtype(like.dtype)
-    total: Tensor | None = None
+    products = []
     for term in terms:
-        product = math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
-        product = product.flatten(0, 1) if product.dim() > like.dim() else product
-        total = product if total is None else total + product
-    assert total is not None, "a parameter has at least one term"
-    return total.add(damping).expand(like.shape) if total.shape != like.shape else total.add(damping)
+        product = math.prod(term[1:], start=term[0]) if term else like.new_ones((), dtype=statistics_dtype(like.dtype))
+        products.append(product.flatten(0, 1) if product.dim() > like.dim() else product)
+    return sum(products[1:], start=products[0])
+
+
+def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> Tensor:
+    """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``."""
+    total = sum_of_terms(terms, like).add(damping)
+    return total if total.shape == like.shape else total.expand(like.shape)

@@ -1,8 +1,7 @@
-"""A record of every layer's curvature while a Trainer trains: a file of JSON lines, and whatever Trainer reports to."""
+"""Record of every layer's curvature during training: a file of JSON lines, and the integrations of ``report_to``."""
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
@@ -47,7 +46,8 @@ class CurvatureCallback(TrainerCallback):
 
     The same numbers go to every integration of ``report_to``, as ``curvature/<parameter>/<number>``. Trainer's own
     ``log`` would also print them and keep them in every checkpoint, hundreds of numbers a refresh, so they are handed
-    to the integrations alone: console and ``log_history`` stay as they are.
+    to the integrations alone: console and ``log_history`` stay as they are. AdaFisherTrainer shows the callback its
+    integrations; with any other Trainer call ``callback.attach(trainer)`` before ``train()``.
 
     Training is the same to the bit. DDP needs no communication for it, FSDP2 one small all-reduce. With any other
     optimizer one warning says that there is nothing to record.
@@ -67,13 +67,18 @@ class CurvatureCallback(TrainerCallback):
         self.report = report
         self._refreshes = 0
         self._layers: dict[str, dict[str, float]] | None = None
+        self._handler: CallbackHandler | None = None
         self._reporters: list[TrainerCallback] = []
         self._spent = self._since = 0.0
+
+    def attach(self, trainer: Trainer) -> None:
+        """Report to the integrations of this Trainer, which tells a callback nothing of the others."""
+        self._handler = trainer.callback_handler
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes up the file where the run does."""
+        """Take up the file where the run does."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         self._layers, self._reporters = None, []
         if not isinstance(optimizer, AdaFisher):
@@ -87,12 +92,26 @@ class CurvatureCallback(TrainerCallback):
         if state.is_world_process_zero:
             _drop_lines_after(state.global_step, _record_file(args))
             if self.report:
-                self._reporters = _reporters_beside(self, kwargs.get("optimizer"))
+                self._reporters = self._integrations(args, kwargs.get("optimizer"))
+
+    def _integrations(self, args: TrainingArguments, optimizer: Any) -> list[TrainerCallback]:
+        """The integrations of the Trainer that runs this callback; the optimizer tells it from an earlier one."""
+        if self._handler is not None and self._handler.optimizer is optimizer:
+            kinds: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+            return [other for other in self._handler.callbacks if isinstance(other, kinds)]
+        unheard = [name for name in args.report_to or () if name != "none"]
+        if unheard:
+            logger.warning(
+                "CurvatureCallback writes its file only: for report_to=%s use AdaFisherTrainer, or call "
+                "callback.attach(trainer) before train().",
+                ", ".join(unheard),
+            )
+        return []
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at the layers while the learning rate is still that of the step."""
+        """Look at the layers while the learning rate is still that of the step."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         if not isinstance(optimizer, AdaFisher) or _refreshes(optimizer) == self._refreshes:
             return
@@ -106,7 +125,7 @@ class CurvatureCallback(TrainerCallback):
             self._spent += time.perf_counter() - begin
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes and reports, now that Trainer has counted the step."""
+        """Write and report, now that Trainer has counted the step."""
         layers, self._layers = self._layers, None
         if layers is None or not state.is_world_process_zero:
             return
@@ -179,18 +198,6 @@ def _drop_lines_after(step: int, file: Path) -> None:
     else:
         partial.unlink()
         file.unlink()
-
-
-def _reporters_beside(callback: TrainerCallback, optimizer: Any) -> list[TrainerCallback]:
-    """The integrations among the callbacks of the Trainer that runs ``callback`` with this optimizer.
-
-    Trainer tells a callback nothing of the others, so the list that holds it is looked for, once a training. The
-    optimizer tells it from that of an earlier Trainer with the same callback.
-    """
-    kinds: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
-    handlers = [found for found in gc.get_objects() if issubclass(type(found), CallbackHandler)]
-    mine = [h for h in handlers if h.optimizer is optimizer and any(other is callback for other in h.callbacks)]
-    return [other for handler in mine for other in handler.callbacks if isinstance(other, kinds)]
 
 
 def _wait_for(devices: Iterable[torch.device]) -> None:

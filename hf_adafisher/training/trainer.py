@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hf_adafisher.training.arguments import (
 )
 from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
+from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
 from hf_adafisher.training.second_order import second_derivatives
 
@@ -122,6 +124,9 @@ class AdaFisherTrainer(Trainer):
             resume_from_checkpoint = True if found is None else str(found)  # True without any is Trainer's own error
         elif resume_from_checkpoint:
             check_checkpoint_files(Path(resume_from_checkpoint))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, CurvatureCallback):
+                callback.attach(self)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._show_evaluated_weights()
         return output
@@ -180,14 +185,14 @@ class AdaFisherTrainer(Trainer):
 
         Those for which AdaHessian and Sophia estimate the Hessian keep the gradients' graph.
         """
-        optimizer, stance = self._raw_optimizer(), contextlib.nullcontext()
+        optimizer = self._raw_optimizer()
+        eager: AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
             if hasattr(optimizer, "loss_terms"):
                 optimizer.loss_terms = self._loss_terms(num_items_in_batch) or 1.0
-            optimizer._statistics.runs_eagerly = True
-            stance = torch.compiler.set_stance("force_eager")  # whoever compiled what, it would not run the hooks
-        with stance, second_derivatives(self.accelerator, optimizer, model):
+            eager = optimizer.eager_if_due()  # whoever compiled what, it would not run the hooks
+        with eager, second_derivatives(self.accelerator, optimizer, model):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _gradient_scale(self, num_items: torch.Tensor | int | None) -> float:

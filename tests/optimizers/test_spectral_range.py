@@ -13,7 +13,7 @@ from hf_adafisher.fisher.diagonals import GradientDiagonal
 from hf_adafisher.fisher.parameter_uses import ParameterUse, gradient_estimate
 from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.polar import polar_factor
-from hf_adafisher.optimizers.spectral_update import diagonal_direction
+from hf_adafisher.optimizers.update import diagonal_direction
 
 
 def draw(*shape: int) -> Tensor:
