@@ -43,7 +43,7 @@ class ParameterDiagonal(ABC):
         """Gradient factors: the stand-ins for the factors when only the parameter's gradient is known."""
 
 
-def _mean_square(grad: Tensor, axis: int) -> Tensor:
+def mean_square(grad: Tensor, axis: int) -> Tensor:
     """Mean of grad^2 over every axis but ``axis``, in the dtype of statistics."""
     return sum_of_squares_along(grad, axis) / max(grad.numel() // max(grad.shape[axis], 1), 1)
 
@@ -70,7 +70,7 @@ class KroneckerDiagonal(ParameterDiagonal):
         return tuple(term)
 
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {name: _mean_square(grad, axis) for axis, name in enumerate(self.axes)}
+        return {name: mean_square(grad, axis) for axis, name in enumerate(self.axes)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class ConvDiagonal(ParameterDiagonal):
         by_group = grad.detach().reshape(self.groups, out // self.groups, *rest)
         norm = torch.linalg.vector_norm(by_group, dim=1, dtype=statistics_dtype(grad.dtype))
         mean = norm.square_() / max(out // self.groups, 1)
-        return {OUTPUT_GRAD: _mean_square(grad, 0), INPUT: mean.reshape(rest[0] * self.groups, *rest[1:])}
+        return {OUTPUT_GRAD: mean_square(grad, 0), INPUT: mean.reshape(rest[0] * self.groups, *rest[1:])}
 
 
 @dataclass(frozen=True)
@@ -138,30 +138,6 @@ class ShiftDiagonal(ParameterDiagonal):
 
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {OUTPUT_GRAD: grad.detach().to(statistics_dtype(grad.dtype)).square()}
-
-
-@dataclass(frozen=True)
-class GradientDiagonal(ParameterDiagonal):
-    """Parameters that no layer rule reaches: one factor an axis, from the parameter's own gradient.
-
-    Each axis longer than 1 has the mean of grad^2 over all other axes: the row and column means of a matrix,
-    grad^2 itself for a vector. Axes of length 1 (class tokens, position tables) carry no shape and have no factor.
-    """
-
-    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
-
-    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
-        term = []
-        for axis, size in enumerate(shape):
-            if size > 1:
-                factor = factors[f"axis{axis}_factor"]
-                factor = min_max_normalize(factor) if normalize else factor
-                term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
-        return tuple(term)
-
-    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
 
 
 def sum_of_terms(terms: Sequence[DiagonalTerm], like: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ def test_update_rms_is_the_difference_that_the_step_made(kind: type[AdaFisher], 
             assert_close(found[name]["update_rms"], moved, rtol=1e-9, atol=0)
             assert_close(found[name]["step_gain"], moved / (0.1 * momentum), rtol=1e-9, atol=0)
             low, high = 1 / found[name]["fisher_max"], 1 / found[name]["fisher_min"]
-                assert low * (1 - 1e-12) <= found[name]["step_gain"] <= high * (1 + 1e-12)
+            assert low * (1 - 1e-12) <= found[name]["step_gain"] <= high * (1 + 1e-12)
 
 
 def test_before_the_first_step_there_is_nothing_and_a_low_precision_momentum_is_looked_at_in_float32() -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, DiagonalTerm
-from hf_adafisher.fisher.parameter_uses import estimated_terms, gradient_estimate, rows_in_use
+from hf_adafisher.fisher.gradient import gradient_estimate, rows_in_use
+from hf_adafisher.fisher.parameter_uses import estimated_terms
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices
 from hf_adafisher.optimizers.sharding import full_tensor
@@ -66,7 +67,7 @@ class SpectralStatistics(FactorStatistics):
         return estimated_terms(self.uses_of(p), state, p.shape)
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
-        return gradient_estimate(self.uses_of(p), full_tensor(grad))
+        return gradient_estimate(self.uses_of(p)[0].diagonal, full_tensor(grad))
 
     def whitening(self, p: Tensor, terms: Sequence[DiagonalTerm], group: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """``a (rows, 1)`` and ``b (1, columns)`` that whiten a hidden matrix, and lead back; kept with the terms.

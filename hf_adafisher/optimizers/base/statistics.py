@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm
+from hf_adafisher.fisher.gradient import gradient_term, with_gradient_sums
 from hf_adafisher.fisher.parameter_uses import (
     ON_GRADIENT,
     ParameterUse,
     find_parameter_uses,
-    gradient_term,
     needs_gradient_factors,
     terms_of,
-    with_gradient_sums,
 )
 from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
@@ -144,7 +143,7 @@ class FactorStatistics(StatisticsTracker):
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
         """Term from the current gradient, which stands in for them."""
-        return gradient_term(self.uses_of(p), full_tensor(grad))
+        return gradient_term(self.uses_of(p)[0].diagonal, full_tensor(grad))
 
     def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[DiagonalTerm]:
         """Terms that the last step used, else those of the averages; none while nothing is known.
