@@ -1,4 +1,4 @@
-"""How the diagonal Fisher of one parameter is put together from factors (AdaFisher, Eq. 4).
+"""Diagonal Fisher of one parameter from its factors (AdaFisher, Eq. 4).
 
 A diagonal says which factors a parameter needs, how they spread over its axes once they are normalised, and what
 stands in for them when only the parameter's own gradient is known.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_adafisher.fisher.averages import min_max_normalize, statistics_dtype, sum_of_squares_along
 
@@ -59,9 +60,11 @@ class KroneckerDiagonal(ParameterDiagonal):
 
     axes: tuple[str, ...]
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {name: (size,) for name, size in zip(self.axes, shape, strict=True)}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         term = []
         for axis, name in enumerate(self.axes):
@@ -69,6 +72,7 @@ class KroneckerDiagonal(ParameterDiagonal):
             term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(self.axes))]))
         return tuple(term)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {name: mean_square(grad, axis) for axis, name in enumerate(self.axes)}
 
@@ -87,9 +91,11 @@ class ConvDiagonal(ParameterDiagonal):
 
     groups: int
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: (shape[0],), INPUT: (shape[1] * self.groups, *shape[2:])}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         s, h = factors[OUTPUT_GRAD], factors[INPUT]
         if normalize:
@@ -97,6 +103,7 @@ class ConvDiagonal(ParameterDiagonal):
         lead = (self.groups,) if self.groups > 1 else ()
         return s.reshape(*lead, -1, *[1] * (len(shape) - 1)), h.reshape(*lead, 1, *shape[1:])
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         out, *rest = grad.shape
         by_group = grad.detach().reshape(self.groups, out // self.groups, *rest)
@@ -113,13 +120,16 @@ class ScaleDiagonal(ParameterDiagonal):
     normalised. Factors have the parameter's shape.
     """
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: tuple(shape), INPUT: tuple(shape)}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         product = factors[OUTPUT_GRAD] * factors[INPUT]
         return (min_max_normalize(product) if normalize else product,)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         square = grad.detach().to(statistics_dtype(grad.dtype)).square()
         return {OUTPUT_GRAD: square, INPUT: torch.ones_like(square)}
@@ -129,13 +139,16 @@ class ScaleDiagonal(ParameterDiagonal):
 class ShiftDiagonal(ParameterDiagonal):
     """The shift of a normalisation layer: ``F[c] = minmax(S)[c]``; the factor has the parameter's shape."""
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: tuple(shape)}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         factor = factors[OUTPUT_GRAD]
         return (min_max_normalize(factor) if normalize else factor,)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {OUTPUT_GRAD: grad.detach().to(statistics_dtype(grad.dtype)).square()}
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_adafisher.fisher.averages import min_max_normalize
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, DiagonalTerm, ParameterDiagonal, mean_square
@@ -20,9 +21,11 @@ class GradientDiagonal(ParameterDiagonal):
     grad^2 itself for a vector. Axes of length 1 (class tokens, position tables) carry no shape and have no factor.
     """
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         term = []
         for axis, size in enumerate(shape):
@@ -32,6 +35,7 @@ class GradientDiagonal(ParameterDiagonal):
                 term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
         return tuple(term)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {f"axis{axis}_factor": mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
 
@@ -42,7 +46,7 @@ def gradient_term(diagonal: ParameterDiagonal, grad: Tensor) -> DiagonalTerm:
 
 
 def gradient_estimate(diagonal: ParameterDiagonal, grad: Tensor) -> DiagonalTerm:
-    """The same, not normalised, on the scale of ``grad^2`` (see ``on_gradient_scale``)."""
+    """Term of a diagonal from this gradient, not normalised, on the scale of ``grad^2``."""
     return on_gradient_scale(diagonal.expand(diagonal.from_gradient(grad), grad.shape, normalize=False))
 
 
@@ -68,5 +72,5 @@ def with_gradient_sums(diagonal: ParameterDiagonal, factors: Mapping[str, Tensor
 
 
 def rows_in_use(factors: Mapping[str, Tensor]) -> Tensor:
-    """How many rows of a table were looked up, at least 1; a 0-dimensional tensor."""
+    """Number of rows of a table that were looked up, at least 1; a 0-dimensional tensor."""
     return factors[INPUT].count_nonzero().clamp(min=1)

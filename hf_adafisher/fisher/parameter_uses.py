@@ -105,14 +105,14 @@ def terms_of(
 
 
 def needs_gradient_factors(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> bool:
-    """Whether a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
+    """True where a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
     if uses[0].tracked is None or state[ON_GRADIENT].item():
         return True
     return all(use.average(state, shape).is_empty for use in uses)
 
 
 def estimated_terms(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> list[DiagonalTerm]:
-    """As ``terms_of``, not normalised, and gradient factors such that their product estimates ``grad^2``."""
+    """Terms that are not normalised; those of gradient factors multiply to an estimate of ``grad^2``."""
     terms = terms_of(uses, state, shape, normalize=False)
     on_gradient = uses[0].tracked is None or bool(state[ON_GRADIENT].item())
     return [on_gradient_scale(term) for term in terms] if on_gradient else terms

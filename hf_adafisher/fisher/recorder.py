@@ -159,7 +159,7 @@ class FactorRecorder:
 
     @property
     def armed(self) -> bool:
-        """Whether the hooks are on."""
+        """True while the hooks are on."""
         return bool(self._handles)
 
     def arm(self) -> None:

@@ -58,12 +58,12 @@ def split_into_blocks(block: Block, limit: int) -> Iterator[Block]:
 
 
 def _has_group_axis(block: Block) -> bool:
-    """Whether a factor has one axis more than the parameter (grouped convolutions, see ``DiagonalTerm``)."""
+    """True where a factor has one axis more than the parameter (grouped convolutions, see ``DiagonalTerm``)."""
     return any(factor.dim() > block.param.dim() for term in block.terms for factor in term)
 
 
 def _with_group_axis(block: Block) -> Block:
-    """The same with the parameter's first axis split into ``(groups, out / groups)``.
+    """Split the parameter's first axis into ``(groups, out / groups)``.
 
     Where two uses group a weight in different ways, the diagonal is formed as a whole.
     """

@@ -35,7 +35,7 @@ class CompiledUpdate:
         self._as_tensors: dict[tuple[torch.dtype, torch.device], StepCoefficients] = {}
 
     def supports(self, block: Block) -> bool:
-        """Whether this parameter is not left to the eager update."""
+        """True for a parameter that is not left to the eager update."""
         size = block.param.numel()
         return self.works and size >= COMPILED_FROM and size > 0 and type(block.param) in (Tensor, nn.Parameter)
 

@@ -227,5 +227,5 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
 
 
 def _are_sides(terms: Sequence[DiagonalTerm], p: Tensor) -> bool:
-    """Whether every term has one factor for the rows and one for the columns (not so for grouped convolutions)."""
+    """True where every term has one factor for the rows and one for the columns (not in grouped convolutions)."""
     return all(len(term) == 2 and term[0].dim() == p.dim() for term in terms)

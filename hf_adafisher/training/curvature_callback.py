@@ -154,8 +154,7 @@ class CurvatureCallback(TrainerCallback):
 
 
 def read_curvature(file: Path) -> list[dict[str, Any]]:
-    """The lines that ``CurvatureCallback`` wrote, in order; a last one that a killed run left unfinished is left
-    out.
+    """Read the lines that ``CurvatureCallback`` wrote, in order, without a last one that a killed run left unfinished.
 
     Raises:
         FileNotFoundError: There is no such file.

@@ -55,7 +55,7 @@ class HookedOptimizer(Optimizer, ABC):
     momentum_key: ClassVar[str]
     """State key of the tensor that has the parameter's shape."""
     supports_shards: ClassVar[bool] = True
-    """Whether parameters may be sharded by FSDP2."""
+    """Support of parameters that FSDP2 has sharded."""
 
     _statistics: StatisticsTracker
     _closed = False
@@ -327,7 +327,7 @@ class CountsLossTerms:
 
     @property
     def loss_terms(self) -> float:
-        """How many terms the loss of the coming step is the mean of, over all micro-batches and processes.
+        """Number of terms that the loss of the coming step is the mean of, over all micro-batches and processes.
 
         Where ``gradient_scale`` is set to what each term's own loss is multiplied by (1 / number of terms, times the
         scale of a loss scaler), statistics are those of one term's loss, and this number tells what the batch's are.

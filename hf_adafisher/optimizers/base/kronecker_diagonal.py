@@ -56,7 +56,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
 
     @abstractmethod
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
-        """What is added to the diagonal that these terms of a parameter in ``group`` make."""
+        """Damping of the diagonal that these terms of a parameter in ``group`` make."""
 
     def _new_tracker(self) -> FactorStatistics:
         return FactorStatistics(self.model, type(self).__name__)

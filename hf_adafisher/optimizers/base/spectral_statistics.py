@@ -40,15 +40,15 @@ class SpectralStatistics(FactorStatistics):
         self._whitenings: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def is_matrix(self, p: Tensor, heads: bool) -> bool:
-        """Whether a parameter is a hidden matrix, or, with ``heads``, the weight of an output layer."""
+        """True for a hidden matrix, and with ``heads`` for the weight of an output layer."""
         return id(p) in self._transposed or (heads and self.is_head(p))
 
     def is_head(self, p: Tensor) -> bool:
-        """Whether a parameter is the weight of an output layer."""
+        """True for the weight of an output layer."""
         return id(p) in self._heads
 
     def mean_of(self, terms: Sequence[DiagonalTerm]) -> float:
-        """The mean of the diagonal that terms of ``terms`` make."""
+        """Mean of the diagonal that these terms make."""
         return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
 
     def forget(self) -> None:

@@ -154,11 +154,11 @@ class FactorStatistics(StatisticsTracker):
         return used or self._averaged_terms(p, state, normalize)
 
     def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
-        """The factors to be averaged, given the means over this many positions."""
+        """Factors to be averaged, given the means over this many positions."""
         return factors
 
     def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same, given those of a table whose rows served the whole batch, from its own gradient."""
+        """Factors to be averaged of a table whose rows served the whole batch, given those from its own gradient."""
         return factors
 
     def collect(
@@ -166,7 +166,7 @@ class FactorStatistics(StatisticsTracker):
         with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
         state_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]],
     ) -> list[FactorUpdate] | None:
-        """What was recorded since the last call, for every parameter that has a gradient.
+        """Collect what was recorded since the last call, for every parameter that has a gradient.
 
         A parameter whose modules never recorded anything gets the factors of its gradient, in the form of its first
         use. One whose modules recorded something earlier keeps their averages.

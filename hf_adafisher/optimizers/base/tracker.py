@@ -46,7 +46,7 @@ class StatisticsTracker(ABC):
 
     @property
     def is_tracking(self) -> bool:
-        """Whether there is a recorder."""
+        """True once there is a recorder."""
         return hasattr(self, "recorder")
 
     def track(self, params: Sequence[Any]) -> None:

@@ -34,5 +34,5 @@ class TrainedParameter:
 
     @property
     def on_gradient_factors(self) -> bool:
-        """Whether its factors are those of its gradient, although a rule reaches it or since none does."""
+        """True where its factors are those of its gradient: no rule reaches it, or its layers recorded nothing."""
         return self.uses[0].tracked is None or bool(self.state and self.state[ON_GRADIENT].item())

@@ -17,7 +17,7 @@ GRADIENT_FACTORS = "gradient factors"
 
 @dataclass(frozen=True)
 class ParameterCoverage:
-    """How one trainable parameter gets its curvature; a row of ``coverage()``.
+    """Source of one trainable parameter's curvature; a row of ``coverage()``.
 
     Attributes:
         name: The parameter's name in the model.

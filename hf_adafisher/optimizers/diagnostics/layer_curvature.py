@@ -28,11 +28,11 @@ NUMBERS = (
     "update_rms",
     "step_gain",
 )
-"""What ``layer_curvature`` says about each parameter."""
+"""Keys of ``layer_curvature``'s numbers."""
 SMALL = 1 << 14
 """Diagonals of at most this many values are simply formed."""
 SAMPLE = 1 << 16
-"""How many values stand for a large diagonal that has no simpler form, where its median is wanted."""
+"""Number of values that stand for a large diagonal without a simpler form, where its median is wanted."""
 _ACCURACY = 2.0**-25
 """Relative accuracy of a median that is found without the diagonal: below the rounding of float32."""
 
@@ -87,7 +87,7 @@ def layer_curvature(optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str
 
 
 def needs_every_process(optimizer: KroneckerDiagonalOptimizer) -> bool:
-    """Whether ``layer_curvature`` communicates, since FSDP2 has sharded parameters."""
+    """True where ``layer_curvature`` communicates, since FSDP2 has sharded parameters."""
     return any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
 
 
@@ -127,7 +127,7 @@ def _motion(parameters: Sequence[TrainedParameter], sharded: bool) -> list[list[
 
 
 def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], damping: float) -> Tensor:
-    """The same for this process's part of the parameter, block by block; three float64 numbers."""
+    """Sums over this process's part of the parameter, block by block; three float64 numbers."""
     local, momentum = local_part(p), local_part(exp_avg)
     norms = [
         torch.stack((torch.linalg.vector_norm(m / diagonal_of(part, m, damping)), torch.linalg.vector_norm(m)))

@@ -67,7 +67,7 @@ def compiled_regions(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def graphs_compiled() -> bool:
-    """Whether this process has compiled anything."""
+    """True once this process has compiled anything."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters["stats"].get("unique_graphs"))
 
