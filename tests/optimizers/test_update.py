@@ -489,3 +489,39 @@ def test_a_step_holds_no_temporary_of_the_size_of_a_weight(monkeypatch: pytest.M
     assert peak_extra_bytes(optimizer.step, "cpu") < 3 * 4 * (1 << 12) < 4 * model.weight.numel() // 10
     held = peak_extra_bytes(lambda: torch.ones(1000).add(1).add(1), "cpu")
     assert math.isclose(held, 8000, rel_tol=0.1)  # two of them at a time
+
+
+VIEWS = {"aten::to", "aten::item"}
+"""Calls that launch nothing here: tensors have their dtype already, and step counts live on the CPU."""
+
+
+def kernels(optimizer: AdaFisher) -> int:
+    """Operators that a step calls by itself; on a device each launches one kernel or, of ``foreach``, a few."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    return sum(
+        event.name.startswith("aten::") and event.name not in VIEWS
+        for event in profile.events()
+        if event.cpu_parent is not None and event.cpu_parent.name.startswith("Optimizer.step")
+    )
+
+
+@pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+def test_a_step_launches_kernels_for_all_parameters_together(
+    kind: type[AdaFisher], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device's block size: none for each vector, and one for each matrix, the product of its two factors."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", blocks_module.DEVICE_BLOCK)
+
+    def count(layers: int, bias: bool) -> int:
+        model = nn.ModuleList([nn.Linear(7, 5, bias=bias) for _ in range(layers)])
+        optimizer = kind(model, lr=1e-3, weight_decay=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            torch.stack([layer(torch.randn(3, 7)) for layer in model]).square().sum().backward()
+            launched = kernels(optimizer)
+        return launched
+
+    assert 0 < count(10, bias=False) < 20
+    assert count(20, bias=False) - count(10, bias=False) == 10
+    assert count(20, bias=True) == count(20, bias=False)
