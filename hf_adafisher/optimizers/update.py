@@ -75,9 +75,13 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     if isinstance(c.l2, Tensor) or c.l2 != 0.0:
         g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
     torch._foreach_lerp_(m, g, 1.0 - c.beta)
+    divisors = [sum_of_terms(b.terms, b.param).to(dtype) for b in blocks]
+    if all(len(b.terms) > 1 or len(b.terms[0]) > 1 for b in blocks):
+        torch._foreach_add_(divisors, c.damping)
+    else:  # a single factor is the state's own
+        divisors = list(torch._foreach_add(divisors, c.damping))
     # m / (F / rate) instead of rate * m / F: addcdiv takes no tensor as its factor, and F >= damping > 0, so that a
     # rate of zero gives an infinite divisor and no step.
-    divisors = torch._foreach_add([sum_of_terms(b.terms, b.param).to(dtype) for b in blocks], c.damping)
     torch._foreach_div_(divisors, c.rate)
     if isinstance(c.shrink, Tensor) or c.shrink != 1.0:
         torch._foreach_mul_(p, c.shrink)
