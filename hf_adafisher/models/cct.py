@@ -26,11 +26,11 @@ class CctConfig(PreTrainedConfig):
         num_channels: channels of an image.
         kernel_size: side of the tokenizer's kernels, odd.
         num_conv_layers: tokenizer blocks of convolution, ReLU and 3x3 max pooling with stride 2.
-        conv_width: channels between the tokenizer's layers; the last has `hidden_size`.
-        hidden_size: width of the encoder, a multiple of `num_attention_heads`.
+        conv_width: channels between the tokenizer's layers; the last has ``hidden_size``.
+        hidden_size: width of the encoder, a multiple of ``num_attention_heads``.
         num_hidden_layers: encoder layers.
         num_attention_heads: heads per layer.
-        mlp_ratio: width of the MLP's hidden layer, in multiples of `hidden_size`.
+        mlp_ratio: width of the MLP's hidden layer, in multiples of ``hidden_size``.
         attention_probs_dropout_prob: dropout of attention weights.
         hidden_dropout_prob: dropout after the position table and inside each MLP.
         drop_path_rate: share of examples for which the last layer's branches are skipped; rises linearly from 0.
@@ -216,7 +216,7 @@ class CctModel(CctPreTrainedModel):
 
 
 class CctForImageClassification(CctPreTrainedModel):
-    """A CCT with a linear classifier; `labels` are class numbers (batch,) or class shares (batch, num_labels)."""
+    """A CCT with a linear classifier; ``labels`` are class numbers (batch,) or class shares (batch, num_labels)."""
 
     def __init__(self, config: CctConfig) -> None:
         super().__init__(config)

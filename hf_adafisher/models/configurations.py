@@ -136,7 +136,7 @@ _TRANSFORMER_WORDS = (
 
 
 def available_architectures() -> list[str]:
-    """Returns every name that a model can be made from scratch by; `timm/NAME` is possible besides."""
+    """Returns every name that a model can be made from scratch by; ``timm/NAME`` is possible besides."""
     return list(ARCHITECTURES)
 
 
@@ -156,9 +156,9 @@ def scratch_config(name: str, *, image_size: int, options: Options | None = None
     """Returns the configuration of a network for images of this size.
 
     Args:
-        name: one of `available_architectures()`, or `timm/NAME`.
+        name: one of ``available_architectures()``, or ``timm/NAME``.
         image_size: side of the square images, in pixels. Up to 64, the form for small images is taken.
-        options: attributes of the configuration to set differently (`num_labels`, depths, widths).
+        options: attributes of the configuration to set differently (``num_labels``, depths, widths).
 
     Raises:
         ValueError: an unknown name, or an image size that is not a multiple of the patch.
@@ -208,7 +208,7 @@ def image_side(config: PreTrainedConfig) -> int | None:
 def model_kind(config: PreTrainedConfig) -> Kind:
     """Returns "transformer" for what has attention or patches as tokens, else "convolutional".
 
-    Networks of `ARCHITECTURES` by their entry; others by the configuration's attention heads or their name.
+    Networks of ``ARCHITECTURES`` by their entry; others by the configuration's attention heads or their name.
     """
     if config.model_type == "timm_wrapper":
         name = str(getattr(config, "architecture", "")).lower()

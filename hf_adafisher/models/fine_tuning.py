@@ -78,7 +78,7 @@ def layer_decay_scales(model: PreTrainedModel, decay: float) -> dict[str, float]
         decay: in (0, 1]; 1 scales nothing. Fine-tuned vision transformers often use 0.65 to 0.9.
 
     Raises:
-        ValueError: `decay` outside (0, 1], or a model without a list of blocks.
+        ValueError: ``decay`` outside (0, 1], or a model without a list of blocks.
     """
     if not 0.0 < decay <= 1.0:
         raise ValueError(f"layer_decay is {decay}; it must be in (0, 1], where 1 scales nothing")
@@ -89,16 +89,16 @@ def layer_decay_scales(model: PreTrainedModel, decay: float) -> dict[str, float]
 def scale_groups(
     groups: list[dict[str, Any]], model: nn.Module, scales: Mapping[str, float], learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Splits parameter groups so that every parameter has the learning rate `learning_rate` times its scale.
+    """Splits parameter groups so that every parameter has the learning rate ``learning_rate`` times its scale.
 
     Args:
         groups: as a torch optimizer takes them; their other options are kept.
-        model: whose parameter names `scales` uses.
-        scales: by parameter name; see `layer_decay_scales`. Parameters without one keep a scale of 1.
+        model: whose parameter names ``scales`` uses.
+        scales: by parameter name; see ``layer_decay_scales``. Parameters without one keep a scale of 1.
         learning_rate: that of scale 1.
 
     Returns:
-        New groups, each with an `lr`; the same ones in the same order for the same model. No parameter is lost.
+        New groups, each with an ``lr``; the same ones in the same order for the same model. No parameter is lost.
     """
     by_id = {id(param): scales.get(name, 1.0) for name, param in model.named_parameters()}
     split: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 def image_classification_loss(
     labels: Tensor, pooled_logits: Tensor, config: Any = None, num_items_in_batch: Tensor | int | None = None, **_: Any
 ) -> Tensor:
-    """Cross-entropy, with the signature of a `loss_function` of transformers' image classifiers.
+    """Cross-entropy, with the signature of a ``loss_function`` of transformers' image classifiers.
 
     Transformers' own takes class shares for independent yes-no labels and would train with binary cross-entropy.
 
@@ -37,7 +37,7 @@ def image_classification_loss(
 
 
 def use_image_loss(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives a classifier `image_classification_loss`; its loss is then a plain mean over the batch under Trainer.
+    """Gives a classifier ``image_classification_loss``; its loss is then a plain mean over the batch under Trainer.
 
     Trainer counts the values of labels, which for class shares is not the number of images: so the model says that
     it takes no such count.

@@ -56,7 +56,7 @@ def create_model(
     """Makes a new classifier; its weights depend on torch's seed only, and are float32.
 
     Args:
-        name: one of `available_architectures()`, or `timm/NAME` where timm is installed.
+        name: one of ``available_architectures()``, or ``timm/NAME`` where timm is installed.
         class_names: names of the classes, in the order of their numbers, at least 2.
         image_size: side of the square images, in pixels.
         options: attributes of the configuration to set differently (depths, widths).
@@ -81,7 +81,7 @@ def load_pretrained(
     size than the model was trained with, absolute position tables are interpolated (bicubic, as transformers does).
 
     Args:
-        name_or_path: a model id of the Hub, `timm/NAME` included, or a folder.
+        name_or_path: a model id of the Hub, ``timm/NAME`` included, or a folder.
         class_names: names of the classes, in the order of their numbers, at least 2.
         image_size: side of the square images, in pixels. Default: the model's own.
 
@@ -192,7 +192,7 @@ def interpolate_positions(table: Tensor, length: int) -> Tensor:
         length: positions wanted, with the same number of special tokens.
 
     Returns:
-        The table with `length` positions; the special tokens' rows are unchanged.
+        The table with ``length`` positions; the special tokens' rows are unchanged.
 
     Raises:
         ValueError: no number of special tokens makes both lengths a square grid.

@@ -288,7 +288,7 @@ class FakeTransform:
 
 @pytest.fixture
 def fake_torchvision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module that answers to `torchvision.transforms.v2`, as the real one cannot be installed beside a CPU torch."""
+    """A stand-in for ``torchvision.transforms.v2``, which cannot be installed beside a CPU build of torch."""
     FakeTransform.made, FakeTransform.shapes = [], []
     v2 = types.ModuleType("torchvision.transforms.v2")
     for name in ("RandomCrop", "RandomHorizontalFlip", "RandAugment"):
@@ -320,7 +320,7 @@ def test_torchvision_is_used_where_it_works() -> None:
 
 
 def broken_import(*names: str) -> Callable[[str], Any]:
-    """An `import_module` that fails for these packages, as a torchvision of another build does."""
+    """An ``import_module`` that fails for these packages, as a torchvision of another build does."""
     from importlib import import_module
 
     def load(name: str) -> Any:

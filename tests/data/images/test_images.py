@@ -168,7 +168,7 @@ def test_one_parquet_file_with_its_own_columns(tmp_path: Path) -> None:
 
 
 def saved(tmp_path: Path, made: datasets.Dataset) -> Path:
-    """The table as a folder of `save_to_disk`."""
+    """The table as a folder of ``save_to_disk``."""
     made.save_to_disk(tmp_path / "saved")
     return tmp_path / "saved"
 
