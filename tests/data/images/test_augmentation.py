@@ -19,15 +19,13 @@ from hf_adafisher.data.images.augmentation import (
     ImageCollator,
     KorniaTransforms,
     TorchvisionTransforms,
-    cutmix,
-    cutout,
     make_transforms,
-    mixup,
     torchvision_works,
 )
 from hf_adafisher.data.images.corpora import ImageSplit, load_images
 from hf_adafisher.data.images.dataset import ImageDataset, ImageItem
 from hf_adafisher.data.images.files import ArraySource
+from hf_adafisher.data.images.mixing import cutmix, cutout, mixup
 from hf_adafisher.data.images.normalization import (
     IMAGENET,
     Normalization,

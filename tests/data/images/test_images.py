@@ -16,15 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from hf_adafisher.data.images.corpora import (
-    ImageSplit,
-    available_images,
-    held_out_positions,
-    load_images,
-    stratified_positions,
-)
+from hf_adafisher.data.images.corpora import ImageSplit, available_images, load_images
 from hf_adafisher.data.images.files import BrokenImageError
-from hf_adafisher.data.images.tables import HUB_IMAGES
+from hf_adafisher.data.images.hub import HUB_IMAGES
+from hf_adafisher.data.images.sampling import held_out_positions, stratified_positions
 from tests.data.images.image_samples import COLOURS, class_folders, encoded, picture
 
 THREE = {"red": 10, "blue": 20, "green": 30}
