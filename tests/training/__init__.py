@@ -1,1 +1,1 @@
-"""Tests of ``hf_adafisher.training``."""
+"""Tests of `hf_adafisher.training`."""

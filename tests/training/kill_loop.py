@@ -46,7 +46,7 @@ APPEARED = ("config.json", "optimizer.pt")
 
 @dataclass(frozen=True)
 class Kill:
-    """How and when one start of the run ends: at the ``nth`` checkpoint that it writes, or right after it."""
+    """How and when one start of the run ends: at the `nth` checkpoint that it writes, or right after it."""
 
     kind: str  # "inside", "deleting", "appeared" or "step"
     nth: int
@@ -76,7 +76,7 @@ def plan(seed: int) -> list[Kill]:
 def trainer_for(folder: Path, report: Callable[[str], None], pause_at: int | None) -> AdaFisherTrainer:
     """The same run in every child: dropout, shuffling, accumulation, checkpoints in the middle of an interval.
 
-    It waits for its end before the step after ``pause_at``, however late a busy machine lets the signal come.
+    It waits for its end before the step after `pause_at`, however late a busy machine lets the signal come.
     """
     model = RECORD.build(seed=1)
     for module in model.modules():
@@ -222,7 +222,7 @@ class Child:
 
 
 def kill_from_outside(run: Child, folder: Path, kill: Kill) -> None:
-    """Sends SIGKILL some milliseconds after the event that ``kill`` names."""
+    """Sends SIGKILL some milliseconds after the event that `kill` names."""
     while run.step < 0 and run.listen(1.0):
         pass
     step = run.resumed + SAVE_STEPS * kill.nth

@@ -477,7 +477,7 @@ def test_killed_ten_times_a_run_ends_as_if_it_had_been_left_alone(tmp_path: Path
     assert len(rounds) == 10 and all(one["signal"] == 9 for one in rounds)
     assert found["alone_signal"] == found["last_signal"] == 0
     assert sum(one["left"][-1] in one["broken"] for one in rounds) >= 5  # at least those killed in the middle of a file
-    # ``broken`` comes from reading every file: each start took the newest complete one, and said what it skipped.
+    # `broken` comes from reading every file: each start took the newest complete one, and said what it skipped.
     resumed = [*(one["resumed"] for one in rounds), found["last_resumed"]]
     skipped = [*(one["skipped"] for one in rounds), found["last_skipped"]]
     expected = [[step for step in one["left"] if step not in one["broken"]][-1] for one in rounds]

@@ -47,7 +47,7 @@ OURS: dict[str, Any] = {"learning_rate": 0.02, "update_interval": 3}
 
 
 def overflow(model: nn.Module, where: str) -> None:
-    """Make the gradients of the rows in ``BAD`` infinite: those of one weight, or all behind one layer's output."""
+    """Make the gradients of the rows in `BAD` infinite: those of one weight, or all behind one layer's output."""
     bad = {tuple(row["input_ids"].tolist()) for row in BAD}
     seen: dict[str, bool] = {}
 
@@ -147,7 +147,7 @@ def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
 @pytest.mark.parametrize("reset", ["optimizer", "model"])
 def test_a_scaler_in_an_accelerate_loop(reset: str, kind: Any) -> None:
-    """``optimizer.zero_grad()`` drops a skipped step's statistics by itself; with ``model.zero_grad()`` the loop does."""
+    """`optimizer.zero_grad()` drops a skipped step's statistics by itself; with `model.zero_grad()` the loop does."""
     results = []
     for skips in ([1, 2], []):
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """Different ways to run the same training: accumulated, checkpointed, interrupted, in bfloat16, over broken batches.
 
-Each test compares whole runs, in weights and optimizer state, with ``assert_same_training``. D-numbers are those of
-``tests/test_regressions.py``.
+Each test compares whole runs, in weights and optimizer state, with `assert_same_training`. D-numbers are those of
+`tests/test_regressions.py`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def test_d15_accumulation_in_trainer(name: str, optim: str, tmp_path: Path) -> N
 
 
 def mean_over_items(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-    """A language model's own loss, written as a user of ``compute_loss_func`` would."""
+    """A language model's own loss, written as a user of `compute_loss_func` would."""
     logits, targets = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     total = nn.functional.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
     return total / num_items_in_batch
@@ -182,7 +182,7 @@ def test_accumulation_with_another_loss(loss: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
 def test_accumulation_in_an_accelerate_loop(kind: type[KroneckerDiagonalOptimizer]) -> None:
-    """``accelerator.accumulate``: k micro-batches are one batch in a plain loop, in weights and in factors."""
+    """`accelerator.accumulate`: k micro-batches are one batch in a plain loop, in weights and in factors."""
     case, steps, k = BY_NAME["mlp"], 5, 4
     batches = [
         torch.randn(2 * k, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
@@ -461,7 +461,7 @@ def broken_layer(record: Family, seed: int, layer: str, where: str) -> Gradients
 
 
 def assert_skipped(record: Family, bad: Callable[[int], Gradients], at: tuple[int, ...]) -> None:
-    """Bad batches before the steps ``at`` leave no trace: the run equals one without them, to the bit."""
+    """Bad batches before the steps `at` leave no trace: the run equals one without them, to the bit."""
     clean = [good(record, seed) for seed in range(5)]
     spoiled = [batch for i, batch in enumerate(clean) for batch in ([bad(10 + i), batch] if i in at else [batch])]
     assert len(spoiled) == len(clean) + len(at)
@@ -668,9 +668,9 @@ def test_hyperparameter_search_uses_what_each_trial_proposes(tmp_path: Path) -> 
 
 
 class OutOfMemory:
-    """Lets a model's head run out of memory on batches of more than ``fits`` rows.
+    """Lets a model's head run out of memory on batches of more than `fits` rows.
 
-    Not at once: at the micro-batch after the first ``before`` of that size, when its other layers have run.
+    Not at once: at the micro-batch after the first `before` of that size, when its other layers have run.
     """
 
     def __init__(self, model: nn.Module, fits: int, before: int) -> None:
@@ -689,7 +689,7 @@ class OutOfMemory:
 
 @pytest.mark.parametrize(("optim", "before"), [("adafisherw", 1), ("adafisher", 2)])
 def test_auto_find_batch_size_equals_a_run_started_at_that_size(optim: str, before: int, tmp_path: Path) -> None:
-    """The statistics of ``before`` micro-batches are pending when memory runs out, and must not count afterwards."""
+    """The statistics of `before` micro-batches are pending when memory runs out, and must not count afterwards."""
     record = family("gpt2")
     examples = half_masked(record, 16)
     options = {"max_steps": 3, "gradient_accumulation_steps": 3, "optim": optim, "update_interval": 1}

@@ -1,56 +1,110 @@
-"""Accuracy, top-k accuracy and confusion matrix of classifiers."""
+"""Accuracy and confusion matrix of classifiers, with the interface of `evaluate`'s modules, offline.
+
+`evaluate.load("accuracy")` fetches a script from the Hub; these are the same things as classes:
+
+    >>> from hf_adafisher.data.images.metrics import Accuracy
+    >>> Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 0])
+    {'accuracy': 0.6666666666666666}
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
+import datasets
+import evaluate
 import numpy as np
 
 TOP_K = 5
 
+_CLASSES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
+_SCORES = datasets.Features(
+    {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
+)
+
+
+class _ImageMetric(evaluate.Metric):
+    """Takes class numbers or scores. Examples are kept in memory, unless `cache_dir` or several processes say no."""
+
+    accepts: tuple[datasets.Features, ...] = (_CLASSES, _SCORES)
+    title = ""
+
+    def __init__(self, **options: Any) -> None:
+        # evaluate makes the folder even where everything stays in memory; a read-only home must not matter.
+        options.setdefault("keep_in_memory", options.get("num_process", 1) == 1 and "cache_dir" not in options)
+        if options["keep_in_memory"]:
+            options.setdefault("cache_dir", tempfile.gettempdir())
+        super().__init__(**options)
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.title, citation="", inputs_description=self.title, features=list(self.accepts)
+        )
+
+
+class Accuracy(_ImageMetric):
+    """Top-1 accuracy: predictions are class numbers, or one list of scores per example."""
+
+    title = "Share of examples whose class is predicted."
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return {"accuracy": top_k_accuracy(_as_scores_or_classes(predictions), references, 1)}
+
+
+class TopKAccuracy(_ImageMetric):
+    """Top-k accuracy, 5 by default: predictions are one list of scores per example."""
+
+    accepts = (_SCORES,)
+    title = "Share of examples whose class is among the k with the highest scores."
+
+    def _compute(self, predictions: Any, references: Any, k: int = TOP_K) -> dict[str, float]:
+        return {f"top{k}_accuracy": top_k_accuracy(_as_scores_or_classes(predictions), references, k)}
+
+
+class ConfusionMatrix(_ImageMetric):
+    """Confusion matrix: rows are true classes, columns predicted ones."""
+
+    title = "How often each class (row) is taken for each class (column)."
+
+    def _compute(self, predictions: Any, references: Any, num_classes: int | None = None) -> dict[str, np.ndarray]:
+        return {"confusion_matrix": confusion_matrix(_as_scores_or_classes(predictions), references, num_classes)}
+
 
 def top_k_accuracy(predictions: Any, references: Any, k: int = 1) -> float:
-    """Share of examples whose class is among the ``k`` with the highest scores.
-
-    Unlike scikit-learn's ``top_k_accuracy_score``, it accepts nan, as a diverged model gives, and resolves ties as
-    ``argmax`` does, so that top-1 is the accuracy of the predicted classes.
+    """Returns the share of examples whose class is among the `k` with the highest scores.
 
     Args:
-        predictions: Scores, shape (examples, classes), or class numbers, shape (examples,), for ``k = 1``. Of equal
-            scores the lower class number counts as higher. A row with nan is wrong.
-        references: Class numbers, shape (examples,).
-        k: Number of classes that count as predicted, >= 1. Default 1.
-
-    Returns:
-        A value in [0, 1].
+        predictions: scores, shape (examples, classes); or class numbers, shape (examples,), for k = 1. Of equal scores
+            the lower class number counts as higher. A row with nan is wrong.
+        references: class numbers, shape (examples,).
+        k: at least 1.
 
     Raises:
-        ValueError: Shapes do not fit, there is no example, a class number has no score, or ``k`` is out of range.
+        ValueError: shapes that do not fit, no example, or a class number that has no score.
     """
     values, labels = _checked(predictions, references)
     if k < 1 or (values.ndim == 1 and k != 1):
         raise ValueError(f"k is {k}; it must be at least 1, and 1 for predicted class numbers")
     if values.ndim == 1:
         return float(np.mean(values == labels))
-    label_scores = np.take_along_axis(values, labels[:, None], axis=1)
-    lower_class = np.arange(values.shape[1]) < labels[:, None]
-    rank = ((values > label_scores) | ((values == label_scores) & lower_class)).sum(axis=1)
+    own = np.take_along_axis(values, labels[:, None], axis=1)
+    earlier = np.arange(values.shape[1]) < labels[:, None]
+    rank = ((values > own) | ((values == own) & earlier)).sum(axis=1)
     return float(np.mean((rank < k) & ~np.isnan(values).any(axis=1)))
 
 
 def confusion_matrix(predictions: Any, references: Any, num_classes: int | None = None) -> np.ndarray:
-    """Number of examples of each class (row) that are predicted as each class (column).
+    """Returns how often class i (row) was taken for class j (column), int64, shape (classes, classes).
 
     Args:
-        predictions: Scores, shape (examples, classes), or class numbers, shape (examples,).
-        references: Class numbers, shape (examples,).
-        num_classes: Number of classes. Default: the number of scores, or the highest class number plus 1.
-
-    Returns:
-        Counts, int64, shape (num_classes, num_classes).
+        predictions: scores, shape (examples, classes), or class numbers, shape (examples,).
+        references: class numbers, shape (examples,).
+        num_classes: default: as many as there are scores, or the highest class number plus 1.
 
     Raises:
-        ValueError: Shapes do not fit, there is no example, or a class number is outside ``0..num_classes - 1``.
+        ValueError: shapes that do not fit, no example, or a class number outside 0..num_classes - 1.
     """
     values, labels = _checked(predictions, references)
     classes = values.argmax(axis=1) if values.ndim == 2 else values.astype(np.int64)
@@ -59,20 +113,15 @@ def confusion_matrix(predictions: Any, references: Any, num_classes: int | None 
     for name, numbers in (("predictions", classes), ("references", labels)):
         if numbers.min() < 0 or numbers.max() >= num_classes:
             raise ValueError(f"{name} reach from {numbers.min()} to {numbers.max()}; classes are 0..{num_classes - 1}")
-    # By numpy: scikit-learn is an extra that a run on local images does not need otherwise.
     counts = np.bincount(labels * num_classes + classes, minlength=num_classes**2)
     return counts.reshape(num_classes, num_classes)
 
 
 def image_metrics(prediction: Any) -> dict[str, float]:
-    """``compute_metrics`` function for Trainer: accuracy, and top-5 accuracy for more than 5 classes.
+    """A `compute_metrics` for Trainer: accuracy, and top-5 accuracy where there are more than 5 classes.
 
     Args:
-        prediction: ``EvalPrediction`` of transformers. Its predictions are logits, shape (examples, classes), or a
-            tuple that starts with them.
-
-    Returns:
-        ``accuracy`` and, for more than 5 classes, ``top5_accuracy``.
+        prediction: transformers' EvalPrediction; predictions are logits, or a tuple that starts with them.
     """
     scores = prediction.predictions
     scores = scores[0] if isinstance(scores, tuple) else scores
@@ -95,3 +144,7 @@ def _checked(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]
             f"references reach from {labels.min()} to {labels.max()}; there are scores for {values.shape[1]} classes"
         )
     return values, labels
+
+
+def _as_scores_or_classes(predictions: Sequence[Any]) -> np.ndarray:
+    return np.asarray(predictions)

@@ -1,10 +1,12 @@
-"""Metrics of classifiers against scikit-learn and slow definitions."""
+"""Metrics of classifiers against scikit-learn and slow definitions, through the interface of `evaluate`."""
 
 from __future__ import annotations
 
+import socket
 from types import SimpleNamespace
 from typing import Any
 
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 
-from hf_adafisher.data.images.metrics import confusion_matrix, image_metrics, top_k_accuracy
+from hf_adafisher.data.images.metrics import (
+    Accuracy,
+    ConfusionMatrix,
+    TopKAccuracy,
+    confusion_matrix,
+    image_metrics,
+    top_k_accuracy,
+)
 
 ROWS = st.lists(st.integers(0, 2), min_size=4, max_size=4)
 
@@ -74,15 +83,44 @@ def test_confusion_matrix_has_a_row_for_classes_that_do_not_occur() -> None:
     assert confusion_matrix([0, 2], [0, 0]).shape == (3, 3)
 
 
-@pytest.mark.parametrize("kind", [torch.as_tensor, lambda values: np.asarray(values).tolist()])
-def test_tensors_and_lists_are_accepted(kind: Any) -> None:
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection fails the test."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor, lambda values: np.asarray(values).tolist()])
+def test_the_interface_of_evaluate(kind: Any) -> None:
     scores, labels = random_scores()
     classes = scores.argmax(axis=1)
     accuracy = pytest.approx(sklearn_metrics.accuracy_score(labels, classes))
-    assert top_k_accuracy(kind(classes), kind(labels)) == top_k_accuracy(kind(scores), kind(labels)) == accuracy
-    assert top_k_accuracy(kind(scores), kind(labels), 2) == pytest.approx(slow_top_k(scores, labels, 2))
+    assert Accuracy().compute(predictions=kind(classes), references=kind(labels)) == {"accuracy": accuracy}
+    assert Accuracy().compute(predictions=kind(scores), references=kind(labels)) == {"accuracy": accuracy}
+    top5 = TopKAccuracy().compute(predictions=kind(scores), references=kind(labels))
+    assert top5 == {"top5_accuracy": pytest.approx(slow_top_k(scores, labels, 5))}
+    top2 = TopKAccuracy().compute(predictions=kind(scores), references=kind(labels), k=2)
+    assert top2 == {"top2_accuracy": pytest.approx(slow_top_k(scores, labels, 2))}
+    matrix = ConfusionMatrix().compute(predictions=kind(classes), references=kind(labels), num_classes=12)
+    assert matrix is not None
     expected = sklearn_metrics.confusion_matrix(labels, classes, labels=range(12))
-    np.testing.assert_array_equal(confusion_matrix(kind(classes), kind(labels), 12), expected)
+    np.testing.assert_array_equal(matrix["confusion_matrix"], expected)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_batches_add_up_and_modules_combine() -> None:
+    scores, labels = random_scores()
+    module = Accuracy()
+    assert isinstance(module, evaluate.EvaluationModule)
+    for start in range(0, len(labels), 64):
+        module.add_batch(predictions=scores[start : start + 64], references=labels[start : start + 64])
+    assert module.compute() == {"accuracy": pytest.approx(top_k_accuracy(scores, labels))}
+    both = evaluate.combine([Accuracy(), TopKAccuracy()])
+    assert set(both.compute(predictions=scores, references=labels)) == {"accuracy", "top5_accuracy"}
 
 
 def test_metrics_for_trainer() -> None:
