@@ -66,7 +66,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         inverse_interval: T_inv, optimizer steps between two inversions, a multiple of ``update_interval``. Default 100.
             A layer that is first used in between is inverted at its first refresh.
         weight_decay: >= 0. Default 0.
-        kl_clip: Scale the preconditioned gradients of all blocks alike by
+        kl_clip: Scale the preconditioned gradients of all blocks by
             ``nu = min(1, sqrt(kl_clip / sum lr^2 <preconditioned, gradient>))``; None does not. Default 1e-3, as in
             kfac-pytorch (Pauloski et al. 2021), after Ba, Grosse and Martens 2017.
         max_factor_dim: Longest side that gets a full factor, >= 1. Default 8192.
@@ -75,7 +75,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         TypeError: ``model`` is not a module.
         ValueError: An option is outside its range, a parameter does not belong to the model, nothing is trainable, or
             the model is wrapped or split in a way that hides layers or parameters: all that AdaFisher refuses, and
-            FSDP2, since a factor needs the whole of its layer. DistributedDataParallel is supported.
+            FSDP2, since a factor needs its complete layer. DistributedDataParallel is supported.
 
     Example:
         >>> import torch
