@@ -195,6 +195,16 @@ def test_both_mixes_take_turns() -> None:
     assert ((only > 0).sum(dim=1) <= 2).all()
 
 
+@pytest.mark.parametrize(("method", "copies_pixels"), [("mixup", False), ("cutmix", True)])
+def test_either_method_alone_is_the_one_that_was_set(method: str, copies_pixels: bool) -> None:
+    """Each pixel of a CutMix image is one of the originals'; those of a Mixup image are averages."""
+    items = noise_items(16)
+    pixels = augmented(items, **{method: 1.0})["pixel_values"]
+    originals = stacked(items)
+    copied = (pixels.unsqueeze(1) == originals.unsqueeze(0)).all(dim=2).any(dim=1)
+    assert bool(copied.all()) == copies_pixels
+
+
 def test_randaugment_changes_each_image_in_its_own_way() -> None:
     one = noise_items(1, side=16)[0].image
     items = [ImageItem(one, 0, k, 0) for k in range(24)]
