@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
@@ -48,7 +47,8 @@ class CurvatureCallback(TrainerCallback):
     steps. A new run starts a new file.
 
     The values also go to every integration of ``report_to``, as ``curvature/<parameter>/<number>``. They bypass
-    Trainer's ``log``, which would print hundreds of numbers per refresh and keep them in every checkpoint.
+    Trainer's ``log``, which would print hundreds of numbers per refresh and keep them in every checkpoint. A Trainer
+    other than AdaFisherTrainer needs ``callback.attach(trainer)`` before ``train()`` for this.
 
     Training is bitwise the same. DDP needs no communication for the record, FSDP2 one small all-reduce. With any other
     optimizer, nothing is recorded, with one warning.
@@ -68,8 +68,17 @@ class CurvatureCallback(TrainerCallback):
         self.report = report
         self._refreshes = 0
         self._layers: dict[str, dict[str, float]] | None = None
+        self._handler: CallbackHandler | None = None
         self._reporters: list[TrainerCallback] = []
         self._spent = self._since = 0.0
+
+    def attach(self, trainer: Trainer) -> None:
+        """Report to the integrations of this Trainer, which does not pass them to callbacks.
+
+        Args:
+            trainer: Trainer with this callback, before its ``train()``.
+        """
+        self._handler = trainer.callback_handler
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -88,7 +97,21 @@ class CurvatureCallback(TrainerCallback):
         if state.is_world_process_zero:
             _drop_lines_after(state.global_step, _record_file(args))
             if self.report:
-                self._reporters = _reporters_beside(self, kwargs.get("optimizer"))
+                self._reporters = self._integrations(args, kwargs.get("optimizer"))
+
+    def _integrations(self, args: TrainingArguments, optimizer: Any) -> list[TrainerCallback]:
+        """Integrations of the attached Trainer, if it is the one with this optimizer; else a warning names them."""
+        if self._handler is not None and self._handler.optimizer is optimizer:
+            kinds: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+            return [other for other in self._handler.callbacks if isinstance(other, kinds)]
+        unheard = [name for name in args.report_to or () if name != "none"]
+        if unheard:
+            logger.warning(
+                "CurvatureCallback writes its file only: for report_to=%s use AdaFisherTrainer, or call "
+                "callback.attach(trainer) before train().",
+                ", ".join(unheard),
+            )
+        return []
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -185,18 +208,6 @@ def _drop_lines_after(step: int, file: Path) -> None:
     else:
         partial.unlink()
         file.unlink()
-
-
-def _reporters_beside(callback: TrainerCallback, optimizer: Any) -> list[TrainerCallback]:
-    """The integrations among the callbacks of the Trainer that runs ``callback`` with this optimizer.
-
-    Trainer tells a callback nothing of the others, so the list that holds it is looked for, once a training. The
-    optimizer tells it from that of an earlier Trainer with the same callback.
-    """
-    kinds: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
-    handlers = [found for found in gc.get_objects() if issubclass(type(found), CallbackHandler)]
-    mine = [h for h in handlers if h.optimizer is optimizer and any(other is callback for other in h.callbacks)]
-    return [other for handler in mine for other in handler.callbacks if isinstance(other, kinds)]
 
 
 def _wait_for(devices: Iterable[torch.device]) -> None:

@@ -130,7 +130,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         super().__init__(model, params, defaults)
 
     def _new_tracker(self) -> KroneckerStatistics:
-        return KroneckerStatistics(self.model)
+        return KroneckerStatistics(self.model, type(self).__name__)
 
     def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
         check_kfac_options(group, first, type(self).__name__)

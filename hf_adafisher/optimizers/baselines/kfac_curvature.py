@@ -55,7 +55,7 @@ class KroneckerStatistics(StatisticsTracker):
 
     def map_parameters(self) -> None:
         """Update the names and the blocks of all parameters from the model."""
-        self.blocks = find_blocks(self.recorder.tracked if self.recorder else [])
+        self.blocks = find_blocks(self.recorder.tracked if self.is_tracking else [])
         self._of_weight = {id(block.weight): block for block in self.blocks}
         self._of = self._of_weight | {id(block.bias): block for block in self.blocks if block.bias is not None}
         super().map_parameters()
@@ -73,7 +73,7 @@ class KroneckerStatistics(StatisticsTracker):
 
     def collect(self, gradients: Sequence[tuple[Any, Tensor, Tensor]]) -> Sample | None:
         """Statistics recorded since the last call; None, with a warning, if any of them is not finite."""
-        sample = self.open_recorder().flush()
+        sample = self.recorder.flush()
         if sample.non_finite:
             self._warn_dropped(sample.non_finite)
             return None
