@@ -1,4 +1,4 @@
-"""Benchmark AdaFisherW's step and training iteration against AdamW's, and their scaling.
+"""Times AdaFisherW's step against AdamW's, a training iteration, and how both grow.
 
     python scripts/benchmark_step.py --model gpt2-20m --rounds 15 --json out/step.json
     python scripts/benchmark_step.py --model gpt2-20m --compiled --rounds 15
@@ -6,7 +6,7 @@
     python scripts/benchmark_step.py --whole-iteration --rounds 15
     python scripts/benchmark_step.py --scaling --plot out/scaling.png
 
-All measurements alternate in one process. Medians and quartiles are printed.
+All that is compared runs alternately in this one process; medians are shown, with quartiles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from hf_adafisher.experiments.outputs import hardware, software_versions, write_
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark of a command line; return the exit status 0."""
+    """Run it; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(benchmark.MODELS), default="gpt2-20m", help="default gpt2-20m")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds (default 15, at least 2)")
