@@ -444,8 +444,9 @@ def test_spectral_steps_in_the_precision_asked_for() -> None:
 @pytest.mark.parametrize("most", [0.03, 1e-4])
 @pytest.mark.parametrize("size", [1.0, 1e-2, 0.0])
 def test_spectral_steps_are_bounded_by_the_size_of_the_weights(size: float, most: float) -> None:
-    """No table or matrix moves by more than that part of its norm (of a root mean square of 0.02 at least), and in
-    the direction it would without the bound; smaller steps, vectors and the decay stay as they are.
+    """No table or matrix moves by more than that part of its norm (of a root mean square of 0.02 at least).
+
+    It moves in the direction it would without the bound; smaller steps, vectors and the decay stay as they are.
     """
     ends, lr, weight_decay = [], 0.02, 0.3
     for bound in (None, most):

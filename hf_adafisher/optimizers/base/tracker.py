@@ -28,7 +28,7 @@ class StatisticsTracker(ABC):
         kind: The optimizer's name, for messages.
 
     Attributes:
-        recorder: Hooks on the layers that own the parameters; none before :meth:`track`.
+        recorder: Hooks on the layers that own the parameters; none before ``track``.
         names: Names of the model's parameters by ``id(parameter)``.
     """
 
