@@ -1,4 +1,4 @@
-"""Compares optimizers: runs every cell of a configuration, then writes tables and pictures.
+"""Compare optimizers: run every cell of a configuration, then write tables and pictures.
 
     python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo
     python scripts/compare_optimizers.py --config scripts/configs/python-docs-small.json --optimizers adamw sgd \\
@@ -33,7 +33,7 @@ from hf_adafisher.experiments.report.write_report import describe_step_times, su
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns 0, 1 if a cell failed or has no result, 2 for bad input, or 130 after Ctrl-C."""
+    """Run it; return 0, 1 if a cell failed or has no result, 2 for bad input, or 130 after Ctrl-C."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
     given = [str(item) for item in (sys.argv[1:] if argv is None else argv) if item != "--report_only"]

@@ -143,7 +143,9 @@ def test_every_configuration_is_one_that_its_script_accepts(path: Path, tmp_path
     from hf_adafisher.experiments.runs import clm_arguments, image_arguments
 
     config = json.loads(path.read_text())
-    parse = {"clm": clm_arguments.parse_arguments, "image": image_arguments.parse_arguments}[config.get("task", "clm")]
+    parse = {"clm": clm_arguments.parse_clm_arguments, "image": image_arguments.parse_image_arguments}[
+        config.get("task", "clm")
+    ]
     for cell in expand_cells(config):
         *_, training = parse([*cell.arguments(), "--output_dir", str(tmp_path)])
         assert training.optim == cell.settings["optim"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-from hf_adafisher.experiments.runs.image_arguments import parse_arguments
+from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
 from hf_adafisher.experiments.runs.run import PreparedRun, run_script
 from tests.data.images.image_samples import class_folders, picture
 from tests.experiments.runs.image_runs import TINY, run
@@ -222,7 +222,7 @@ def test_options_that_exclude_each_other_are_known_before_the_data_is(tmp_path: 
     """The arguments alone tell, wherever they come from."""
     for flags in (["--freeze_backbone"], ["--layer_decay", "2"], ["--model_options", "a"]):
         with pytest.raises(ValueError, match=r"freeze_backbone|layer_decay|model_options"):
-            parse_arguments([*flags, "--output_dir", str(tmp_path)])
+            parse_image_arguments([*flags, "--output_dir", str(tmp_path)])
 
 
 def test_an_error_of_several_lines_is_told_in_one(caplog: pytest.LogCaptureFixture) -> None:
