@@ -29,7 +29,7 @@ from hf_adafisher.experiments.comparison.cells import set_arguments, task_of, us
 from hf_adafisher.experiments.comparison.execution import BACKENDS
 from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
-from hf_adafisher.experiments.report.write_report import describe_step_times, summarize
+from hf_adafisher.experiments.report.write_report import describe_step_times, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def _run(comparison: Comparison, arguments: argparse.Namespace) -> int:
     else:
         if not arguments.report_only:
             failures = comparison.run(arguments.verbose, arguments.retry_failed)
-        print(summarize(comparison, shlex.join(["python", *arguments.typed])))
+        print(write_report(comparison, shlex.join(["python", *arguments.typed])))
     print("\n".join(failures), end="\n" if failures else "")
     return 1 if failures else 0
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.comparison.budget import timing_cell
-from hf_adafisher.experiments.comparison.cell_process import load_result
+from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers
-from hf_adafisher.experiments.comparison.execution import available_cores, run_cells
+from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.scripts import load_script
