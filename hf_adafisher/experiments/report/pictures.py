@@ -90,10 +90,10 @@ def draw_with_range(axes: Any, x: str, line: pd.DataFrame, style: Style, edge: f
         edge: Ordinate of the crosses.
     """
     inside = line["mean"].between(*axes.get_ylim())
-    points, lost = line[inside], line.loc[~inside, x]
+    abscissae, mean, low, high = line.loc[inside, [x, "mean", "low", "high"]].to_numpy().T
     # The mean of equal numbers may miss them by a rounding error; a bar must not be negative.
-    bars = [(points["mean"] - points["low"]).clip(lower=0), (points["high"] - points["mean"]).clip(lower=0)]
-    axes.errorbar(points[x], points["mean"], yerr=bars, capsize=2, **style)
+    axes.errorbar(abscissae, mean, yerr=np.maximum([mean - low, high - mean], 0.0), capsize=2, **style)
+    lost = line.loc[~inside, x].to_numpy()
     for crosses in axes.plot(lost, [edge] * len(lost), "x", color=style["color"], clip_on=False, markersize=7):
         crosses.set_in_layout(False)
 

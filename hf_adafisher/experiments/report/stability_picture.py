@@ -48,7 +48,7 @@ def draw_stability(folder: Path, stability: Stability, styles: Mapping[str, Styl
         style = {**styles[optim], "label": optim}
         draw_with_range(a, SIZE_TITLE, line, style, a.get_ylim()[bad_end])
         if optim in again:
-            a.plot(again[optim][SIZE_TITLE], again[optim]["mean"], **_DOTTED, color=style["color"])
+            a.plot(*again[optim][[SIZE_TITLE, "mean"]].to_numpy().T, **_DOTTED, color=style["color"])
         draw_with_range(b, RATE_TITLE, by_rate[optim], style, b.get_ylim()[bad_end])
         _draw_cost(c, line, style, _PLACES[len(c.get_lines()) % len(_PLACES)])
     sizes = sorted({size for line in by_size.values() for size in line[SIZE_TITLE]})
@@ -101,10 +101,9 @@ def _value_axis(axes: Any, stability: Stability, lines: Sequence[pd.DataFrame]) 
 
 
 def _draw_cost(axes: Any, line: pd.DataFrame, style: Style, place: tuple[int, int]) -> None:
-    points = line.dropna(subset=[EPOCH_SECONDS, "mean"])
-    axes.plot(points[EPOCH_SECONDS], points["mean"], **style)
-    for row in sorted({0, len(points) - 1}) if len(points) else ():
-        seconds, mean, size = points[[EPOCH_SECONDS, "mean", SIZE_TITLE]].iloc[row]
+    points = line[[EPOCH_SECONDS, "mean", SIZE_TITLE]].dropna().to_numpy()
+    axes.plot(points[:, 0], points[:, 1], **style)
+    for seconds, mean, size in {tuple(points[0]), tuple(points[-1])} if len(points) else ():
         look = {"color": style["color"], "fontsize": 8, "ha": "left" if place[0] > 0 else "right", "va": "center"}
         text = axes.annotate(f"{size:g}", (seconds, mean), xytext=place, textcoords="offset points", **look)
         text.set_in_layout(False)
@@ -112,9 +111,9 @@ def _draw_cost(axes: Any, line: pd.DataFrame, style: Style, place: tuple[int, in
 
 def _draw_epochs(axes: Any, epochs: pd.DataFrame, styles: Mapping[str, Style]) -> None:
     timed = epochs.dropna(subset=[EPOCH_SECONDS])
-    means, spread = timed[EPOCH_SECONDS], timed["standard deviation"].fillna(0.0)
+    means, spread = timed[EPOCH_SECONDS].to_numpy(), timed["standard deviation"].fillna(0.0).to_numpy()
     colours = [styles[optim]["color"] for optim in timed.index]
-    axes.barh(timed.index, means, xerr=spread, color=colours, height=0.6, capsize=3, alpha=0.85)
+    axes.barh(list(timed.index), means, xerr=spread, color=colours, height=0.6, capsize=3, alpha=0.85)
     for position, (mean, deviation) in enumerate(zip(means, spread, strict=True)):
         text = axes.annotate(f" {mean:.2f} s", (mean + deviation, position), va="center", fontsize=9)
         text.set_in_layout(False)

@@ -29,12 +29,12 @@ def copy_embeddings(source: str, model: PreTrainedModel, *, freeze: bool) -> Non
         ("tokens", pretrained.get_input_embeddings(), model.transformer.wte),
         ("positions", getattr(pretrained, _POSITIONS[kind]), model.transformer.wpe),
     )
-    for what, theirs, ours in tables:
+    for name, theirs, ours in tables:
         (rows, width), (needed, wanted) = theirs.weight.shape, ours.weight.shape
         if width != wanted:
             raise ValueError(f"the embeddings of {source!r} are {width} wide, the model {wanted}: use --n_embd {width}")
         if rows < needed:
-            raise ValueError(f"{source!r} has embeddings for {rows} {what}, the model needs {needed}")
+            raise ValueError(f"{source!r} has embeddings for {rows} {name}, the model needs {needed}")
         with torch.no_grad():
             ours.weight.copy_(theirs.weight[:needed])
         ours.weight.requires_grad_(not freeze)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import math
@@ -104,6 +105,19 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
     for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",
                   "--config 'a b.json'", "| budget | seconds=30 |", "| adafisherw | 300.0 | 25 |"):  # fmt: skip
         assert words in text
+
+
+def test_the_page_shows_text_as_it_is(finished: Comparison) -> None:
+    """Nothing that configurations or failures say is markup."""
+    write_report(finished, "x --set a='<b>' c=\"d\"")
+    page = html.unescape((finished.output_dir / "report.html").read_text())
+    raw = (finished.output_dir / "report.html").read_text()
+    for words in ("<p>A & B <test>.</p>", "<pre>x --set a='<b>' c=\"d\"</pre>", "<td>failed</td>"):
+        assert words in page
+    assert "<b>" not in raw and "<test>" not in raw
+    assert (
+        raw.count('<tr class="best">') == 6 and raw.count('<td class="words">') == 2
+    )  # a setting of two arguments, the seeds
 
 
 def test_an_unfinished_comparison_says_so(finished: Comparison) -> None:

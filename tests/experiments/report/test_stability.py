@@ -196,6 +196,20 @@ def test_the_report_has_the_picture_and_its_table(swept: Comparison) -> None:
     assert "_batch_size=64, learning_rate=0.4" in text[text.index("| optimizer |") :].splitlines()[2]
 
 
+def test_a_sweep_without_learning_rates_and_step_times_has_a_picture(tmp_path: Path) -> None:
+    """Panel B has no line, C no point and D no bar."""
+    entry = {"optim": "sgd", "per_device_train_batch_size": list(SIZES)}
+    comparison = create_comparison({**CONFIG, "cells": [entry]}, tmp_path, tmp_path / "out")
+    for cell in comparison.cells:
+        right = {"accuracy": cell.settings["per_device_train_batch_size"] / 256}
+        write(comparison, cell.name, {"status": "completed", "validation": right, "test": right})
+    assert f"{tmp_path / 'out' / 'stability.png'}" in write_report(comparison)
+    found = json.loads((tmp_path / "out" / "stability.json").read_text())
+    assert found["A and C"]["sgd"]["mean"] == [6.25, 25.0, 50.0] and found["B"]["sgd"]["mean"] == []
+    assert found["D"]["sgd"] == {"seconds per epoch": None, "standard deviation": None, "runs": 0}
+    assert "| sgd | 64 | 25.00 | - | 25.00 | - |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_other_comparisons_have_no_stability(swept: Comparison) -> None:
     """One batch size, or another argument swept: nothing is drawn."""
     rows = read_results(swept.cells, swept.output_dir, swept.task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,15 @@ def test_a_refused_resume_leaves_the_earlier_run_as_it_was(caplog: pytest.LogCap
     assert run(*again, "last", "--max_steps", 3, "--optim", "adamw") == 2
     assert "this checkpoint was not written by adamw" in caplog.text
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_without_scikit_learn_nothing_is_trained(
+    refused: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The evaluation at the end needs it."""
+    class_folders(tmp_path / "images")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    refused([*TINY, "--data_dir", tmp_path / "images"], "scikit-learn: pip install 'hf_adafisher[vision]'")
 
 
 def test_options_that_exclude_each_other_are_known_before_the_data_is(tmp_path: Path) -> None:
