@@ -223,7 +223,7 @@ def test_without_scikit_learn_nothing_is_trained(
     refused: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The evaluation at the end needs it."""
-    class_folders(tmp_path / "images")
+    class_folders(tmp_path / "images", {"red": 8, "blue": 8})
     monkeypatch.setitem(sys.modules, "sklearn", None)
     refused([*TINY, "--data_dir", tmp_path / "images"], "scikit-learn: pip install 'hf_adafisher[vision]'")
 
