@@ -117,6 +117,15 @@ def test_an_optimizer_that_cannot_be_timed_does_not_stop_the_others(compare: Com
     assert len(started()) == 2 and comparison.run() == [] and len(started("out/step_times")) == 2
 
 
+def test_epochs_of_an_optimizer_that_cannot_be_timed_are_no_budget(compare: Compare, started: Started) -> None:
+    comparison = compare([{"optim": "broken"}, ENTRIES[1]], budget="like=broken:epochs=2", optimizers=["adamw"])
+    assert comparison.unplanned() == dict.fromkeys([cell.name for cell in comparison.cells], "step time not measured")
+    assert len(comparison.run()) == 1 and comparison.plan() == [] and started() == []
+    for cell in comparison.cells:
+        result = load_result(comparison.output_dir / cell.name)
+        assert result is not None and result["reason"] == "step time: ValueError: lr is negative"
+
+
 def test_a_dry_run_says_how_many_and_how_long(compare: Compare) -> None:
     assert format_duration(89) == "89 s" and format_duration(600) == "10 min" and format_duration(7200) == "2.0 h"
     unknown = forecast(compare(ENTRIES, budget="steps=100"))

@@ -100,6 +100,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         result = json.loads((finished.output_dir / line["cell"] / "results.json").read_text())
         loss = (result.get("validation") or {}).get("loss")
         assert line["validation loss"] == ("" if loss is None else repr(loss))
+        assert line["steps"] == str(result.get("steps", ""))  # whole, though failed runs have none
         assert line["cell"].endswith(f"seed={line['seed']}") and line["optim"] == line["cell"].split(",")[0]
     text = (finished.output_dir / "report.md").read_text()
     for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",

@@ -118,6 +118,18 @@ def test_a_changes_nothing_but_the_batch_size(swept: Comparison) -> None:
         check(found["A, tuned again"][optim], "batch size per device", again)
 
 
+def test_another_optimizer_s_batch_sizes_do_not_count(swept: Comparison) -> None:
+    """adamw's best at 64 has no other size, though sgd was run with the same learning rate at all of them."""
+    results = read_results(swept.cells, swept.output_dir, swept.task)
+    renamed = [
+        replace(one, settings={**one.settings, "learning_rate": 1.0}) if one.settings["learning_rate"] == 0.4 else one
+        for one in results
+    ]
+    stability = read_stability(group_by_setting(renamed))
+    assert stability is not None and list(stability.families["adamw"].sizes) == [16, 64, 128]
+    assert stability.families["adamw"].tuned.others["learning_rate"] == 0.2
+
+
 def test_b_changes_nothing_but_the_learning_rate(swept: Comparison) -> None:
     found = numbers(swept)["B"]
     for optim, rates in (("adamw", (0.1, 0.2, 0.4)), ("sgd", (1.0, 3.0))):
