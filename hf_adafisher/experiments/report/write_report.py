@@ -49,15 +49,12 @@ def write_report(comparison: Comparison, command: str = "") -> str:
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
     settings = group_by_setting(results)
     best = best_settings(settings)
-    pictures = draw_pictures(folder, settings, best)
-    sections = _sections(comparison, results, best, pictures, command)
-    sections[3:3] = stability = stability_sections(folder, settings)
+    curves = _curves(folder, settings, best)
+    sections = _sections(comparison, results, best, [curves, *stability_sections(folder, settings)], command)
     (folder / "report.html").write_text(render_html(TITLE, sections), encoding="utf-8")
     (folder / "report.md").write_text(render_markdown(TITLE, sections), encoding="utf-8")
     write_csv(folder / "cells.csv", results)
-    return _summary(
-        comparison, results, best, [*pictures, *(path for section in stability for path in section.pictures)]
-    )
+    return _summary(comparison, results, best, [path for section in sections for path in section.pictures])
 
 
 def describe_step_times(comparison: Comparison) -> str:
@@ -82,7 +79,7 @@ def _sections(
     comparison: Comparison,
     results: list[CellResult],
     best: list[SettingResults],
-    pictures: dict[Path, str],
+    pictures: list[Section],
     command: str,
 ) -> list[Section]:
     lead = (str(comparison.config.get("description", "")), _unfinished(comparison, results))
@@ -90,7 +87,7 @@ def _sections(
     sections = [
         Section("", " ".join(filter(None, lead))),
         _best(comparison, best) if best else Section("", "No run ended well."),
-        Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures),
+        *pictures,
         Section("Every run", "Those of the best settings stand out.", cell_table(results, best)),
     ]
     if failures.rows:
@@ -103,6 +100,11 @@ def _sections(
     if command:
         sections.append(Section("Command", command=command))
     return sections
+
+
+def _curves(folder: Path, settings: list[SettingResults], best: list[SettingResults]) -> Section:
+    pictures = draw_pictures(folder, settings, best)
+    return Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures)
 
 
 def _best(comparison: Comparison, best: list[SettingResults]) -> Section:

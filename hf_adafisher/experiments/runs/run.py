@@ -181,13 +181,9 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
 
 
 def _describe(run: PreparedRun) -> dict[str, Any]:
-    told = {"model": asdict(run.model_args), "data": asdict(run.data_args)}
-    return {
-        **run.describe(),
-        "versions": software_versions(run.libraries),
-        "hardware": hardware(),
-        "settings": {**told, "training": run.training_args.to_dict()},
-    }
+    settings = {"model": asdict(run.model_args), "data": asdict(run.data_args), "training": run.training_args.to_dict()}
+    versions = software_versions(run.libraries)
+    return {**run.describe(), "versions": versions, "hardware": hardware(), "settings": settings}
 
 
 def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:
