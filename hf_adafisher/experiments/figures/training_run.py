@@ -1,10 +1,8 @@
-"""The training run behind a figure: any that ``run_clm.py`` or ``run_image_classification.py`` can do."""
+"""Training runs of the figures: any that ``run_clm.py`` or ``run_image_classification.py`` can do."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import logging
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_adafisher.data.images.dataset import ImageDataset
-from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decided
-from hf_adafisher.experiments.outputs import require_matplotlib
+from hf_adafisher.experiments.figures.reserved_arguments import refuse_reserved
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.optimizers.validation.checks import unwrapped
@@ -43,9 +40,9 @@ DIGITS_LEARNING_RATES = {
     "adafactor": 0.03,
     "schedule_free_adamw": 0.001,
 }
-"""Where none is given, of an optimizer that trains on the digits: the best of docs/results/digits-small."""
+"""Default learning rates on the digits: the best ones of docs/results/digits-small."""
 START_ARGUMENTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
-"""Arguments of training that decide the start, or which examples a step sees; those of model and data come on top."""
+"""Training arguments that decide the start, or the examples of a step; those of model and data do so too."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +50,8 @@ class OptimizerChoice:
     """An optimizer of a figure.
 
     Attributes:
-        name: one of ``available_optimizers()`` or Trainer's names.
-        arguments: the run's arguments that belong to it, such as learning_rate.
+        name: One of ``available_optimizers()`` or Trainer's names.
+        arguments: Arguments of its run, such as learning_rate.
     """
 
     name: str
@@ -62,21 +59,21 @@ class OptimizerChoice:
 
     @property
     def label(self) -> str:
-        """As it was written on the command line."""
+        """Its spelling on the command line."""
         shown = ",".join(f"{key}={value}" for key, value in self.arguments.items())
         return f"{self.name}:{shown}" if shown else self.name
 
     @property
     def words(self) -> list[str]:
-        """The arguments as words of a command line."""
+        """Its arguments as words of a command line."""
         return [f"--{key}={value}" for key, value in self.arguments.items()]
 
 
-def optimizer_choice(text: str) -> OptimizerChoice:
-    """Reads ``adam`` or ``adam:learning_rate=0.003,weight_decay=0.1``.
+def parse_optimizer(text: str) -> OptimizerChoice:
+    """Parse ``adam`` or ``adam:learning_rate=0.003,weight_decay=0.1``.
 
     Raises:
-        ValueError: anything else.
+        ValueError: The text is neither.
     """
     name, _, options = text.partition(":")
     pairs = [pair.partition("=") for pair in options.split(",") if pair]
@@ -85,49 +82,26 @@ def optimizer_choice(text: str) -> OptimizerChoice:
     return OptimizerChoice(name, {key: value for key, _, value in pairs})
 
 
-def figure_parser(description: str, output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every figure's script has: --task and --output.
-
-    Use ``parse_known_args``: what it leaves over belongs to the run.
-
-    Args:
-        description: the script's docstring.
-        output: default of --output.
-    """
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every other argument is the run's, as its script knows it: --model, --dataset, --seed and so on.",
-        allow_abbrev=False,
-    )
-    tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
-    parser.add_argument("--task", choices=TASKS, default="digits", help=f"{tasks} (default digits)")
-    parser.add_argument(
-        "--output", type=Path, default=Path(output), help=f"PNG; SVG and JSON stand beside it (default {output})"
-    )
-    return parser
-
-
 def prepare_run(
     task: str, steps: int, output: Path, optimizer: OptimizerChoice | None, further: Sequence[str] = ()
 ) -> PreparedRun:
-    """The run of one optimizer, as its script would prepare it, without evaluations and checkpoints.
+    """Prepare the run of one optimizer as its script would, without evaluations and checkpoints.
 
     Args:
-        task: one of ``TASKS``.
-        steps: optimizer steps.
-        output: the picture; Trainer's own files, if any, go into a folder of that name beside it. An empty one is
-            removed when the run is no longer held.
+        task: One of ``reserved_arguments.TASKS``.
+        steps: Number of optimizer steps.
+        output: File of the picture; Trainer's own files, if any, go into a folder of that name beside it. An empty one
+            is removed with the last reference to the run.
         optimizer: None for the script's own choice. On the digits its default learning rate is the best of those
             tried there (``DIGITS_LEARNING_RATES``).
-        further: further arguments of the run, ``--name value``; the optimizer's own count before them.
+        further: Further arguments of the run, ``--name value``; the optimizer's own take precedence.
 
     Raises:
-        ValueError: an argument that the figure decides by itself, several processes, and what the scripts raise.
+        ValueError: An argument that the figure reserves, several processes, or an error of the scripts.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
-    refuse_decided(task, further)
+    refuse_reserved(task, further)
     arguments = ["--report_to", "none"]  # of arguments that are given twice the later one counts
     if optimizer is not None and optimizer.name == "schedule_free_adamw":
         arguments += ["--lr_scheduler_type", "constant"]  # it averages weights instead of lowering the rate
@@ -137,7 +111,7 @@ def prepare_run(
             arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[optimizer.name])]
     arguments += further
     if optimizer is not None:
-        refuse_decided(task, optimizer.words, optimizer.label)
+        refuse_reserved(task, optimizer.words, optimizer.label)
         arguments += [*optimizer.words, f"--optim={optimizer.name}"]
     folder = output.with_name(f"{output.stem}_run")
     arguments += ["--max_steps", str(steps), "--output_dir", str(folder)]
@@ -168,12 +142,15 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def check_same_start(runs: Mapping[str, PreparedRun]) -> None:
-    """Raises ValueError, which names the argument, unless all start from the same weights and see the same data.
+    """Check that all runs start from the same weights and see the same data.
 
     Args:
-        runs: by their optimizers' labels.
+        runs: By the labels of their optimizers.
+
+    Raises:
+        ValueError: Two runs differ; the message names the argument.
     """
-    (first, wanted), *others = ((label, _decisive(run)) for label, run in runs.items())
+    (first, wanted), *others = ((label, _start_arguments(run)) for label, run in runs.items())
     for label, own in others:
         for name, value in own.items():
             if value != wanted[name]:
@@ -185,8 +162,8 @@ def check_same_start(runs: Mapping[str, PreparedRun]) -> None:
             raise ValueError(f"{label} starts from other weights than {first}")
 
 
-def _decisive(run: PreparedRun) -> dict[str, Any]:
-    """All arguments that decide where training starts and what it sees."""
+def _start_arguments(run: PreparedRun) -> dict[str, Any]:
+    """Arguments that decide the start of training and its examples."""
     common = {name: getattr(run.training_args, name) for name in START_ARGUMENTS}
     return {**asdict(run.model_args), **asdict(run.data_args), **common}
 
@@ -196,12 +173,12 @@ def _same_state(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def fixed_batches(trainer: AdaFisherTrainer, dataset: Dataset, examples: int) -> list[dict[str, Any]]:
-    """The same examples in the same order every time, without augmentation, evenly spread over the data set.
+    """Batches of fixed examples in a fixed order, without augmentation, evenly spread over the data set.
 
     Args:
-        trainer: makes batches of its evaluation size, on its device.
-        dataset: one of the run's ``datasets``.
-        examples: how many, at most.
+        trainer: Source of the batch size (that of evaluation), the collator and the device.
+        dataset: One of the run's ``datasets``.
+        examples: Largest number of examples.
     """
     if isinstance(dataset, ImageDataset):  # random crops are the data set's; all else is done by the train collator
         dataset = ImageDataset(dataset.split, dataset.image_size, crop_ratio=dataset.crop_ratio)
@@ -210,13 +187,13 @@ def fixed_batches(trainer: AdaFisherTrainer, dataset: Dataset, examples: int) ->
     positions = [index * size // count for index in range(count)]
     drops, trainer.args.dataloader_drop_last = trainer.args.dataloader_drop_last, False
     try:
-        return [trainer._prepare_inputs(batch) for batch in trainer.get_test_dataloader(Subset(dataset, positions))]
+        return list(trainer.get_test_dataloader(Subset(dataset, positions)))
     finally:
         trainer.args.dataloader_drop_last = drops
 
 
-def mean_loss(trainer: AdaFisherTrainer, model: torch.nn.Module, batches: Sequence[dict[str, Any]]) -> float:
-    """Mean loss over batches, each weighing as much as it has examples; the model's mode is left as it is."""
+def mean_loss(trainer: AdaFisherTrainer, model: nn.Module, batches: Sequence[dict[str, Any]]) -> float:
+    """Mean loss over the examples of all batches, in the model's present mode."""
     total, count = 0.0, 0
     with torch.no_grad(), trainer.compute_loss_context_manager():
         for batch in batches:
@@ -228,20 +205,20 @@ def mean_loss(trainer: AdaFisherTrainer, model: torch.nn.Module, batches: Sequen
     return total / max(count, 1)
 
 
-class AtSteps(TrainerCallback):
-    """Calls a function after chosen optimizer steps, while their gradients are still there.
+class StepCallback(TrainerCallback):
+    """Calls a function after chosen optimizer steps, before their gradients are reset.
 
     Args:
-        steps: numbers of steps, the first being 1; None for every step.
-        function: gets the step, the model (not wrapped) and the optimizer (not wrapped).
+        steps: Numbers of the steps, the first being 1; None for every step.
+        function: Called with the step, the model (not wrapped) and the optimizer (not wrapped).
     """
 
-    def __init__(self, steps: Sequence[int] | None, function: Callable[[int, torch.nn.Module, Any], None]) -> None:
+    def __init__(self, steps: Sequence[int] | None, function: Callable[[int, nn.Module, Any], None]) -> None:
         self.steps = None if steps is None else frozenset(steps)
         self.function = function
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the step, before the gradients are reset; Trainer counts it only afterwards."""
+        """Call the function; Trainer counts the step only afterwards."""
         step = state.global_step + 1
         if self.steps is None or step in self.steps:
             optimizer = kwargs["optimizer"]
@@ -249,20 +226,13 @@ class AtSteps(TrainerCallback):
             self.function(step, getattr(model, "module", model), unwrapped(optimizer))
 
 
-def run_figure(main: Callable[[], list[Path]]) -> int:
-    """What every figure's script does: the exit status, 2 with one line for bad input or a missing extra.
+def trainable_weight(module: nn.Module) -> nn.Parameter | None:
+    """Parameter ``weight`` of a module, if it has one that trains."""
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, nn.Parameter) and weight.requires_grad else None
 
-    Args:
-        main: does the work and returns the files it wrote.
-    """
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
-    for library in ("httpx", "datasets", "matplotlib"):
-        logging.getLogger(library).setLevel(logging.WARNING)
-    try:
-        require_matplotlib()
-        files = main()
-    except (ValueError, OSError, ImportError) as error:
-        logging.error("%s", " ".join(str(error).split()))
-        return 2
-    print("written: " + ", ".join(str(file) for file in files))
-    return 0
+
+def weights_by_layer(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable weights of at least two values, by the names of the modules that own them."""
+    weights = {name: trainable_weight(module) for name, module in model.named_modules() if name}
+    return {name: weight for name, weight in weights.items() if weight is not None and weight.numel() > 1}
