@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             row = panel["rows"][-1]
             middle_half, full = spread_in_decades(row)
             print(
-                f"{panel['optimizer']}, step {row['step']}: the middle half of the values spans {middle_half:.2f} decades, "
-                f"all of them {full:.2f}"
+                f"{panel['optimizer']}, step {row['step']}: the middle half of the values spans {middle_half:.2f} "
+                f"decades, all of them {full:.2f}"
             )
         return files
 

@@ -123,14 +123,12 @@ def evaluate_plane(
         vectors += [partial(plane.vector, x, y) for x, y in found.coordinates.tolist()]
     batches = fixed_batches(evaluator, cast(Any, evaluator.train_dataset), settings.examples)
     jobs = settings.jobs or (torch.get_num_threads() if evaluator.args.device.type == "cpu" else 1)
-    quiet = evaluator.args.disable_tqdm
-    more: Any = {"jobs": jobs, "progress": not quiet}
-    losses = iter(
-        losses_at(model, vectors, partial(_loss_in_plane, evaluator, batches), label="grid of losses", **more)
-    )
+    more: Any = {"jobs": jobs, "progress": not evaluator.args.disable_tqdm}
+    loss = partial(_loss_in_plane, evaluator, batches)
+    losses = iter(losses_at(model, vectors, loss, label="grid of losses", **more))
     vectors = [point.clone for trajectory in trajectories.values() for point in trajectory.points]
     buffers = [buffers for trajectory in trajectories.values() for buffers in trajectory.buffers]
-    loss = partial(_mean_loss, evaluator, batches)
+    loss = partial(mean_loss, evaluator, batches=batches)
     true = iter(losses_at(model, vectors, loss, buffers=buffers, label="losses of snapshots", **more))
     surface = [[next(losses) for _ in xs] for _ in ys]
     if not any(math.isfinite(value) for row in surface for value in row):
@@ -149,15 +147,11 @@ def evaluate_plane(
     }
 
 
-def _mean_loss(evaluator: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
-    return mean_loss(evaluator, model, batches)
-
-
 def _loss_in_plane(evaluator: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
     """Mean loss of weights off the trajectories, with running statistics recomputed from the batches."""
     if batch_norms_with_statistics(model):  # a single example may have no variance
         several = [[batch] for batch in batches if len(batch["labels"]) > 1]
-        refresh_statistics(model, [partial(_mean_loss, evaluator, batch) for batch in several])
+        refresh_statistics(model, [partial(mean_loss, evaluator, batches=batch) for batch in several])
     return mean_loss(evaluator, model, batches)
 
 

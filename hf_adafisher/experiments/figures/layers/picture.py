@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,8 @@ def _common_prefix(names: Sequence[str]) -> str:
     if len(names) < 2:
         return ""
     parts = [name.split(".")[:-1] for name in names]
-    same = os.path.commonprefix(parts)
-    return "".join(f"{part}." for part in same)
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return "".join(f"{column[0]}." for column in shared)
 
 
 # --- drawing ----------------------------------------------------------------------------------
