@@ -1,12 +1,12 @@
-"""Draw histograms of a layer's Fisher diagonal, step by step (Figure 4 of the AdaFisher paper).
+r"""Draw histograms of a layer's Fisher diagonal, step by step (Figure 4 of the AdaFisher paper).
 
 AdaFisher's diagonal, by which its momentum is divided, stands beside the second moment of Adam, which starts from the
 same weights and sees the same data. Both are counted in logarithmic bins; the lines are the quartiles.
 
     python scripts/plot_fisher_histogram.py --layer cct.layers.0.intermediate --steps 300 --output figures/histogram.png
-    python scripts/plot_fisher_histogram.py --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 20 \\
+    python scripts/plot_fisher_histogram.py --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 20 \
         --layer transformer.h.0.mlp.c_fc
-    python scripts/plot_fisher_histogram.py --task image --model resnet18 --dataset cifar10 --layer classifier.1 \\
+    python scripts/plot_fisher_histogram.py --task image --model resnet18 --dataset cifar10 --layer classifier.1 \
         --optimizers adafisher:learning_rate=0.01 adam:learning_rate=0.001
 
 A wrong name of a layer, or none, is answered with those that there are.

@@ -1,7 +1,7 @@
-"""Draw the trajectories of several optimizers, from one start, over the loss of their plane (Figure 1).
+r"""Draw the trajectories of several optimizers, from one start, over the loss of their plane (Figure 1).
 
     python scripts/plot_loss_landscape.py --optimizers adafisher adam sgd --steps 100 --output out/fig1.png
-    python scripts/plot_loss_landscape.py --task clm --n_layer 2 --n_embd 64 --n_head 2 \\
+    python scripts/plot_loss_landscape.py --task clm --n_layer 2 --n_embd 64 --n_head 2 \
         --optimizers adafisherw adamw:learning_rate=0.001 --output out/clm.png
 
 The plane is spanned by the two principal components of all trajectories. It goes through their common start, so that

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -45,46 +46,23 @@ START_ARGUMENTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient
 """Training arguments that decide the start, or the examples of a step; those of model and data do so too."""
 
 
-@dataclass(frozen=True)
-class OptimizerChoice:
-    """An optimizer of a figure.
-
-    Attributes:
-        name: One of ``available_optimizers()`` or Trainer's names.
-        arguments: Arguments of its run, such as learning_rate.
-    """
-
-    name: str
-    arguments: Mapping[str, str]
-
-    @property
-    def label(self) -> str:
-        """Its spelling on the command line."""
-        shown = ",".join(f"{key}={value}" for key, value in self.arguments.items())
-        return f"{self.name}:{shown}" if shown else self.name
-
-    @property
-    def words(self) -> list[str]:
-        """Its arguments as words of a command line."""
-        return [f"--{key}={value}" for key, value in self.arguments.items()]
-
-
-def parse_optimizer(text: str) -> OptimizerChoice:
+def parse_optimizer(text: str) -> tuple[str, list[str]]:
     """Parse ``adam`` or ``adam:learning_rate=0.003,weight_decay=0.1``.
+
+    Returns:
+        Name of the optimizer, and its arguments as words of a command line.
 
     Raises:
         ValueError: The text is neither.
     """
     name, _, options = text.partition(":")
-    pairs = [pair.partition("=") for pair in options.split(",") if pair]
-    if not name or not all(key and equals and value for key, equals, value in pairs):
+    words = [f"--{pair}" for pair in options.split(",") if pair]
+    if not name or not all(re.fullmatch("--[^=]+=.+", word) for word in words):
         raise ValueError(f"{text!r} is no optimizer: write its name, or name:argument=value,argument=value")
-    return OptimizerChoice(name, {key: value for key, _, value in pairs})
+    return name, words
 
 
-def prepare_run(
-    task: str, steps: int, output: Path, optimizer: OptimizerChoice | None, further: Sequence[str] = ()
-) -> PreparedRun:
+def prepare_run(task: str, steps: int, output: Path, optimizer: str | None, further: Sequence[str] = ()) -> PreparedRun:
     """Prepare the run of one optimizer as its script would, without evaluations and checkpoints.
 
     Args:
@@ -92,8 +70,8 @@ def prepare_run(
         steps: Number of optimizer steps.
         output: File of the picture; Trainer's own files, if any, go into a folder of that name beside it. An empty one
             is removed with the last reference to the run.
-        optimizer: None for the script's own choice. On the digits its default learning rate is the best of those
-            tried there (``DIGITS_LEARNING_RATES``).
+        optimizer: Its name and arguments, as ``prepare_run`` reads them; None for the script's own choice. On the
+            digits its default learning rate is the best of those tried there (``DIGITS_LEARNING_RATES``).
         further: Further arguments of the run, ``--name value``; the optimizer's own take precedence.
 
     Raises:
@@ -102,17 +80,18 @@ def prepare_run(
     if steps < 1:
         raise ValueError(f"steps is {steps}; it must be at least 1")
     refuse_reserved(task, further)
+    name, own = (None, []) if optimizer is None else parse_optimizer(optimizer)
+    refuse_reserved(task, own, optimizer or "")
     arguments = ["--report_to", "none"]  # of arguments that are given twice the later one counts
-    if optimizer is not None and optimizer.name == "schedule_free_adamw":
+    if name == "schedule_free_adamw":
         arguments += ["--lr_scheduler_type", "constant"]  # it averages weights instead of lowering the rate
     if task == "digits":
         arguments += ["--dataset", "digits"]
-        if optimizer is not None and optimizer.name in DIGITS_LEARNING_RATES:
-            arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[optimizer.name])]
-    arguments += further
-    if optimizer is not None:
-        refuse_reserved(task, optimizer.words, optimizer.label)
-        arguments += [*optimizer.words, f"--optim={optimizer.name}"]
+        if name in DIGITS_LEARNING_RATES:
+            arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[name])]
+    arguments += [*further, *own]
+    if name is not None:
+        arguments += [f"--optim={name}"]
     folder = output.with_name(f"{output.stem}_run")
     arguments += ["--max_steps", str(steps), "--output_dir", str(folder)]
     arguments += ["--eval_strategy", "no", "--save_strategy", "no"]

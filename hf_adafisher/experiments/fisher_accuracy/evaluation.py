@@ -20,7 +20,6 @@ from hf_adafisher.experiments.figures.command_line import require_at_least
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
     fixed_batches,
-    parse_optimizer,
     prepare_run,
     weights_by_layer,
 )
@@ -51,7 +50,7 @@ class FisherSettings:
     Attributes:
         task: One of ``reserved_arguments.TASKS``.
         output: File of the picture.
-        optimizer: AdaFisher or AdaFisherW, as ``parse_optimizer`` reads it; None for the one that fits the network.
+        optimizer: AdaFisher or AdaFisherW, as ``prepare_run`` reads it; None for the one that fits the network.
         steps: Number of optimizer steps, at least 1.
         kind: Labels of the exact Fisher, "empirical" (those of the data) or "true" (the model's).
         examples: Number of training examples, without augmentation, at least 2, or all if there are fewer.
@@ -146,8 +145,7 @@ def describe_comparison(settings: FisherSettings, run: PreparedRun, exact: Exact
 def prepare_seed(settings: FisherSettings, seed: int) -> PreparedRun:
     """Prepare and check the run of one seed; raises ValueError as ``compare_fisher`` does."""
     further = [*settings.further, "--seed", str(seed)]
-    optimizer = None if settings.optimizer is None else parse_optimizer(settings.optimizer)
-    run = prepare_run(settings.task, settings.steps, settings.output, optimizer, further)
+    run = prepare_run(settings.task, settings.steps, settings.output, settings.optimizer, further)
     if run.training_args.seed != seed:
         raise ValueError(f"seed={run.training_args.seed} is among the optimizer's settings: use --seeds")
     name = optimizer_name(run.training_args)

@@ -1,4 +1,4 @@
-"""How diagonal a matrix is: Gershgorin disks, shares of energy, spectra under noise."""
+"""Diagonal dominance of a matrix: Gershgorin disks, shares of energy, spectra under noise."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from hf_adafisher.experiments.figures.factors import picture, study
 from hf_adafisher.experiments.figures.factors.diagonal_dominance import gershgorin_disks
 from hf_adafisher.experiments.figures.factors.full_factors import collect_factors, factor_layers
 from hf_adafisher.experiments.figures.factors.study import FactorSettings, choose_layer, measure_layer
-from hf_adafisher.experiments.figures.training_run import parse_optimizer, prepare_run
+from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from tests.experiments.figures.factor_networks import Tagger, loss_of, net_and_batch
 from tests.experiments.runs.image_runs import QUICK, TINY
@@ -76,7 +76,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
     """Dropout, augmentation and statistics at every step: whatever the figure could disturb."""
     choice = f"{optimizer}:learning_rate=0.001,update_interval=1"
     further = [*TINY_RUN, *DROPOUT, "--crop_padding", "1", "--flip", "0.5"]
-    plain = prepare_run("digits", 4, tmp_path / "a.png", parse_optimizer(choice), further)
+    plain = prepare_run("digits", 4, tmp_path / "a.png", choice, further)
     trainer = plain.new_trainer([])
     trainer.train()
 
@@ -95,7 +95,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
     assert [factor.step for factor in found.drawn] == [1, 1, 2, 2, 4, 4] and found.examples == 40
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trainers[0].model.state_dict()[name]), name
-    states = [t._raw_optimizer().state_dict()["state"] for t in (trainer, trainers[0])]
+    states = [t.optimizer.state_dict()["state"] for t in (trainer, trainers[0])]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 10
     for index, state in states[0].items():
         for key, value in state.items():

@@ -25,7 +25,6 @@ from hf_adafisher.experiments.figures.histogram.collect import (
 from hf_adafisher.experiments.figures.training_run import (
     DIGITS_LEARNING_RATES,
     StepCallback,
-    parse_optimizer,
     prepare_run,
 )
 from tests.experiments.runs.image_runs import TINY
@@ -49,8 +48,8 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plain_run(chosen: HistogramSettings, optimizer: str) -> tuple[Any, dict[int, dict[str, Any]]]:
-    """The same training without the figure: its model, and the weight's tensors after every step."""
-    run = prepare_run(chosen.task, chosen.steps, chosen.output, parse_optimizer(optimizer), chosen.further)
+    """Train without the figure; return the model, and the weight's tensors after every step."""
+    run = prepare_run(chosen.task, chosen.steps, chosen.output, optimizer, chosen.further)
     seen: dict[int, dict[str, Any]] = {}
 
     def keep(step: int, model: Any, found: Any) -> None:
@@ -134,7 +133,7 @@ def test_defaults_fit_the_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "lamb", "adamw_torch", "schedule_free_adamw"])
 def test_second_moments_are_found(tmp_path: Path, name: str) -> None:
-    run = prepare_run("digits", 1, tmp_path / "a.png", parse_optimizer(name), [*RUN, *TINY])
+    run = prepare_run("digits", 1, tmp_path / "a.png", name, [*RUN, *TINY])
     state = torch.random.get_rng_state()
     check_second_moment(run)
     assert torch.equal(torch.random.get_rng_state(), state)

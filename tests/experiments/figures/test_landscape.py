@@ -452,7 +452,7 @@ def test_a_last_batch_of_one_example_has_a_loss_but_no_statistics(tmp_path: Path
     trainer = next(iter(prepare_optimizers(settings(tmp_path, further=flags, network=[])).values())).new_trainer([])
     batches, model = fixed_batches(trainer, cast(Any, trainer.train_dataset), 9), trainer.model.eval()
     assert [len(batch["labels"]) for batch in batches] == [4, 4, 1]
-    found = trace._loss_in_plane(trainer, batches, model)
+    found = trace.loss_in_plane(trainer, batches, model)
     torch.optim.swa_utils.update_bn([batch["pixel_values"] for batch in batches[:2]], model)
     assert found == pytest.approx(mean_loss(trainer, model.eval(), batches), rel=1e-5)
 

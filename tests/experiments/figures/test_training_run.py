@@ -16,7 +16,6 @@ from hf_adafisher.experiments.figures.training_run import (
     DIGITS_LEARNING_RATES,
     check_same_start,
     fixed_batches,
-    parse_optimizer,
     prepare_run,
 )
 from hf_adafisher.experiments.runs import clm_setup, image_setup
@@ -72,7 +71,7 @@ def test_what_the_figure_decides_is_refused_in_every_spelling(
         for words in ([f"--{option}", value], [f"--{option}={value}"]):
             with pytest.raises(ValueError, match=f"^--{name} is not free here: "):
                 prepare_run("digits", 3, tmp_path / "a.png", None, words)
-        choice = parse_optimizer(f"adam:{option}={value}")
+        choice = f"adam:{option}={value}"
         with pytest.raises(ValueError, match=f"^--{name} is not free here in 'adam:{option}={value}': "):
             prepare_run("digits", 3, tmp_path / "a.png", choice)
     assert not parsed_only
@@ -112,7 +111,7 @@ def test_learning_rates_of_the_optimizer_of_the_command_line_and_of_the_digits(
     parsed_only: list[Any], tmp_path: Path
 ) -> None:
     def rate(optimizer: str, *words: str) -> float:
-        run: Any = prepare_run("digits", 3, tmp_path / "a.png", parse_optimizer(optimizer), words)
+        run: Any = prepare_run("digits", 3, tmp_path / "a.png", optimizer, words)
         return run.learning_rate
 
     assert rate("adam") == DIGITS_LEARNING_RATES["adam"]
@@ -132,7 +131,7 @@ def test_several_processes_are_refused(
 
 
 def prepared(folder: Path, *words: str, optimizer: str = "adam") -> Any:
-    return prepare_run("digits", 2, folder / "a.v2.png", parse_optimizer(optimizer), [*QUICK, *words])
+    return prepare_run("digits", 2, folder / "a.v2.png", optimizer, [*QUICK, *words])
 
 
 def test_an_empty_folder_does_not_stay_behind(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from hf_adafisher.experiments.figures.factors.full_factors import (
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
     fixed_batches,
-    parse_optimizer,
     prepare_run,
     trainable_weight,
 )
@@ -47,7 +46,7 @@ class FactorSettings:
         task: One of ``reserved_arguments.TASKS``.
         output: File of the picture.
         layer: Name of the module to draw; None for the middle one of those whose factors are both full.
-        optimizer: As ``parse_optimizer`` reads it; None for the script's own choice.
+        optimizer: As ``prepare_run`` reads it; None for the script's own choice.
         steps: Optimizer steps of the factors, ascending; the last one ends training and its learning rate schedule.
         examples: Number of training examples, without augmentation, evenly spread, fixed for all steps.
         noise: Standard deviation of the noise off the diagonal, as a share of the mean diagonal entry.
@@ -175,8 +174,7 @@ def study_factors(settings: FactorSettings) -> FactorStudy:
     Raises:
         ValueError: No such layer, an error of ``prepare_run``, or factors that are not finite.
     """
-    optimizer = None if settings.optimizer is None else parse_optimizer(settings.optimizer)
-    run = prepare_run(settings.task, max(settings.steps), settings.output, optimizer, settings.further)
+    run = prepare_run(settings.task, max(settings.steps), settings.output, settings.optimizer, settings.further)
     layer = choose_layer(run.model, settings)
     trainer = run.new_trainer([])
     with torch.random.fork_rng():  # a data loader draws a seed

@@ -21,7 +21,6 @@ from hf_adafisher.experiments.figures.command_line import require_at_least
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
     check_same_start,
-    parse_optimizer,
     prepare_run,
     weights_by_layer,
 )
@@ -51,7 +50,7 @@ class HistogramSettings:
         task: One of ``reserved_arguments.TASKS``.
         output: File of the picture.
         layer: Name of the module whose ``weight`` is counted.
-        optimizers: Two names, as ``parse_optimizer`` reads them: AdaFisher or AdaFisherW, and one with a second moment;
+        optimizers: Two names, as ``prepare_run`` reads them: AdaFisher or AdaFisherW, and one with a second moment;
             None for the one that fits the network, and Adam or AdamW at a learning rate of 0.001, on the digits at the
             best of those tried there.
         steps: Number of optimizer steps of each run, at least 1.
@@ -170,21 +169,20 @@ def prepare_pair(settings: HistogramSettings) -> list[tuple[PreparedRun, Values]
         ValueError: Optimizers without a Fisher diagonal or a second moment, no such layer, an argument that changes the
             start or the data of the second run, several processes, or an error of ``prepare_run``.
     """
-    given = settings.optimizers or (None, None)
+    chosen, peer = settings.optimizers or (None, None)
 
-    def prepared(text: str | None) -> PreparedRun:
-        choice = None if text is None else parse_optimizer(text)
-        return prepare_run(settings.task, settings.steps, settings.output, choice, settings.further)
+    def prepare(optimizer: str | None) -> PreparedRun:
+        return prepare_run(settings.task, settings.steps, settings.output, optimizer, settings.further)
 
-    first = prepared(given[0])
+    first = prepare(chosen)
     name = optimizer_name(first.training_args)
     if name not in PEERS:
         raise ValueError(f"the first optimizer is {name!r}; it must be adafisher or adafisherw, whose F is drawn")
     choose_weight(first.model, settings.layer)
-    peer = given[1] or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}")
-    second = prepared(peer)
+    peer = peer or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}")
+    second = prepare(peer)
     check_second_moment(second)
-    check_same_start({given[0] or name: first, peer: second})
+    check_same_start({chosen or name: first, peer: second})
     return [(first, fisher_values), (second, second_moment)]
 
 

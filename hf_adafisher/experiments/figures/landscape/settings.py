@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hf_adafisher.experiments.figures.command_line import require_at_least
-from hf_adafisher.experiments.figures.training_run import OptimizerChoice, parse_optimizer
 
 SNAPSHOTS = 50
 """Default number of snapshots along each trajectory, approximately."""
@@ -21,7 +20,7 @@ class LandscapeSettings:
     Attributes:
         task: One of ``reserved_arguments.TASKS``.
         output: File of the picture.
-        optimizers: As ``parse_optimizer`` reads them, all different. The first one's end is the centre of planes that
+        optimizers: As ``prepare_run`` reads them, all different. The first one's end is the centre of planes that
             do not come from the trajectories. The losses of the snapshots themselves have their own buffers; those in
             the plane have BatchNorm statistics of the examples at every point, and the first one's other buffers.
         steps: Number of optimizer steps, at least 2.
@@ -76,15 +75,9 @@ class LandscapeSettings:
             raise ValueError(f"--origin is {self.origin!r}; it must be one of {', '.join(ORIGINS)}")
         if self.origin is not None and self.plane != "pca":
             raise ValueError("--origin is for --plane pca; with another, the first optimizer's end is the centre")
-        labels = [choice.label for choice in self.choices]
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if not labels or twice:
+        twice = sorted({name for name in self.optimizers if self.optimizers.count(name) > 1})
+        if not self.optimizers or twice:
             raise ValueError(f"--optimizers has {twice[0]} twice" if twice else "--optimizers needs at least one name")
-
-    @property
-    def choices(self) -> list[OptimizerChoice]:
-        """Parsed optimizers."""
-        return [parse_optimizer(text) for text in self.optimizers]
 
     @property
     def snapshot_steps(self) -> list[int]:

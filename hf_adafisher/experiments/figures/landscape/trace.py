@@ -124,7 +124,7 @@ def evaluate_plane(
     batches = fixed_batches(evaluator, cast(Any, evaluator.train_dataset), settings.examples)
     jobs = settings.jobs or (torch.get_num_threads() if evaluator.args.device.type == "cpu" else 1)
     more: Any = {"jobs": jobs, "progress": not evaluator.args.disable_tqdm}
-    loss = partial(_loss_in_plane, evaluator, batches)
+    loss = partial(loss_in_plane, evaluator, batches)
     losses = iter(losses_at(model, vectors, loss, label="grid of losses", **more))
     vectors = [point.clone for trajectory in trajectories.values() for point in trajectory.points]
     buffers = [buffers for trajectory in trajectories.values() for buffers in trajectory.buffers]
@@ -147,7 +147,7 @@ def evaluate_plane(
     }
 
 
-def _loss_in_plane(evaluator: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
+def loss_in_plane(evaluator: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
     """Mean loss of weights off the trajectories, with running statistics recomputed from the batches."""
     if batch_norms_with_statistics(model):  # a single example may have no variance
         several = [[batch] for batch in batches if len(batch["labels"]) > 1]
@@ -179,7 +179,7 @@ def _describe_plane(settings: LandscapeSettings, plane: Plane) -> dict[str, Any]
         word = "random" if settings.plane == "random" else "given"
         return {
             "kind": f"{kind}, filter-normalised; zero for vectors (biases) and norm layers",
-            "centre": f"end of {settings.choices[0].label}",
+            "centre": f"end of {settings.optimizers[0]}",
             "axes": [f"{word} direction {k} (1: the norm of each filter)" for k in (1, 2)],
             "explained": None,
         }
@@ -209,5 +209,5 @@ def _describe_buffers(
         if name.rpartition(".")[0] not in norms
     )
     parts = ["BatchNorm statistics of these examples at every point"] if norms else []
-    parts += [f"buffers of the end of {settings.choices[0].label}"] if others else []
+    parts += [f"buffers of the end of {settings.optimizers[0]}"] if others else []
     return ", ".join(parts) or None

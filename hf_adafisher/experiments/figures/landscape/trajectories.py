@@ -51,8 +51,8 @@ def prepare_optimizers(settings: LandscapeSettings) -> dict[str, PreparedRun]:
     """
     further = ["--logging_steps", "1", *settings.further]
     runs = {
-        choice.label: prepare_run(settings.task, settings.steps, settings.output, choice, further)
-        for choice in settings.choices
+        optimizer: prepare_run(settings.task, settings.steps, settings.output, optimizer, further)
+        for optimizer in settings.optimizers
     }
     check_same_start(runs)
     model = next(iter(runs.values())).model
