@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hf_adafisher import CurvatureCallback
-from hf_adafisher.experiments.figures.layers.picture import draw_record
+from hf_adafisher.experiments.figures.layers.picture import common_prefix, draw_record
 from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record
 from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
@@ -119,6 +119,19 @@ def test_nothing_to_draw_is_one_line_and_status_2(
     make(tmp_path / "run")
     assert load_script("plot_curvature").main([str(tmp_path / "run"), *flags]) == 2
     assert words in caplog.text and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (["net.a.weight", "net.a.bias"], "net.a."),
+        (["net.a.weight", "net.ab.weight", "net.late"], "net."),
+        (["one.weight", "two.weight"], ""),
+        (["net.a.weight"], ""),
+    ],
+)
+def test_a_common_prefix_ends_with_a_whole_module(names: list[str], prefix: str) -> None:
+    assert common_prefix(names) == prefix
 
 
 def many(layers: int, refreshes: int) -> list[dict[str, float | None]]:

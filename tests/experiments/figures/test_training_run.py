@@ -120,6 +120,13 @@ def test_learning_rates_of_the_optimizer_of_the_command_line_and_of_the_digits(
         assert rate(f"adam:{option}=0.25", "--learning_rate", "0.5") == rate(f"adam:{option}=0.25") == 0.25
 
 
+@pytest.mark.parametrize("text", ["", ":learning_rate=1", "adam:learning_rate", "adam:=1", "adam:learning_rate="])
+def test_malformed_optimizers_are_refused(parsed_only: list[Any], tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is no optimizer: write its name, or name:argument=value"):
+        prepare_run("digits", 3, tmp_path / "a.png", text)
+    assert not parsed_only
+
+
 @pytest.mark.parametrize("task", ["digits", "image", "clm"])
 def test_several_processes_are_refused(
     parsed_only: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str

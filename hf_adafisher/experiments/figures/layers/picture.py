@@ -43,7 +43,7 @@ def draw_curvature(run: Path, output: Path | None = None, layers: str = "*") -> 
         ImportError: matplotlib is not installed.
     """
     record = load_record(run).select(layers)
-    prefix = _common_prefix(record.layers)
+    prefix = common_prefix(record.layers)
     figure = draw_record(record, prefix)
     ranking = record.ranking()
     _print_ranking(record, ranking)
@@ -77,7 +77,7 @@ def _ends(ranking: Sequence[tuple[str, float]], each: int) -> tuple[list[tuple[s
     return list(ranking[:each]), list(ranking[-each:])
 
 
-def _common_prefix(names: Sequence[str]) -> str:
+def common_prefix(names: Sequence[str]) -> str:
     """Common beginning of all names, up to a dot, which the labels leave out."""
     if len(names) < 2:
         return ""
