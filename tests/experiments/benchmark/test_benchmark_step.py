@@ -122,10 +122,10 @@ def _shared_positions() -> int:
 
 
 def test_an_eager_step_takes_at_most_twice_as_long_as_the_fused_adamw() -> None:
-    """Fastest of several rounds, and of three attempts: other work on the machine must not decide."""
+    """Fastest of several rounds, and of five attempts: other work on the machine must not decide."""
     ratios = []
-    for _ in range(3):
-        rows = measure_step("gpt2-20m", 5)["rows"]
+    for _ in range(5):
+        rows = measure_step("gpt2-20m", 8)["rows"]
         ratios.append(rows["adafisherw"]["fastest_ms"] / rows["adamw fused"]["fastest_ms"])
         if ratios[-1] < 2.0:
             break
