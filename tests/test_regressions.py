@@ -31,16 +31,9 @@ from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
 from tests.reference import minmax
+from tests.training_helper import of_family, train
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        case.loss(model, generator).backward()
-        optimizer.step()
 
 
 def unmoved(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
@@ -64,10 +57,7 @@ def test_d1_d2_all_of_gpt2_and_vit_is_trained(name: str) -> None:
     model = record.build()
     before = snapshot(model)
     optimizer = AdaFisherW(model, lr=1e-2, update_interval=2)
-    for seed in range(4):
-        optimizer.zero_grad()
-        model(**record.batch(seed=seed)).loss.backward()
-        optimizer.step()
+    train(model, of_family(record), optimizer, steps=4)
     assert unmoved(model, before) == []
     rules = {row.name: row.rule for row in optimizer.coverage()}
     if name == "gpt2":  # D1: Conv1D is covered by its own rule
@@ -206,7 +196,7 @@ def test_d12_loading_changes_neither_the_dictionary_nor_what_it_holds() -> None:
     case = BY_NAME["tied"]
     model = case.build()
     optimizer = AdaFisherW(model, update_interval=2)
-    train(model, case, optimizer)
+    train(model, case, optimizer, steps=3)
     saved = copy.deepcopy(optimizer.state_dict())
     reference = copy.deepcopy(saved)
     first, second = (AdaFisherW(model, update_interval=2) for _ in range(2))
@@ -221,7 +211,7 @@ def test_d13_options_come_back_with_the_state() -> None:
     case = BY_NAME["mlp"]
     model = case.build()
     optimizer = AdaFisherW(model, damping=0.5, ema_decay=0.3, update_interval=7, beta=0.6)
-    train(model, case, optimizer)
+    train(model, case, optimizer, steps=3)
     restored = AdaFisherW(model)
     restored.load_state_dict(optimizer.state_dict())
     group = restored.param_groups[0]
@@ -427,8 +417,8 @@ def test_d26_two_optimizers_on_one_model_do_not_disturb_each_other() -> None:
     first = AdaFisherW(model, lr=0.1, update_interval=1)
     other = AdaFisherW(model, lr=0.1, update_interval=1)
     reference = AdaFisherW(twin, lr=0.1, update_interval=1)
-    train(model, case, first)
-    train(twin, case, reference)
+    train(model, case, first, steps=3)
+    train(twin, case, reference, steps=3)
     assert_close(first.state_dict()["state"], reference.state_dict()["state"], rtol=0, atol=0)
     other.close()
 
@@ -442,13 +432,7 @@ def test_d3_a_hugging_face_resnet_whose_residuals_are_added_in_place_is_trained(
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     before = snapshot(model)
     optimizer = AdaFisherW(model, lr=1e-2, damping=0.1, update_interval=2)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = model(pixel_values=x, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, lambda model, step: model(pixel_values=x, labels=labels).loss, optimizer, steps=12)
     assert unmoved(model, before) == []
     assert losses[-1] < 0.5 * losses[0]
     rules = {row.rule for row in optimizer.coverage()}

@@ -16,16 +16,10 @@ from hf_adafisher import AdaFisher, AdaFisherW
 from hf_adafisher.optimizers.update import update_parameter
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
+from tests.training_helper import train
 
 BY_NAME = {case.name: case for case in CASES}
 KINDS = pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
-
-
-def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        case.loss(model, torch.Generator().manual_seed(step)).backward()
-        optimizer.step()
 
 
 # ------------------------------------------------------------------ degenerate settings

@@ -14,15 +14,9 @@ from torch.testing import assert_close
 from hf_adafisher import SpectralAdaFisher, create_optimizer, optimizer_state_bytes
 from tests.cases import CASES, Case, frozen_mlp, mlp
 from tests.model_zoo import family
+from tests.training_helper import train
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        case.loss(model, torch.Generator().manual_seed(step)).backward()
-        optimizer.step()
 
 
 # ------------------------------------------------------------------------------------ state

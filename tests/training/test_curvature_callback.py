@@ -17,13 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from hf_adafisher import (
     AdaFisher,
     AdaFisherTrainer,
-    AdaFisherTrainingArguments,
     AdaFisherW,
     CurvatureCallback,
     OptimizerFactory,
@@ -33,9 +32,10 @@ from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS, layer_c
 from hf_adafisher.training import curvature_callback as callback_module
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of
 
 RECORD = family("gpt2")
-OPTIONS: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2, "max_steps": 7}
+OPTIONS: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 7}
 DAMPING = 0.05
 
 
@@ -201,13 +201,12 @@ def test_sharded_parameters_take_one_reduction(one_process: None, monkeypatch: p
 
 
 def our_trainer(folder: Path, *callbacks: TrainerCallback, **options: Any) -> AdaFisherTrainer:
-    options = {**OPTIONS, "update_interval": 3, "save_strategy": "no", "logging_steps": 2, **options}
     model = RECORD.build()
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.1  # random numbers, which nobody else may draw
-    arguments = AdaFisherTrainingArguments(str(folder), **{"report_to": "none", **options})
-    return AdaFisherTrainer(model, arguments, train_dataset=RECORD.dataset(16), callbacks=list(callbacks))
+    given = {"model": model, "callbacks": list(callbacks), "update_interval": 3, "logging_steps": 2}
+    return make_trainer(folder, RECORD, **(OPTIONS | given | options))
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -248,7 +247,7 @@ def test_one_line_a_refresh_with_the_numbers_of_that_step(tmp_path: Path) -> Non
     assert [(line["step"], line["refresh"]) for line in lines] == [(1, 1), (4, 2), (7, 3)]
     assert [line["epoch"] for line in lines] == [1 / 8, 4 / 8, 7 / 8]
     assert witness.lines == [0, 1, 1, 1, 2, 2, 2]  # on the disk as soon as the step has ended
-    optimizer: Any = trainer.optimizer.optimizer
+    optimizer: Any = optimizer_of(trainer)
     params = dict(trainer.model.named_parameters())
     for line in lines:  # the learning rate falls from step to step
         assert line["layers"].keys() == params.keys()
@@ -325,14 +324,8 @@ def test_every_integration_of_report_to_hears_of_it_and_nobody_else(
 
 def test_a_stock_trainer_records_too(tmp_path: Path) -> None:
     factory: Any = (OptimizerFactory, {"name": "adafisher", "lr": 0.05, "damping": 0.01, "update_interval": 3})
-    arguments = TrainingArguments(str(tmp_path), report_to="none", save_strategy="no", **OPTIONS)
-    Trainer(
-        RECORD.build(),
-        arguments,
-        train_dataset=RECORD.dataset(16),
-        optimizer_cls_and_kwargs=factory,
-        callbacks=[CurvatureCallback()],
-    ).train()
+    given = {"optimizer_cls_and_kwargs": factory, "callbacks": [CurvatureCallback()]}
+    make_trainer(tmp_path, RECORD, Trainer, **given, **OPTIONS).train()
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 4, 7]
 
 
