@@ -92,6 +92,12 @@ def make_trainer(
     return kind(args=arguments(str(folder), **(QUIET | options)), **given)
 
 
+def hook_count(model: nn.Module) -> int:
+    """All hooks on all modules; only those of an optimizer that will record the coming step are left after one."""
+    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return sum(len(getattr(module, table)) for module in model.modules() for table in tables)
+
+
 def optimizer_of(trainer: Trainer) -> Any:
     """The optimizer of a Trainer, out of accelerate's wrapper."""
     return getattr(trainer.optimizer, "optimizer", trainer.optimizer)

@@ -353,8 +353,7 @@ def test_only_process_zero_writes_and_a_number_that_is_not_finite_is_null(
         events: Any = (SimpleNamespace(output_dir=str(tmp_path / "new")), state, None)
         callback.on_train_begin(*events, optimizer=optimizer)
         for group in optimizer.param_groups:
-            group["refreshes"] = 5
-        callback._refreshes = 4
+            group["refreshes"] += 1
         callback.on_optimizer_step(*events, optimizer=optimizer)
         callback.on_step_end(*events, optimizer=optimizer)
         assert (tmp_path / "new" / CURVATURE_FILE).exists() == zero
@@ -394,7 +393,8 @@ def test_the_device_is_waited_for_on_both_sides_of_the_record(tmp_path: Path, mo
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, epoch=0.0)
     events: Any = (SimpleNamespace(output_dir=str(tmp_path)), state, None)
     callback.on_train_begin(*events, optimizer=optimizer)
-    callback._refreshes -= 1
+    for group in optimizer.param_groups:
+        group["refreshes"] += 1
     callback.on_optimizer_step(*events, optimizer=optimizer)
     callback.on_step_end(*events, optimizer=optimizer)
     (line,) = read_curvature(tmp_path / CURVATURE_FILE)

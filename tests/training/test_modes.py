@@ -31,7 +31,7 @@ from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOpt
 from tests.cases import CASES, WORDS
 from tests.equivalence import Training, assert_same_training, moved, training_of
 from tests.model_zoo import Family, family
-from tests.training_helper import logged_losses, make_trainer, train
+from tests.training_helper import hook_count, logged_losses, make_trainer, train
 
 BY_NAME = {case.name: case for case in CASES}
 OPTIONS: dict[str, Any] = {
@@ -580,11 +580,6 @@ def test_trainer_is_a_plain_loop(rows: int, optim: str, declared: bool, tmp_path
 # --------------------------------------------------------------------------------------------------
 
 
-def hooks(model: nn.Module) -> int:
-    """Forward hooks on all modules."""
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
 def test_d26_model_init_leaves_no_hook_on_the_model_before(tmp_path: Path) -> None:
     """D26: the second training has its own model and optimizer, and is the first over again."""
     record = family("gpt2")
@@ -598,7 +593,7 @@ def test_d26_model_init_leaves_no_hook_on_the_model_before(tmp_path: Path) -> No
     trainer = make_trainer(tmp_path, record, model_init=model_init, **(OPTIONS | options))
     trainer.train()
     first = training_of(trainer)
-    assert hooks(first.model) > 0, "the next step is due"
+    assert hook_count(first.model) > 0, "the next step is due"
     trained_once = Training(first.model, first.optimizer)
     trainer.train()
     second = training_of(trainer)
@@ -607,8 +602,8 @@ def test_d26_model_init_leaves_no_hook_on_the_model_before(tmp_path: Path) -> No
     model = first.model
     del first, trained_once
     gc.collect()
-    assert hooks(model) == 0
-    assert hooks(second.model) > 0
+    assert hook_count(model) == 0
+    assert hook_count(second.model) > 0
 
 
 def test_hyperparameter_search_uses_what_each_trial_proposes(tmp_path: Path) -> None:
