@@ -6,14 +6,13 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
@@ -164,14 +163,7 @@ def test_before_the_first_step_there_is_nothing_and_a_low_precision_momentum_is_
     assert_close(layer_curvature(optimizer)["linear.weight"]["update_rms"], expected, rtol=1e-5, atol=0)
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_sharded_parameters_take_one_reduction(one_process: None, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_sharded_parameters_take_one_reduction(process_group: None, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """Two processes are played: the second holds replicas, then shards of zero momentum.
 
     In float64, since the updates of a sharded and of a whole grouped convolution round differently.
