@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import traceback
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch.distributed as dist
 
 PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
-HARMLESS = {"uname"}
-"""Programs that libraries ask about the machine."""
+BY_LIBRARIES = ("/platform.py", "/torch/_inductor/")
+"""Code whose processes do not count: ``uname``, and the compilers of torch, which a warm cache saves."""
 started: list[str] = []
 """Processes and process groups that the running test has started, in its fixtures or in itself."""
 
@@ -25,9 +26,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave imported modules out of garbage collections, of which accelerate makes one in each training run."""
+    """Leave what is there out of garbage collections, of which accelerate makes one in each training run."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Leave out also what the tests of a file have imported."""
+    if nextitem is not None and nextitem.path != item.path:
+        pytest_collection_finish()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,8 +53,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def note_process(event: str, arguments: tuple[Any, ...]) -> None:
     """Note an audit event that starts a process."""
-    if event in PROCESS_EVENTS and (event != "subprocess.Popen" or arguments[0] not in HARMLESS):
-        started.append(f"{event} {arguments[:2]}")
+    if event in PROCESS_EVENTS:
+        callers = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(None)]
+        if not any(part in caller for caller in callers for part in BY_LIBRARIES):
+            started.append(f"{event} {arguments[:2]}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -94,6 +94,7 @@ def test_it_reduces_the_loss_of_a_gpt2() -> None:
     assert losses[-1] < losses[0] - 2.0
 
 
+@pytest.mark.subprocess
 def test_the_plain_loop_needs_no_transformers() -> None:
     program = (
         "import sys; sys.modules['transformers'] = None; sys.modules['accelerate'] = None\n"

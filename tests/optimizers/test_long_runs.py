@@ -131,6 +131,7 @@ def ten_thousand_steps() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.subprocess
 def test_nothing_grows_in_ten_thousand_steps() -> None:
     """In an interpreter of its own, where no other test's objects come and go."""
     program = "from tests.optimizers.test_long_runs import ten_thousand_steps; ten_thousand_steps()"

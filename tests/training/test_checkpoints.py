@@ -468,6 +468,7 @@ def test_a_checkpoint_that_is_being_written_over_another_runs_does_not_count(
         check_checkpoint_files(run / "checkpoint-4")
 
 
+@pytest.mark.subprocess
 def test_killed_ten_times_a_run_ends_as_if_it_had_been_left_alone(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tests.training.kill_loop", "--folder", str(tmp_path), "--seed", "0"],

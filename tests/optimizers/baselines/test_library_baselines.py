@@ -61,6 +61,7 @@ def test_without_its_library_the_message_holds_the_command(name: str, monkeypatc
     assert name in available_optimizers()
 
 
+@pytest.mark.subprocess
 def test_the_libraries_are_imported_when_they_are_asked_for() -> None:
     code = "import sys, hf_adafisher as h; h.available_optimizers(); print([m in sys.modules for m in sys.argv[1:]])"
     modules = ("pytorch_optimizer", "schedulefree", "transformers")
