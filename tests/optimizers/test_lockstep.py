@@ -206,6 +206,7 @@ def test_cases(case: Case, optimizer_class: type[AdaFisher]) -> None:
     run(Pair(case.build().double(), optimizer_class), of_case(case.loss), steps=8, check_every=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
 def test_families(record: Family) -> None:
     """Four steps of every model family, so that both kinds of step and two refreshes are seen."""

@@ -63,7 +63,7 @@ def train(
     return trainer, count
 
 
-@pytest.mark.parametrize("optim", ["adafisherw", "spectral-adafisher"])
+@pytest.mark.parametrize("optim", ["adafisherw", pytest.param("spectral-adafisher", marks=pytest.mark.slow)])
 def test_compiled_training_equals_eager_training(optim: str, tmp_path: Path) -> None:
     """Statistics on steps 0, 3 and 6; graphs are made at the first other step, and no more of them later."""
     compiled, count = train(tmp_path, optim=optim, **COMPILED)
@@ -77,6 +77,7 @@ def test_compiled_training_equals_eager_training(optim: str, tmp_path: Path) -> 
     assert_close(compiled.model.state_dict(), eager.model.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stock_trainer_that_compiles_is_refused_before_it_trains(tmp_path: Path) -> None:
     factory = (OptimizerFactory, {"name": "adafisherw", "lr": 0.02})
     trainer = make_trainer(tmp_path, RECORD, Trainer, optimizer_cls_and_kwargs=factory, **OPTIONS, **COMPILED)
@@ -142,6 +143,7 @@ def compile_wrapper(model: Any) -> Any:
     return torch.compile(model, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [compile_blocks, compile_model, compile_forwards])
 def test_layers_compiled_in_place_record_also_after_a_resume(how: Callable[[Any], Any], tmp_path: Path) -> None:
     """Resumed in the middle of an interval, what is compiled first are graphs without hooks, which would stay so."""
@@ -158,6 +160,7 @@ def test_layers_compiled_in_place_record_also_after_a_resume(how: Callable[[Any]
     assert optimizer_of(resumed).param_groups[0]["refreshes"] == 3
 
 
+@pytest.mark.slow
 def test_regional_compilation_equals_eager_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's, from its environment variable: new containers around the same layers."""
     eager, _ = train(tmp_path)
@@ -168,6 +171,7 @@ def test_regional_compilation_equals_eager_training(tmp_path: Path, monkeypatch:
     assert_same_training(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_given_to_our_trainer_records(tmp_path: Path) -> None:
     trainer, count = train(tmp_path, model=compile_wrapper(RECORD.build()), remove_unused_columns=False)
     optimizer = optimizer_of(trainer)
@@ -176,6 +180,7 @@ def test_a_compiled_model_given_to_our_trainer_records(tmp_path: Path) -> None:
     assert count.graphs[0] == 0 < count.graphs[1] and set(count.graphs[1:]) == {count.graphs[1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("adafisherw", AdaFisherW), ("kfac", KFAC)])
 def test_the_factory_may_build_optimizers_for_our_trainer_that_compiles(name: str, kind: type, tmp_path: Path) -> None:
     options = {"optimizer_cls_and_kwargs": (OptimizerFactory, {"name": name, "lr": 0.02}), "max_steps": 2}

@@ -65,7 +65,7 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
-@pytest.mark.parametrize("model", ["gpt2", "vit", "resnet"])
+@pytest.mark.parametrize("model", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "resnet"))])
 @pytest.mark.parametrize("name", available_optimizers())
 def test_it_trains_moves_every_parameter_and_resumes_exactly(name: str, model: str, tmp_path: Path) -> None:
     record = family(model)

@@ -45,6 +45,7 @@ def test_a_small_matrix_shows_its_numbers(tmp_path: Path, drawn: dict[str, Figur
     assert axes.get_title() == "pets, test: accuracy 81.25% of 16 images"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 100, 200])
 def test_names_do_not_overlap(tmp_path: Path, drawn: dict[str, Figure], classes: int) -> None:
     counts = np.eye(classes, dtype=int) * 3

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from tests.optimizers.baselines import kfac_worker
 
+pytestmark = pytest.mark.subprocess
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -33,7 +34,6 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.subprocess
 def test_two_processes_are_one_with_the_same_global_batch(ranks: list[dict[str, Any]]) -> None:
     assert_close(ranks[0]["plain"], ranks[1]["plain"], rtol=0, atol=0)
     assert_close(ranks[0]["plain"], kfac_worker.trained())
