@@ -14,7 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherW
-from hf_adafisher.optimizers.update import update_parameter
+from hf_adafisher.optimizers.update import Block, adafisher_update_, step_coefficients
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
 from tests.training_helper import hook_count, train
@@ -71,10 +71,8 @@ def test_one_update_by_hand() -> None:
         param, exp_avg = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
         term = (torch.full((1, 1), 0.5, dtype=torch.float64), torch.full((1, 1), 0.4, dtype=torch.float64))
         grad = torch.full((1, 1), 2.0, dtype=torch.float64)
-        update_parameter(
-            param, grad, exp_avg, [term],
-            step=1, lr=0.1, beta=0.9, damping=0.05, weight_decay=0.3, decoupled=decoupled,
-        )  # fmt: skip
+        group = {"lr": 0.1, "beta": 0.9, "damping": 0.05, "weight_decay": 0.3}
+        adafisher_update_([Block(param, grad, exp_avg, [term])], step_coefficients(group, 1, decoupled))
         assert_close(param.item(), expected)
         assert_close(grad.item(), 2.0)
 

@@ -113,7 +113,7 @@ def _check_together(
             f"--layer_decay works with this package's optimizers only, not with Trainer's {optim}: "
             f"use one of {', '.join(available_optimizers())}"
         )
-    if training_args.label_smoothing_factor and data_args.augmentation().mixes:
+    if training_args.label_smoothing_factor and data_args.augmentation().uses_soft_labels:
         raise ValueError(
             "--label_smoothing_factor does not go together with --mixup or --cutmix, whose labels are soft already: "
             "leave out one of them"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adafisher.data import count_words
+from hf_adafisher.data.text import count_words
 from hf_adafisher.experiments.runs.checkpoints import find_checkpoint
 from hf_adafisher.experiments.runs.clm_arguments import parse_arguments
 from hf_adafisher.experiments.runs.clm_setup import prepare
