@@ -315,7 +315,7 @@ def replace_tensors(model: nn.Module, optimizer: AdaFisher, step: int) -> None:
             p.grad = p.grad.mT.contiguous().mT
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to a run with gradients that are tensors of their own."""
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)

@@ -141,6 +141,7 @@ def test_local_files_of_ptb_keep_their_names(tmp_path: Path) -> None:
     assert local_files(tmp_path)["test_file"] == str(tmp_path / "ptb.test.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_configuration_is_one_that_its_script_accepts(path: Path, tmp_path: Path) -> None:
     from hf_adafisher.experiments.runs import clm_arguments, image_arguments

@@ -58,6 +58,7 @@ def test_names_do_not_overlap(tmp_path: Path, drawn: dict[str, Figure], classes:
     assert all(upper[0] >= lower[1] - 1 for lower, upper in pairwise(tops))
 
 
+@pytest.mark.slow
 def test_a_class_without_images_and_a_thousand_classes_can_be_drawn(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     counts = np.zeros((1000, 1000), dtype=int)
     counts[3, 4] = 1

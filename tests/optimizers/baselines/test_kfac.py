@@ -139,6 +139,7 @@ def test_it_trains_tiny_transformers_with_its_defaults(name: str) -> None:
         assert all(value.isfinite().all() for value in optimizer.state[p].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
 def test_every_parameter_of_every_family_moves(record: Family) -> None:
     model = record.build()
