@@ -1,0 +1,61 @@
+"""Published numbers that a report shows beside a comparison's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_KEYS = {"source", "measure", "by", "values"}
+
+
+@dataclass(frozen=True)
+class PublishedResults:
+    """Published numbers for the setting of a comparison.
+
+    Attributes:
+        source: Publication and table.
+        metric: Metric as the title of a column.
+        values: Numbers by the optimizer's name.
+    """
+
+    source: str
+    metric: str
+    values: Mapping[str, float]
+
+    @property
+    def title(self) -> str:
+        """Title of the column."""
+        return f"paper: {self.metric}"
+
+    @property
+    def note(self) -> str:
+        """Note below the table."""
+        return (
+            f'The column "{self.title}" is {self.source}, as published: measured on other machines, with the '
+            "learning rates of its authors."
+        )
+
+
+def read_published_results(config: Mapping[str, Any]) -> PublishedResults | None:
+    """Read the published numbers of a configuration, or None if it has none for its setting.
+
+    Args:
+        config: With ``"paper": {"source": text, "measure": title, "values": {optimizer: number}}``. With
+            ``"by": "dataset"`` the values have one more level, the value of that shared argument.
+
+    Raises:
+        ValueError: A missing or an unknown key, or values that are no numbers.
+    """
+    paper = config.get("paper")
+    if paper is None:
+        return None
+    unknown = sorted(set(paper) - _KEYS)
+    if unknown or not {"source", "measure", "values"} <= set(paper):
+        raise ValueError(f'"paper" needs "source", "measure" and "values", may have "by"; unknown: {unknown or "none"}')
+    values = paper["values"]
+    if "by" in paper:
+        values = values.get(str(config.get("common", {}).get(paper["by"])), {})
+    if not all(isinstance(value, int | float) for value in values.values()):
+        raise ValueError(f'the values of "paper" are numbers by optimizer, got {values}; is "by" missing?')
+    return PublishedResults(paper["source"], paper["measure"], values) if values else None

@@ -1,0 +1,209 @@
+"""Picture of a curvature record: maps of layers and steps, and a ranking by relative step size."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, empty_figure, save_figure
+from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record, record_file
+
+PICTURE_FILE = "curvature.png"
+BARS = 12
+"""Number of layers at either end of the ranking."""
+_LABELS = 60
+"""Largest number of names below each other."""
+_LONGEST = 48
+"""Longest name; longer ones are cut in their middle, since both ends distinguish layers."""
+
+
+def draw_curvature(run: Path, output: Path | None = None, layers: str = "*") -> list[Path]:
+    """Draw the record of a run, and print both ends of the ranking.
+
+    Four maps of layers (rows, in the model's order) and steps: the median of the damped Fisher, its condition number,
+    the share of values at the floor, and the relative step; and a ranking by the last.
+
+    Args:
+        run: Folder of the run, or its ``curvature.jsonl``.
+        output: PNG file; SVG and JSON stand beside it. Default: ``curvature.png`` beside the record.
+        layers: Pattern of the names to show.
+
+    Returns:
+        The three files.
+
+    Raises:
+        FileNotFoundError: There is no record.
+        ValueError: The record is empty or malformed, or no layer fits the pattern.
+        ImportError: matplotlib is not installed.
+    """
+    record = load_record(run).select(layers)
+    prefix = common_prefix(record.layers)
+    figure = draw_record(record, prefix)
+    ranking = record.ranking()
+    _print_ranking(record, ranking)
+    numbers = {
+        "layers": record.layers,
+        "steps": record.steps,
+        **{key: table.tolist() for key, table in record.tables.items()},
+        "relative_step": record.relative_step.tolist(),
+        "ranking": [{"layer": name, "relative_step": value} for name, value in ranking],
+        "share_of_time_recording": record.cost,
+    }
+    return save_figure(figure, output or record_file(run).with_name(PICTURE_FILE), numbers)
+
+
+def _print_ranking(record: CurvatureRecord, ranking: Sequence[tuple[str, float]], shown: int = 5) -> None:
+    first, last = _ends(ranking, shown)
+    print(f"{len(record.layers)} layers, {len(record.steps)} refreshes up to step {record.steps[-1]}")
+    for title, some in (("sped up most by the curvature", first), ("held back most", last[::-1])):
+        print(f"{title} (step relative to the layer in the middle):")
+        for name, value in some:
+            print(f"  {value:8.3g}  {name}")
+    if record.cost is not None:
+        print(f"recording took {100 * record.cost:.2g} % of the run's time")
+
+
+def _ends(ranking: Sequence[tuple[str, float]], each: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
+    """First and last entries of a ranking, without any overlap."""
+    if len(ranking) <= 2 * each:
+        middle = (len(ranking) + 1) // 2
+        return list(ranking[:middle]), list(ranking[middle:])
+    return list(ranking[:each]), list(ranking[-each:])
+
+
+def common_prefix(names: Sequence[str]) -> str:
+    """Common beginning of all names, up to a dot, which the labels leave out."""
+    if len(names) < 2:
+        return ""
+    parts = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return "".join(f"{column[0]}." for column in shared)
+
+
+# --- drawing ----------------------------------------------------------------------------------
+
+
+def draw_record(record: CurvatureRecord, prefix: str) -> Any:
+    """Draw the maps and the ranking; labels leave ``prefix`` out."""
+    rows, tables = len(record.layers), record.tables
+    labels = [_short(name.removeprefix(prefix)) for name in record.layers]
+    height = min(max(0.17 * min(rows, _LABELS) + 2.0, 5.0), 12.5)
+    figure = empty_figure((13.5 + 0.11 * max(map(len, labels)), height))
+    panels = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.15))
+    floor, middle = "share of values at the floor\n(F < 2 damping)", "relative step\n(log2; the middle layer has 0)"
+    _heat_map(panels[0], record, np.log10(_positive(tables["fisher_median"])), "median of the damped Fisher F\n(log10)")
+    _heat_map(panels[1], record, np.log10(_positive(tables["condition_number"])), "condition, max F / min F\n(log10)")
+    _heat_map(panels[2], record, tables["floor_share"], floor, limits=(0, 1))
+    _heat_map(panels[3], record, np.log2(_positive(record.relative_step)), middle, centred=True)
+    _label_rows(panels[0], labels)
+    for axes in panels[1:4]:
+        axes.set_yticks([])
+    _bars(panels[4], [(_short(name.removeprefix(prefix)), value) for name, value in record.ranking()])
+    under = f", names without {prefix!r}" if prefix else ""
+    times, what = len(record.steps), f"{rows} layer{'s' * (rows > 1)}"
+    figure.suptitle(f"Curvature of {what} over {times} refresh{'es' * (times > 1)}{under}", fontsize=11)
+    return figure
+
+
+def _short(name: str) -> str:
+    if len(name) <= _LONGEST:
+        return name
+    return f"{name[: _LONGEST // 2]}…{name[-(_LONGEST // 2 - 1) :]}"
+
+
+def _positive(table: np.ndarray) -> np.ndarray:
+    return np.where(table > 0, table, np.nan)
+
+
+def _heat_map(
+    axes: Any,
+    record: CurvatureRecord,
+    table: np.ndarray,
+    title: str,
+    *,
+    limits: tuple[float, float] | None = None,
+    centred: bool = False,
+) -> None:
+    """Draw rows from the top in the model's order; grey where there is no number."""
+    finite = table[np.isfinite(table)]
+    if limits is None and finite.size:
+        limits = float(finite.min()), float(finite.max())
+        if centred:
+            widest = max(abs(limits[0]), abs(limits[1]), 0.1)
+            limits = -widest, widest
+        else:  # at least a decade: rounding must not look like a difference
+            room = max(1.0 - (limits[1] - limits[0]), 0.0) / 2
+            limits = limits[0] - room, limits[1] + room
+    low, high = limits or (0.0, 1.0)
+    edges = np.arange(len(record.layers) + 1) - 0.5
+    mesh = axes.pcolormesh(
+        _edges(record.steps), edges, np.ma.masked_invalid(table), cmap=SEQUENTIAL, vmin=low, vmax=high, rasterized=True
+    )
+    axes.set_facecolor("0.8")
+    axes.set_ylim(len(record.layers) - 0.5, -0.5)
+    axes.set_xlabel("optimizer step", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.set_title(title, fontsize=9)
+    bar = axes.figure.colorbar(mesh, ax=axes, orientation="horizontal", location="bottom", aspect=25, pad=0.01)
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.locator_params(nbins=5)
+
+
+def _edges(steps: Sequence[int]) -> np.ndarray:
+    """Edges of the refreshes, each from its step to the next one; the last is as long as the one before."""
+    last = steps[-1] - steps[-2] if len(steps) > 1 else 1
+    return np.array([*steps, steps[-1] + last], dtype=float)
+
+
+def _label_rows(axes: Any, names: Sequence[str]) -> None:
+    stride = math.ceil(len(names) / _LABELS)
+    shown = range(0, len(names), stride)
+    axes.set_yticks(list(shown), [names[row] for row in shown], fontsize=7)
+    if stride > 1:
+        axes.set_ylabel(f"layer, in the model's order (every {_ordinal(stride)} is named)", fontsize=9)
+    else:
+        axes.set_ylabel("layer, in the model's order", fontsize=9)
+
+
+def _ordinal(number: int) -> str:
+    return {2: "second", 3: "third"}.get(number, f"{number}th")
+
+
+def _bars(axes: Any, ranking: Sequence[tuple[str, float]]) -> None:
+    """Draw the layers at both ends, with a gap for those between them."""
+    first, last = _ends(ranking, BARS)
+    gap = len(first) + len(last) < len(ranking)
+    places = [*range(len(first)), *(len(first) + gap + place for place in range(len(last)))]
+    some = [*first, *last]
+    looks: Sequence[Mapping[str, Any]] = [
+        {"color": COLOURS[0]} if value >= 1 else {"color": COLOURS[1], "hatch": "///", "edgecolor": "white"}
+        for _, value in some
+    ]
+    for place, (_, value), look in zip(places, some, looks, strict=True):
+        axes.barh(place, value - 1, left=1, height=0.75, linewidth=0, **look)
+        side, move = ("left", 3) if value >= 1 else ("right", -3)
+        axes.annotate(
+            f"{value:.2g}", (value, place), (move, 0), textcoords="offset points", ha=side, va="center", fontsize=7
+        )
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    values = [value for _, value in some] or [1.0]
+    axes.set_xlim(min(*values, 0.5) / 1.6, max(*values, 2.0) * 1.6)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_yticks(places, [name for name, _ in some], fontsize=7)
+    axes.yaxis.tick_right()
+    axes.set_ylim(max(places, default=0) + 0.6, -0.6)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("relative step, mean of the later half", fontsize=9)
+    axes.set_title("sped up by the curvature,\nand held back (hatched)", fontsize=9)
+    if gap:
+        words, look = f"{len(ranking) - len(some)} between them", {"facecolor": "white", "edgecolor": "none"}
+        axes.text(1, len(first), words, ha="center", va="center", fontsize=8, bbox=look)

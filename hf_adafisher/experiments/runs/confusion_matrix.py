@@ -1,0 +1,55 @@
+"""The confusion matrix as a picture, readable for ten classes and for a hundred."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from hf_adafisher.experiments.drawing import new_panels
+
+_WITH_NUMBERS = 20
+"""Largest number of classes with a number in each cell."""
+_WITH_NAMES = 200
+"""Largest number of classes with names at the axes."""
+_LONGEST_NAME = 24
+
+
+def write_confusion_matrix(
+    path: Path, counts: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str], title: str = ""
+) -> bool:
+    """Draw a confusion matrix, true classes by row, coloured by the share of the row.
+
+    Args:
+        path: PNG file to write.
+        counts: Shape (classes, classes).
+        class_names: In the order of their numbers.
+        title: Of the picture; the accuracy is added.
+
+    Returns:
+        False if matplotlib is not installed: then nothing is drawn, and a warning says so.
+    """
+    matrix = np.asarray(counts)
+    classes, total = len(class_names), int(matrix.sum())
+    side = float(np.clip(2.5 + 0.42 * min(classes, 20) + 0.13 * max(min(classes, 100) - 20, 0), 4.5, 22.0))
+    panels = new_panels(path, size=(side + 0.8, side))
+    if panels is None:
+        return False
+    axes = panels[0]
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.figure.colorbar(picture, ax=axes, fraction=0.046, label="share of the true class")
+    if classes <= _WITH_NUMBERS:
+        for row, column in np.argwhere(matrix):
+            colour = "white" if shares[row, column] > 0.6 else "black"
+            axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    if classes <= _WITH_NAMES:
+        names = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in class_names]
+        size = 9 if classes <= _WITH_NUMBERS else 6 if classes <= 100 else 4
+        axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    correct = f"accuracy {np.trace(matrix) / total:.2%} of {total:,} images" if total else "no images"
+    axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: {correct}" if title else correct)
+    axes.figure.savefig(path, dpi=120, bbox_inches="tight")  # or labels beside a square picture are cut
+    return True
