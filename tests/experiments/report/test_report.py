@@ -110,6 +110,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         assert words in text
 
 
+@pytest.mark.subprocess
 def test_the_page_shows_text_as_it_is(finished: Comparison) -> None:
     """Nothing that configurations or failures say is markup."""
     write_report(finished, "x --set a='<b>' c=\"d\"")
