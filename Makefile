@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test test-fast check format clean
 
 install: $(VENV)/.installed
 
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests
+
+# Under two minutes on two cores; what it leaves out is in tests/README.md.
+test-fast: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not distributed and not subprocess and not browser" tests
 
 check: install
 	$(BIN)/ruff check .

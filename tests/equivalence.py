@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from transformers import Trainer
 
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from tests.training_helper import optimizer_of
 
 
 @dataclass
@@ -25,7 +26,7 @@ def training_of(run: Training | Trainer) -> Training:
     """Model and optimizer of a Trainer, out of accelerate's wrapper."""
     if isinstance(run, Training):
         return run
-    optimizer = getattr(run.optimizer, "optimizer", run.optimizer)
+    optimizer = optimizer_of(run)
     assert isinstance(run.model, nn.Module) and isinstance(optimizer, KroneckerDiagonalOptimizer)
     return Training(run.model, optimizer)
 

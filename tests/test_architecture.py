@@ -20,6 +20,7 @@ def traced() -> dict[str, dict[str, int]]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
 
 
+@pytest.mark.subprocess
 def test_the_page_quotes_what_the_trace_counts(traced: dict[str, dict[str, int]]) -> None:
     quoted = re.findall(r"<!--(idle|due) (files|functions)-->(\d+)", PAGE)
     assert len(quoted) == 4
@@ -28,6 +29,7 @@ def test_the_page_quotes_what_the_trace_counts(traced: dict[str, dict[str, int]]
     }
 
 
+@pytest.mark.subprocess
 def test_a_step_stays_short(traced: dict[str, dict[str, int]]) -> None:
     assert traced["idle"]["files"] <= 7 and traced["idle"]["functions"] <= 20
     assert traced["due"]["files"] <= 12 and traced["due"]["functions"] <= 50

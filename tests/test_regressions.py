@@ -28,19 +28,13 @@ import hf_adafisher.optimizers.adafisher as adafisher_module
 import hf_adafisher.optimizers.factory.create as factory_module
 import hf_adafisher.optimizers.spectral as spectral_module
 from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer
+from hf_adafisher.fisher.recorder import FactorRecorder
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
 from tests.reference import minmax
+from tests.training_helper import hook_count, of_family, train
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        case.loss(model, generator).backward()
-        optimizer.step()
 
 
 def unmoved(model: nn.Module, before: dict[str, torch.Tensor]) -> list[str]:
@@ -64,10 +58,7 @@ def test_d1_d2_all_of_gpt2_and_vit_is_trained(name: str) -> None:
     model = record.build()
     before = snapshot(model)
     optimizer = AdaFisherW(model, lr=1e-2, update_interval=2)
-    for seed in range(4):
-        optimizer.zero_grad()
-        model(**record.batch(seed=seed)).loss.backward()
-        optimizer.step()
+    train(model, of_family(record), optimizer, steps=4)
     assert unmoved(model, before) == []
     rules = {row.name: row.rule for row in optimizer.coverage()}
     if name == "gpt2":  # D1: Conv1D is covered by its own rule
@@ -206,7 +197,7 @@ def test_d12_loading_changes_neither_the_dictionary_nor_what_it_holds() -> None:
     case = BY_NAME["tied"]
     model = case.build()
     optimizer = AdaFisherW(model, update_interval=2)
-    train(model, case, optimizer)
+    train(model, case, optimizer, steps=3)
     saved = copy.deepcopy(optimizer.state_dict())
     reference = copy.deepcopy(saved)
     first, second = (AdaFisherW(model, update_interval=2) for _ in range(2))
@@ -221,7 +212,7 @@ def test_d13_options_come_back_with_the_state() -> None:
     case = BY_NAME["mlp"]
     model = case.build()
     optimizer = AdaFisherW(model, damping=0.5, ema_decay=0.3, update_interval=7, beta=0.6)
-    train(model, case, optimizer)
+    train(model, case, optimizer, steps=3)
     restored = AdaFisherW(model)
     restored.load_state_dict(optimizer.state_dict())
     group = restored.param_groups[0]
@@ -256,11 +247,10 @@ def test_d17_a_module_used_twice_commits_both_calls_and_averages_once() -> None:
     case = BY_NAME["used_twice"]
     model = case.build()
     optimizer = AdaFisherW(model, update_interval=1, ema_decay=0.8)
-    seen: list[int] = []
-    original = optimizer._statistics.recorder._commit
-    optimizer._statistics.recorder._commit = lambda tracked, pair: (seen.append(pair.count), original(tracked, pair))
+    recorder = FactorRecorder(model, model.parameters())
+    recorder.arm()
     train(model, case, optimizer, steps=1)
-    assert sorted(seen) == [2, 7, 7]
+    assert {tracked.name: count for tracked, count in recorder.flush().counts.items()} == {"shared": 7 + 2, "head": 7}
     weight = optimizer.state[model.shared.weight]["factor_weight"]
     assert_close(weight, torch.tensor(1 - 0.8, dtype=weight.dtype))
 
@@ -318,10 +308,10 @@ def test_d19_without_a_word_from_the_loop_non_finite_statistics_are_dropped_and_
     assert optimizer.curvature_summary()["dropped_refreshes"] == 1
     assert "in '0' and 2 more modules" in caplog.text and "stays due" in caplog.text
     assert all(p.isfinite().all() for p in model.parameters())
-    assert optimizer._statistics.recorder.armed
+    assert hook_count(model) == 3
     train(model, case, optimizer, steps=1)
     assert optimizer.curvature_summary()["refreshes"] == 1
-    assert not optimizer._statistics.recorder.armed
+    assert hook_count(model) == 0
     assert all(v.isfinite().all() for state in optimizer.state.values() for v in state.values())
 
 
@@ -343,14 +333,23 @@ def test_d20_forwards_that_do_not_train_do_not_count() -> None:
 
 
 def test_d20_a_backward_after_the_step_does_not_reach_the_next_refresh() -> None:
-    model = nn.Linear(4, 3)  # its backward does not need the weights, which the step changes
-    optimizer = AdaFisherW(model, update_interval=1)
-    stale = model(torch.randn(5, 4)).sum()
-    model(torch.randn(5, 4)).sum().backward()
-    optimizer.step()
-    assert optimizer._statistics.recorder.armed
-    stale.backward()
-    assert not optimizer._statistics.recorder._pending
+    states = []
+    first, second, late = torch.randn(3, 5, 4)
+    start = nn.Linear(4, 3)  # its backward does not need the weights, which the step changes
+    for backward_after_the_step in (True, False):
+        model = copy.deepcopy(start)
+        optimizer = AdaFisherW(model, update_interval=1)
+        stale = model(late).sum()
+        model(first).sum().backward()
+        optimizer.step()
+        assert hook_count(model) == 1
+        if backward_after_the_step:
+            stale.backward()
+        model.zero_grad()  # the optimizer does not hear of it
+        model(second).square().sum().backward()
+        optimizer.step()
+        states.append(optimizer.state_dict()["state"])
+    assert_close(states[0], states[1], rtol=0, atol=0)
 
 
 def test_d21_a_layer_first_used_late_is_initialised_then() -> None:
@@ -399,26 +398,27 @@ def test_d26_hooks_go_with_the_optimizer_and_copies_of_the_model_have_none() -> 
     case = BY_NAME["norm"]
     model = case.build()
     clean = len(pickle.dumps(model))
-    optimizer = AdaFisherW(model)
-
-    def hooks(root: nn.Module) -> int:
-        return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in root.modules())
-
-    assert hooks(model) == 3
+    optimizer = AdaFisherW(model, lr=0.1)
+    assert hook_count(model) == 3
     copied, loaded = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     for twin in (copied, loaded):  # armed hooks become inert and do not bring the optimizer along
         train(twin, case, torch.optim.SGD(twin.parameters(), lr=0.1), steps=1)
-    assert not optimizer._statistics.recorder._pending
+    alone = case.build()
+    reference = AdaFisherW(alone, lr=0.1)
+    for root, its in ((model, optimizer), (alone, reference)):
+        case.loss(root, torch.Generator().manual_seed(1)).backward()  # zeroed gradients would take statistics along
+        its.step()
+    assert_close(optimizer.state_dict()["state"], reference.state_dict()["state"], rtol=0, atol=0)
     optimizer.close()
-    assert hooks(model) == 0 and len(pickle.dumps(model)) == clean
+    assert hook_count(model) == 0 and len(pickle.dumps(model)) == clean
     with pytest.raises(RuntimeError, match="was closed"):
         optimizer.step()
     with AdaFisher(model):
-        assert hooks(model) == 3
-    assert hooks(model) == 0
+        assert hook_count(model) == 3
+    assert hook_count(model) == 0
     second = AdaFisherW(model)
     del second  # a dropped optimizer takes its hooks along
-    assert hooks(model) == 0
+    assert hook_count(model) == 0
 
 
 def test_d26_two_optimizers_on_one_model_do_not_disturb_each_other() -> None:
@@ -427,8 +427,8 @@ def test_d26_two_optimizers_on_one_model_do_not_disturb_each_other() -> None:
     first = AdaFisherW(model, lr=0.1, update_interval=1)
     other = AdaFisherW(model, lr=0.1, update_interval=1)
     reference = AdaFisherW(twin, lr=0.1, update_interval=1)
-    train(model, case, first)
-    train(twin, case, reference)
+    train(model, case, first, steps=3)
+    train(twin, case, reference, steps=3)
     assert_close(first.state_dict()["state"], reference.state_dict()["state"], rtol=0, atol=0)
     other.close()
 
@@ -442,13 +442,7 @@ def test_d3_a_hugging_face_resnet_whose_residuals_are_added_in_place_is_trained(
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     before = snapshot(model)
     optimizer = AdaFisherW(model, lr=1e-2, damping=0.1, update_interval=2)
-    losses = []
-    for _ in range(12):
-        optimizer.zero_grad()
-        loss = model(pixel_values=x, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, lambda model, step: model(pixel_values=x, labels=labels).loss, optimizer, steps=12)
     assert unmoved(model, before) == []
     assert losses[-1] < 0.5 * losses[0]
     rules = {row.rule for row in optimizer.coverage()}

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXTRAS = ("PIL", "kornia", "sklearn", "timm", "torchvision")
 CODE = """
 import sys
@@ -19,6 +21,7 @@ print(load_images.__name__, load_corpus.__name__)
 """
 
 
+@pytest.mark.subprocess
 def test_public_names_need_no_extras_and_nothing_else_of_the_package() -> None:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", CODE, *EXTRAS], cwd=root, capture_output=True, text=True, timeout=120)

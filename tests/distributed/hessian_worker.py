@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, create_optimizer
+from hf_adafisher import create_optimizer
 from hf_adafisher.training.second_order import second_derivatives
 from tests.model_zoo import family
+from tests.training_helper import logged_losses, make_trainer
 
 STEPS = 4
 RATES = {"adahessian": 0.02, "sophia": 0.05}
@@ -92,24 +93,21 @@ def buffers(broadcast: bool) -> float:
 def trainer(name: str, folder: Path) -> dict[str, Any]:
     """A ResNet under the Trainer, with accumulation."""
     record = family("resnet")
-    arguments = AdaFisherTrainingArguments(
-        str(folder),
+    run = make_trainer(
+        folder,
+        record,
+        train_dataset=record.dataset(8),
         optim=name,
         optim_args="update_period=2",
         max_steps=6,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         logging_steps=1,
-        use_cpu=True,
         ddp_backend="gloo",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
     )
-    run = AdaFisherTrainer(record.build(), arguments, train_dataset=record.dataset(8))
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    return {"weights": {key: p.detach() for key, p in run.model.named_parameters()}, "losses": losses}
+    weights = {key: p.detach() for key, p in run.model.named_parameters()}
+    return {"weights": weights, "losses": logged_losses(run)}
 
 
 def main(folder: Path) -> None:

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from tests.distributed import worker
 from tests.distributed.conftest import Results
+from tests.training_helper import optimizer_of
 
 SCENARIOS = pytest.mark.parametrize("scenario", ["data_parallel", "spectral_data_parallel"])
 
@@ -58,7 +59,7 @@ def test_ddp_under_the_trainer_equals_one_process_factors_included(two: Results,
     run.train()
     both = two[0]["under_trainer"]["whole"]
     assert_close(both["weights"], worker.weights_of(run.model), rtol=1e-5, atol=1e-6)
-    alone = worker.state_of(run.model, run.optimizer.optimizer)
+    alone = worker.state_of(run.model, optimizer_of(run))
     for name, state in both["state"].items():
         for key, value in state.items():
             scale = max(float(alone[name][key].abs().max()), 1e-30)

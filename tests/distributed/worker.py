@@ -22,7 +22,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hf_adafisher import (
     AdaFisherTrainer,
-    AdaFisherTrainingArguments,
     AdaFisherW,
     SpectralAdaFisher,
     available_optimizers,
@@ -33,6 +32,7 @@ from hf_adafisher.optimizers import sharding
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of, train
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}
 SPECTRAL: dict[str, Any] = {key: value for key, value in OPTIONS.items() if key != "damping"}
@@ -80,10 +80,11 @@ def build(name: str) -> nn.Module:
 
 def loop(name: str, model: nn.Module, optimizer: KroneckerDiagonalOptimizer, first: int = 0, last: int = STEPS) -> None:
     """Steps over global batches of equal rows; the loss is a mean, so that gradients average over processes."""
-    for step in range(first, last):
-        optimizer.zero_grad()
-        model(**my_rows(family(name).batch(n=GLOBAL_BATCH, seq=8, seed=step))).loss.backward()
-        optimizer.step()
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        return model(**my_rows(family(name).batch(n=GLOBAL_BATCH, seq=8, seed=step))).loss
+
+    train(model, loss, optimizer, last - first, start=first)
 
 
 class CountAllReduces:
@@ -200,25 +201,23 @@ def different_models() -> dict[str, Any]:
 def trainer(folder: Path, seed: int = 0, **options: Any) -> AdaFisherTrainer:
     """The same global batch, in two micro-batches, whatever the number of processes."""
     _, world = rank_and_world()
-    arguments = AdaFisherTrainingArguments(
-        output_dir=str(folder),
+    return make_trainer(
+        folder,
+        family("gpt2"),
+        seed=seed,
+        train_dataset=family("gpt2").dataset(8 * GLOBAL_BATCH, seq=8),
         per_device_train_batch_size=GLOBAL_BATCH // world // 2,
         gradient_accumulation_steps=2,
         max_steps=8,
         update_interval=3,
         learning_rate=0.02,
         damping=0.1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
         save_strategy="steps",
         save_steps=4,
         logging_steps=100,
         **({"ddp_backend": "gloo"} if world > 1 else {}),
         **options,
     )
-    record = family("gpt2")
-    return AdaFisherTrainer(record.build(seed), arguments, train_dataset=record.dataset(8 * GLOBAL_BATCH, seq=8))
 
 
 def under_trainer(folder: Path) -> dict[str, Any]:
@@ -229,8 +228,7 @@ def under_trainer(folder: Path) -> dict[str, Any]:
     resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
     results = {}
     for kind, run in (("whole", whole), ("resumed", resumed)):
-        optimizer = run.optimizer.optimizer  # type: ignore[union-attr]
-        results[kind] = {"weights": weights_of(run.model), "state": state_of(run.model, optimizer)}
+        results[kind] = {"weights": weights_of(run.model), "state": state_of(run.model, optimizer_of(run))}
     return results
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_adafisher import AdaFisherW
@@ -21,17 +21,15 @@ from hf_adafisher.models import (
 )
 from hf_adafisher.optimizers.factory.param_groups import decay_groups
 from tests.models.test_vision import TINY, pictures, tiny
+from tests.training_helper import train
 
 EACH = pytest.mark.parametrize("name", sorted(TINY))
 LABELS = torch.tensor([0, 1, 2, 1])
 
 
-def step(model: PreTrainedModel, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
-    """One training step."""
+def loss_of_pictures(model: nn.Module, step: int) -> Tensor:
     model.train()
-    model(pixel_values=pictures(seed=seed), labels=LABELS).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+    return model(pixel_values=pictures(seed=step), labels=LABELS).loss
 
 
 @EACH
@@ -44,8 +42,7 @@ def test_only_the_head_is_trained(name: str) -> None:
     assert trained == head_parameter_names(model) and len(trained) == 2
     before = copy.deepcopy(model.state_dict())
     with AdaFisherW(model, lr=0.01) as optimizer:
-        for seed in range(2):
-            step(model, optimizer, seed)
+        train(model, loss_of_pictures, optimizer, steps=2)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == set(trained)
     if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):

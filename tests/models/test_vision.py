@@ -56,6 +56,7 @@ def pictures(count: int = 4, size: int = 32, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HERE)
 def test_adafisher_trains_every_parameter_of_every_network(name: str) -> None:
     """At full size: one step with each kind's own optimizer moves every parameter, and to finite values.

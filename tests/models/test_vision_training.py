@@ -105,6 +105,7 @@ def test_class_shares_train_to_a_finite_loss_and_epochs_differ(digits: ImageCorp
     assert len({total for _, total in SEEN}) == 6
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(digits: ImageCorpus, tmp_path: Path, workers: int) -> None:
     """In the middle of the second epoch, with augmentation: bitwise the same weights."""

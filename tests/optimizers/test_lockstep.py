@@ -19,6 +19,7 @@ from hf_adafisher import AdaFisher, AdaFisherW
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import FAMILIES, Family, family
 from tests.reference import ReferenceAdaFisher
+from tests.training_helper import StepLoss, of_case, of_family
 
 OPTIONS: dict[str, Any] = {
     "lr": 0.02,
@@ -29,8 +30,6 @@ OPTIONS: dict[str, Any] = {
     "weight_decay": 0.05,
 }
 FORMS = pytest.mark.parametrize("optimizer_class", [AdaFisher, AdaFisherW])
-Batches = Callable[[nn.Module, int], Tensor]
-"""(model, step) -> loss."""
 
 
 def told(where: str) -> Callable[[str], str]:
@@ -61,7 +60,7 @@ class Pair:
             **options,
         )
 
-    def step(self, loss: Batches, step: int) -> None:
+    def step(self, loss: StepLoss, step: int) -> None:
         """The same step on both sides."""
         self.optimizer.zero_grad()
         loss(self.model, step).backward()
@@ -99,22 +98,6 @@ class Pair:
                 )
 
 
-def of_case(case_loss: Callable[[nn.Module, torch.Generator], Tensor]) -> Batches:
-    """A new batch a step."""
-    return lambda model, step: case_loss(model, torch.Generator().manual_seed(step))
-
-
-def of_family(record: Family, seq: int = 8) -> Batches:
-    """A new batch of a model family a step, in the model's precision."""
-
-    def loss(model: nn.Module, step: int) -> Tensor:
-        batch = record.batch(n=3, seq=seq, seed=step)
-        dtype = next(model.parameters()).dtype
-        return model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}).loss
-
-    return loss
-
-
 def float64_model(record: Family) -> nn.Module:
     """A model of the family in float64, with weights large enough for every layer to matter.
 
@@ -131,7 +114,7 @@ def float64_model(record: Family) -> nn.Module:
     return model.double()
 
 
-def run(pair: Pair, loss: Batches, steps: int, check_every: int, **tolerance: Any) -> None:
+def run(pair: Pair, loss: StepLoss, steps: int, check_every: int, **tolerance: Any) -> None:
     """Step and compare: the parameters always, the diagonals every `check_every` steps and at the last."""
     for step in range(steps):
         pair.step(loss, step)
@@ -196,7 +179,7 @@ def test_float32() -> None:
     """The same in float32, with its default tolerances, over a few steps: the twin stays in float64."""
     record = family("gpt2")
     pair = Pair(float64_model(record).float(), AdaFisherW)
-    loss = of_family(record)
+    loss = of_family(record, n=3, seq=8)
     for step in range(4):
         pair.step(loss, step)
         for name, param, twin in pair.parameters():
@@ -213,7 +196,7 @@ def test_transformers(name: str, optimizer_class: type[AdaFisher]) -> None:
     """Fifty steps: a tied head and Conv1D; RMSNorm and grouped queries; a classification head."""
     record = family(name)
     pair = Pair(float64_model(record), optimizer_class)
-    run(pair, of_family(record), steps=50, check_every=10)
+    run(pair, of_family(record, n=3, seq=8), steps=50, check_every=10)
 
 
 @FORMS
@@ -223,7 +206,8 @@ def test_cases(case: Case, optimizer_class: type[AdaFisher]) -> None:
     run(Pair(case.build().double(), optimizer_class), of_case(case.loss), steps=8, check_every=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
 def test_families(record: Family) -> None:
     """Four steps of every model family, so that both kinds of step and two refreshes are seen."""
-    run(Pair(float64_model(record), AdaFisherW), of_family(record), steps=4, check_every=1)
+    run(Pair(float64_model(record), AdaFisherW), of_family(record, n=3, seq=8), steps=4, check_every=1)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher import AdaFisher, AdaFisherW
+from tests.training_helper import hook_count
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = 10
@@ -35,12 +36,6 @@ def small_model() -> nn.Sequential:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(WIDTH, 64), nn.LayerNorm(64), nn.Tanh(), nn.Linear(64, 3))
-
-
-def hooks(model: nn.Module) -> int:
-    """All hooks on all modules."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, table)) for module in model.modules() for table in tables)
 
 
 def parameter_hooks(model: nn.Module) -> int:
@@ -103,7 +98,7 @@ class Memory:
             blocks=sys.getallocatedblocks(),
             resident=psutil.Process().memory_info().rss,
             state=state_bytes(loop.optimizer),
-            hooks=hooks(loop.model),
+            hooks=hook_count(loop.model),
         )
 
 
@@ -136,6 +131,7 @@ def ten_thousand_steps() -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.subprocess
 def test_nothing_grows_in_ten_thousand_steps() -> None:
     """In an interpreter of its own, where no other test's objects come and go."""
     program = "from tests.optimizers.test_long_runs import ten_thousand_steps; ten_thousand_steps()"
@@ -149,7 +145,7 @@ def test_hooks_are_on_for_due_steps_alone_and_never_add_up() -> None:
     optimizer = AdaFisherW(model, lr=1e-3, damping=0.1, update_interval=INTERVAL)
     loop, layers = Loop(model, optimizer), 3
     for step in range(1_500):
-        assert hooks(model) == (layers if step % INTERVAL == 0 else 0), step
+        assert hook_count(model) == (layers if step % INTERVAL == 0 else 0), step
         assert parameter_hooks(model) == 0, step
         loop.run(step + 1)
 
@@ -175,9 +171,9 @@ def test_hooks_do_not_add_up_when_every_step_is_due_and_the_loop_meddles() -> No
             optimizer.load_state_dict(optimizer.state_dict())
         if step % 11 == 0:
             optimizer.discard_statistics()
-        assert hooks(model) == (1 if step < 100 else 3), step
+        assert hook_count(model) == (1 if step < 100 else 3), step
     optimizer.close()
-    assert hooks(model) == 0
+    assert hook_count(model) == 0
 
 
 def drop(optimizer: AdaFisher) -> None:
@@ -210,13 +206,13 @@ def test_two_hundred_optimizers_on_one_model_leave_nothing(end: Callable[[AdaFis
         if steps:
             Loop(model, optimizer).run(steps)
             optimizer.zero_grad()
-        assert hooks(model) == 3
+        assert hook_count(model) == 3
         seen.append(weakref.ref(optimizer))
         end(optimizer)
         del optimizer
         gc.collect(0)
-        assert hooks(model) == 0
+        assert hook_count(model) == 0
     gc.collect()
     assert live_tensors() == tensors
     assert not any(reference() for reference in seen)
-    assert hooks(model) == parameter_hooks(model) == 0
+    assert hook_count(model) == parameter_hooks(model) == 0

@@ -612,6 +612,7 @@ def test_what_is_frozen_stays_bitwise(setup: Setup) -> None:
         assert name not in frozen or (torch.equal(p, frozen[name]) and p not in run.optimizer.state), name
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(setups())
 def test_gradients_are_those_of_a_model_without_an_optimizer_and_stay_so(setup: Setup) -> None:
@@ -633,6 +634,7 @@ def test_gradients_are_those_of_a_model_without_an_optimizer_and_stay_so(setup: 
         assert all(torch.equal(after[name], gradients[name]) for name in gradients)
 
 
+@pytest.mark.slow
 @settings(PROPERTY, max_examples=2 * EXAMPLES)
 @given(setups(dtypes=(torch.float64,), empty=False))
 def test_the_slow_twin_agrees(setup: Setup) -> None:
@@ -669,6 +671,7 @@ def test_the_slow_twin_agrees(setup: Setup) -> None:
                 )
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(setups(), st.integers(0, STEPS), st.booleans())
 def test_a_resumed_run_continues_bitwise(setup: Setup, save_at: int, deep_copied: bool) -> None:
@@ -725,6 +728,7 @@ def test_the_diagonal_lies_between_the_damping_and_the_number_of_uses_above_it(s
                 assert min(abs(lowest - damping), abs(lowest - 1 - damping)) <= slack, name
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(setups(), st.sampled_from(["other numbers", "no rows", "no slope"]))
 def test_the_keys_of_the_state_do_not_depend_on_the_data(setup: Setup, data: str) -> None:

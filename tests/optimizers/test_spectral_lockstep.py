@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from hf_adafisher import SpectralAdaFisher
 from tests.cases import CASES, Case, Head, mlp, regression
 from tests.model_zoo import family
-from tests.optimizers.test_lockstep import Pair, float64_model, of_case, of_family, run
+from tests.optimizers.test_lockstep import Pair, float64_model, run
 from tests.reference import ReferenceSpectralAdaFisher, kind_of
+from tests.training_helper import of_case, of_family
 
 OPTIONS: dict[str, Any] = {
     "lr": 0.02,
@@ -185,11 +186,11 @@ def test_transformers(name: str) -> None:
     """Tied head and Conv1D; RMSNorm and grouped queries; a classification head; convolutions."""
     record = family(name)
     pair = SpectralPair(float64_model(record), named(HIDDEN[name]))
-    run(pair, of_family(record), steps=5, check_every=4, **CLOSE)
+    run(pair, of_family(record, n=3, seq=8), steps=5, check_every=4, **CLOSE)
 
 
 def test_float32() -> None:
     """The same in float32 over a few steps: the twin stays in float64."""
     record = family("gpt2")
     pair = SpectralPair(float64_model(record).float(), named(HIDDEN["gpt2"]))
-    run(pair, of_family(record), steps=3, check_every=2, rtol=1e-4, atol=1e-5, check_dtype=False)
+    run(pair, of_family(record, n=3, seq=8), steps=3, check_every=2, rtol=1e-4, atol=1e-5, check_dtype=False)

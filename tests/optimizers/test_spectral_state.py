@@ -14,15 +14,9 @@ from torch.testing import assert_close
 from hf_adafisher import SpectralAdaFisher, create_optimizer, optimizer_state_bytes
 from tests.cases import CASES, Case, frozen_mlp, mlp
 from tests.model_zoo import family
+from tests.training_helper import hook_count, train
 
 BY_NAME = {case.name: case for case in CASES}
-
-
-def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        case.loss(model, torch.Generator().manual_seed(step)).backward()
-        optimizer.step()
 
 
 # ------------------------------------------------------------------------------------ state
@@ -280,18 +274,13 @@ def test_spectral_options_that_change_between_refreshes_count_at_the_next_step(o
 # ------------------------------------------------------------------------- the model changes
 
 
-def hooks(model: nn.Module) -> int:
-    """Forward hooks on all modules."""
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
 def test_spectral_leaves_no_hook_when_closed() -> None:
     case = BY_NAME["mlp"]
     model = case.build()
     with SpectralAdaFisher(model, update_interval=1) as optimizer:
         train(model, case, optimizer, steps=2)
-        assert hooks(model) > 0
-    assert hooks(model) == 0
+        assert hook_count(model) > 0
+    assert hook_count(model) == 0
     assert optimizer.fisher_diagonal(model[0].weight).isfinite().all()
     with pytest.raises(RuntimeError, match="was closed"):
         optimizer.step()

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from hf_adafisher import AdaFisherW
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
+from tests.training_helper import train
 
 
 class Scaled(nn.Module):
@@ -26,19 +27,15 @@ class Scaled(nn.Module):
         return self.layer(x) * self.scale
 
 
-def make_steps(model: nn.Module, optimizer: HookedOptimizer, steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(6, 4, generator=generator)).square().mean().backward()
-        optimizer.step()
+def mean_square(model: nn.Module, step: int) -> Tensor:
+    return model(torch.randn(6, 4, generator=torch.Generator().manual_seed(step))).square().mean()
 
 
 @pytest.mark.parametrize("kind", [AdaFisherW, KFAC])
 def test_only_scalars_that_are_read_as_numbers_stay_on_the_cpu(kind: type[HookedOptimizer]) -> None:
     model = Scaled()
     optimizer = kind(model)
-    make_steps(model, optimizer, 1)
+    train(model, mean_square, optimizer, 1)
     elsewhere = Scaled().to("meta")
     restored = kind(elsewhere)
     restored.load_state_dict(optimizer.state_dict())
@@ -84,7 +81,7 @@ def test_loading_forgets_what_was_recorded_before_it() -> None:
     model, twin = Scaled(), Scaled()
     twin.load_state_dict(model.state_dict())
     optimizer, reference = AdaFisherW(model, update_interval=1), AdaFisherW(twin, update_interval=1)
-    make_steps(model, optimizer, 2)
+    train(model, mean_square, optimizer, 2)
     saved, weights = optimizer.state_dict(), {key: value.clone() for key, value in model.state_dict().items()}
     twin.load_state_dict(weights)
     reference.load_state_dict(saved)
@@ -101,7 +98,7 @@ def test_a_checkpoint_without_a_newer_option_loads(caplog: pytest.LogCaptureFixt
     """And leaves it as it is, without a word."""
     model = Scaled()
     optimizer = AdaFisherW(model)
-    make_steps(model, optimizer, 1)
+    train(model, mean_square, optimizer, 1)
     saved = optimizer.state_dict()
     for group in saved["param_groups"]:
         del group["momentum_dtype"]
@@ -109,7 +106,7 @@ def test_a_checkpoint_without_a_newer_option_loads(caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         restored.load_state_dict(saved)
     assert "options replace" not in caplog.text
-    make_steps(model, restored, 1)
+    train(model, mean_square, restored, 1)
     restored = AdaFisherW(model, momentum_dtype="float64")
     restored.load_state_dict(saved)
     assert "momentum_dtype" not in caplog.text
@@ -141,20 +138,16 @@ class Tied(nn.Module):
 def test_a_use_that_a_parameter_gains_later_joins_its_curvature() -> None:
     model = Tied(tied=False)
     optimizer = AdaFisherW(model, [model.a.weight], update_interval=1, lr=0.0)
-    make_steps(model, optimizer, 2)
+    train(model, mean_square, optimizer, 2)
     model.b.weight = model.a.weight
     optimizer.add_param_group({"params": model.late.parameters()})
     kept = optimizer.state[model.a.weight]["input_factor"].clone()
     assert kept.any()
-    x = torch.randn(6, 4)
-    optimizer.zero_grad()
-    model(x).square().mean().backward()
-    optimizer.step()
+    train(model, mean_square, optimizer, 1)
     twin = Tied(tied=True)
     twin.load_state_dict(model.state_dict())
     fresh = AdaFisherW(twin, update_interval=1, lr=0.0)
-    twin(x).square().mean().backward()
-    fresh.step()
+    train(twin, mean_square, fresh, 1)
     state, expected = optimizer.state[model.a.weight], fresh.state[twin.a.weight]
     assert state.keys() == expected.keys()
     # The new use knows this batch alone, as that of the new optimizer, up to its average's weight.
@@ -178,7 +171,7 @@ def test_a_parameter_that_a_rule_reaches_later_starts_its_factors_again() -> Non
 
     model = Functional()
     optimizer = AdaFisherW(model, [model.weight], update_interval=1, lr=0.0)
-    make_steps(model, optimizer, 1)
+    train(model, mean_square, optimizer, 1)
     momentum = optimizer.state[model.weight]["exp_avg"].clone()
     model.layer = nn.Linear(4, 3, bias=False)
     model.layer.weight = model.weight

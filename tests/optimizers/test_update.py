@@ -230,12 +230,14 @@ def compare(
     return graphs
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager_for_fifty_steps_without_compiling_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every shape, with other numbers at every step; nothing is compiled after the first of each kind of decay."""
     graphs = compare(list(EXAMPLES), 50, (torch.float32, torch.float32), monkeypatch)
     assert graphs[-1] == graphs[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtypes",
     [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
@@ -247,6 +249,7 @@ def test_compiled_equals_eager_in_other_precisions(
     compare(["matrix", "vector"], 4, dtypes, monkeypatch)
 
 
+@pytest.mark.slow
 def test_one_kernel_serves_all_sizes_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of many shapes share a graph, and so do convolutions, in steps of more and of fewer parameters."""
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
@@ -312,7 +315,7 @@ def replace_tensors(model: nn.Module, optimizer: AdaFisher, step: int) -> None:
             p.grad = p.grad.mT.contiguous().mT
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 def test_tensors_replaced_between_two_refreshes_are_followed(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal to a run with gradients that are tensors of their own."""
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)

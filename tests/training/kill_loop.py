@@ -34,9 +34,10 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher import AdaFisherTrainer
 from hf_adafisher.training.checkpoints import last_complete_checkpoint
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of
 
 STEPS, SAVE_STEPS = 45, 3
 RECORD = family("gpt2")
@@ -82,21 +83,6 @@ def trainer_for(folder: Path, report: Callable[[str], None], pause_at: int | Non
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.1
-    arguments = AdaFisherTrainingArguments(
-        str(folder),
-        max_steps=STEPS,
-        save_steps=SAVE_STEPS,
-        save_total_limit=2,
-        update_interval=4,
-        gradient_accumulation_steps=2,
-        per_device_train_batch_size=2,
-        weight_decay=0.01,
-        logging_steps=1,
-        log_curvature=False,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to="none",
-    )
 
     class Progress(TrainerCallback):
         def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -105,7 +91,23 @@ def trainer_for(folder: Path, report: Callable[[str], None], pause_at: int | Non
                 time.sleep(60)
                 raise TimeoutError("nobody killed this run")
 
-    return AdaFisherTrainer(model, arguments, train_dataset=RECORD.dataset(26), callbacks=[Progress()])
+    return make_trainer(
+        folder,
+        RECORD,
+        model=model,
+        train_dataset=RECORD.dataset(26),
+        callbacks=[Progress()],
+        max_steps=STEPS,
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=2,
+        update_interval=4,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        weight_decay=0.01,
+        logging_steps=1,
+        log_curvature=False,
+    )
 
 
 def die() -> None:
@@ -166,7 +168,7 @@ def child(folder: Path, kill: Kill | None, pipe: int) -> None:
     from_outside = kill is not None and kill.kind in ("appeared", "step")
     trainer = trainer_for(folder, report, resumed + SAVE_STEPS * kill.nth + 2 if kill and from_outside else None)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = optimizer_of(trainer)
     end = {
         "model": trainer.model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher import AdaFisherTrainer
 from hf_adafisher.training.checkpoints import CheckpointError, check_checkpoint_files, last_complete_checkpoint
 from tests.model_zoo import family
+from tests.training_helper import make_trainer
 
 ROOT = Path(__file__).parents[2]
 RECORD = family("gpt2")
@@ -35,12 +36,11 @@ NOT_READ = ("config.json", "generation_config.json", "training_args.bin")
 
 def our_trainer(folder: Path, model: Any = None, seed: int = 0, **options: Any) -> AdaFisherTrainer:
     settings: dict[str, Any] = {
-        **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "per_device_train_batch_size": 2},
-        **{"max_steps": 6, "save_steps": 2, "logging_steps": 1, "update_interval": 3},
+        **{"max_steps": 6, "logging_steps": 1, "update_interval": 3, "per_device_train_batch_size": 2},
+        **{"save_strategy": "steps", "save_steps": 2},
         **options,
     }
-    arguments = AdaFisherTrainingArguments(str(folder), **settings)
-    return AdaFisherTrainer(model or RECORD.build(seed), arguments, train_dataset=RECORD.dataset(16))
+    return make_trainer(folder, RECORD, model=model or RECORD.build(seed), **settings)
 
 
 def small_gpt2(**sizes: int) -> Any:
@@ -462,6 +462,7 @@ def test_a_checkpoint_that_is_being_written_over_another_runs_does_not_count(
         check_checkpoint_files(run / "checkpoint-4")
 
 
+@pytest.mark.subprocess
 def test_killed_ten_times_a_run_ends_as_if_it_had_been_left_alone(tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "tests.training.kill_loop", "--folder", str(tmp_path), "--seed", "0"],

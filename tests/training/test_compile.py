@@ -19,16 +19,14 @@ from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.cases import mlp
 from tests.equivalence import assert_same_training
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of
 
 RECORD = family("gpt2")
 OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
     "per_device_train_batch_size": 2,
     "train_sampling_strategy": "sequential",
     "max_steps": 8,
+    "train_dataset": RECORD.dataset(16, seq=8),
 }
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
@@ -59,45 +57,35 @@ class GraphCount(TrainerCallback):
 def train(
     folder: Path, *, model: Any = None, resume: Path | None = None, **options: Any
 ) -> tuple[AdaFisherTrainer, GraphCount]:
-    arguments = AdaFisherTrainingArguments(str(folder), **{**OPTIONS, "update_interval": 3, **options})
     count = GraphCount()
-    data = RECORD.dataset(16, seq=8)
-    trainer = AdaFisherTrainer(
-        RECORD.build() if model is None else model, arguments, train_dataset=data, callbacks=[count]
-    )
+    given = {"model": RECORD.build() if model is None else model, "callbacks": [count], "update_interval": 3}
+    trainer = make_trainer(folder, RECORD, **(OPTIONS | given | options))
     trainer.train(None if resume is None else str(resume))
     return trainer, count
 
 
-@pytest.mark.parametrize("optim", ["adafisherw", "spectral-adafisher"])
+@pytest.mark.parametrize("optim", ["adafisherw", pytest.param("spectral-adafisher", marks=pytest.mark.slow)])
 def test_compiled_training_equals_eager_training(optim: str, tmp_path: Path) -> None:
     """Statistics on steps 0, 3 and 6; graphs are made at the first other step, and no more of them later."""
     compiled, count = train(tmp_path, optim=optim, **COMPILED)
     assert count.due == [True, False, False, True, False, False, True, False]
     assert count.graphs[0] == 0 < count.graphs[1]
     assert set(count.graphs[1:]) == {count.graphs[1]}
-    optimizer = compiled.optimizer.optimizer
+    optimizer = optimizer_of(compiled)
     assert optimizer.param_groups[0]["refreshes"] == 3
     assert {row.rule for row in optimizer.coverage()} == {"Conv1D", "Embedding", "Embedding+Linear", "LayerNorm"}
     eager, _ = train(tmp_path, optim=optim)
     assert_close(compiled.model.state_dict(), eager.model.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_stock_trainer_that_compiles_is_refused_before_it_trains(tmp_path: Path) -> None:
-    trainer = Trainer(
-        RECORD.build(),
-        TrainingArguments(str(tmp_path), **OPTIONS, **COMPILED),
-        train_dataset=RECORD.dataset(16, seq=8),
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "adafisherw", "lr": 0.02}),
-    )
+    factory = (OptimizerFactory, {"name": "adafisherw", "lr": 0.02})
+    trainer = make_trainer(tmp_path, RECORD, Trainer, optimizer_cls_and_kwargs=factory, **OPTIONS, **COMPILED)
     with pytest.raises(ValueError, match="use AdaFisherTrainer, which runs the few steps that record eagerly"):
         trainer.train()
-    other = Trainer(
-        RECORD.build(),
-        TrainingArguments(str(tmp_path), **{**OPTIONS, "max_steps": 1}, **COMPILED),
-        train_dataset=RECORD.dataset(16, seq=8),
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "adamw", "lr": 0.02}),
-    )
+    options = {"optimizer_cls_and_kwargs": (OptimizerFactory, {"name": "adamw", "lr": 0.02}), "max_steps": 1}
+    other = make_trainer(tmp_path, RECORD, Trainer, **(OPTIONS | COMPILED | options))
     other.train()  # what records nothing may be compiled
 
 
@@ -156,6 +144,7 @@ def compile_wrapper(model: Any) -> Any:
     return torch.compile(model, backend="aot_eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [compile_blocks, compile_model, compile_forwards])
 def test_layers_compiled_in_place_record_also_after_a_resume(how: Callable[[Any], Any], tmp_path: Path) -> None:
     """Resumed in the middle of an interval, what is compiled first are graphs without hooks, which would stay so."""
@@ -169,9 +158,10 @@ def test_layers_compiled_in_place_record_also_after_a_resume(how: Callable[[Any]
     assert count.due == [False, False, True, False]
     assert 0 < count.graphs[0] == count.graphs[-1]
     assert_same_training(resumed, eager, rtol=1e-4, atol=1e-5)
-    assert resumed.optimizer.optimizer.param_groups[0]["refreshes"] == 3
+    assert optimizer_of(resumed).param_groups[0]["refreshes"] == 3
 
 
+@pytest.mark.slow
 def test_regional_compilation_equals_eager_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's, from its environment variable: new containers around the same layers."""
     eager, _ = train(tmp_path)
@@ -182,24 +172,22 @@ def test_regional_compilation_equals_eager_training(tmp_path: Path, monkeypatch:
     assert_same_training(compiled, eager, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_given_to_our_trainer_records(tmp_path: Path) -> None:
     trainer, count = train(tmp_path, model=compile_wrapper(RECORD.build()), remove_unused_columns=False)
-    optimizer = trainer.optimizer.optimizer
+    optimizer = optimizer_of(trainer)
     assert optimizer.param_groups[0]["refreshes"] == 3
     assert "gradient factors" not in {row.rule for row in optimizer.coverage()}
     assert count.graphs[0] == 0 < count.graphs[1] and set(count.graphs[1:]) == {count.graphs[1]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("adafisherw", AdaFisherW), ("kfac", KFAC)])
 def test_the_factory_may_build_optimizers_for_our_trainer_that_compiles(name: str, kind: type, tmp_path: Path) -> None:
-    trainer = AdaFisherTrainer(
-        RECORD.build(),
-        TrainingArguments(str(tmp_path), **{**OPTIONS, "max_steps": 2}, **COMPILED),
-        train_dataset=RECORD.dataset(16, seq=8),
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": name, "lr": 0.02}),
-    )
+    options = {"optimizer_cls_and_kwargs": (OptimizerFactory, {"name": name, "lr": 0.02}), "max_steps": 2}
+    trainer = make_trainer(tmp_path, RECORD, AdaFisherTrainer, TrainingArguments, **(OPTIONS | COMPILED | options))
     trainer.train()
-    optimizer = trainer.optimizer.optimizer
+    optimizer = optimizer_of(trainer)
     assert type(optimizer) is kind and optimizer.param_groups[0]["refreshes"] == 1
     assert counters["stats"]["unique_graphs"] > 0
 
@@ -209,12 +197,9 @@ def test_the_factory_may_build_optimizers_for_our_trainer_that_compiles(name: st
 def test_second_derivatives_and_compilation_are_refused_by_the_factory(
     name: str, trainer: type[Trainer], tmp_path: Path
 ) -> None:
-    run = trainer(
-        RECORD.build(),
-        TrainingArguments(str(tmp_path), **OPTIONS, **COMPILED),
-        train_dataset=RECORD.dataset(4, seq=8),
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": name, "lr": 0.02}),
-    )
+    factory = (OptimizerFactory, {"name": name, "lr": 0.02})
+    options = {**OPTIONS, **COMPILED, "optimizer_cls_and_kwargs": factory}
+    run = make_trainer(tmp_path, RECORD, trainer, TrainingArguments, **options)
     with pytest.raises(ValueError, match=f"{name} needs second derivatives.*unset torch_compile"):
         run.train()
 
@@ -227,13 +212,8 @@ def test_a_stock_trainer_that_compiles_is_refused_with_an_optimizer_older_than_i
     model = RECORD.build()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     optimizer = kind(model, lr=0.02)
-    data = RECORD.dataset(16, seq=8)
-    compiling = Trainer(
-        model,
-        TrainingArguments(str(tmp_path), **{**OPTIONS, **COMPILED}),
-        train_dataset=data,
-        optimizers=(optimizer, None),
-    )
+    given = {"model": model, "optimizers": (optimizer, None)}
+    compiling = make_trainer(tmp_path, RECORD, Trainer, **given, **OPTIONS, **COMPILED)
     message = f"{kind.__name__} records its statistics with hooks.*use AdaFisherTrainer"
     with torch.compiler.set_stance("force_eager"), pytest.raises(ValueError, match=message):
         compiling.train()  # eagerly, since hooks take long to compile
@@ -360,7 +340,7 @@ def test_eager_if_due_equals_eager_training(kind: type[HookedOptimizer]) -> None
 
 
 def test_compiling_every_step_away_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    AdaFisherTrainingArguments(str(tmp_path), update_interval=1, **{**OPTIONS, **COMPILED})
+    AdaFisherTrainingArguments(str(tmp_path), update_interval=1, use_cpu=True, **COMPILED)
     assert "torch_compile has no effect with update_interval=1" in caplog.text
 
 

@@ -6,24 +6,22 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.integrations import integration_utils
 
 from hf_adafisher import (
     AdaFisher,
     AdaFisherTrainer,
-    AdaFisherTrainingArguments,
     AdaFisherW,
     CurvatureCallback,
     OptimizerFactory,
@@ -33,9 +31,10 @@ from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS, layer_c
 from hf_adafisher.training import curvature_callback as callback_module
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of
 
 RECORD = family("gpt2")
-OPTIONS: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2, "max_steps": 7}
+OPTIONS: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 7}
 DAMPING = 0.05
 
 
@@ -165,14 +164,7 @@ def test_before_the_first_step_there_is_nothing_and_a_low_precision_momentum_is_
     assert_close(layer_curvature(optimizer)["linear.weight"]["update_rms"], expected, rtol=1e-5, atol=0)
 
 
-@pytest.fixture
-def one_process() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def test_sharded_parameters_take_one_reduction(one_process: None, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+def test_sharded_parameters_take_one_reduction(process_group: None, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     """Two processes are played: the second holds replicas, then shards of zero momentum.
 
     In float64, since the updates of a sharded and of a whole grouped convolution round differently.
@@ -202,13 +194,12 @@ def test_sharded_parameters_take_one_reduction(one_process: None, monkeypatch: p
 
 
 def our_trainer(folder: Path, *callbacks: TrainerCallback, **options: Any) -> AdaFisherTrainer:
-    options = {**OPTIONS, "update_interval": 3, "save_strategy": "no", "logging_steps": 2, **options}
     model = RECORD.build()
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.1  # random numbers, which nobody else may draw
-    arguments = AdaFisherTrainingArguments(str(folder), **{"report_to": "none", **options})
-    return AdaFisherTrainer(model, arguments, train_dataset=RECORD.dataset(16), callbacks=list(callbacks))
+    given = {"model": model, "callbacks": list(callbacks), "update_interval": 3, "logging_steps": 2}
+    return make_trainer(folder, RECORD, **(OPTIONS | given | options))
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -249,7 +240,7 @@ def test_one_line_a_refresh_with_the_numbers_of_that_step(tmp_path: Path) -> Non
     assert [(line["step"], line["refresh"]) for line in lines] == [(1, 1), (4, 2), (7, 3)]
     assert [line["epoch"] for line in lines] == [1 / 8, 4 / 8, 7 / 8]
     assert witness.lines == [0, 1, 1, 1, 2, 2, 2]  # on the disk as soon as the step has ended
-    optimizer: Any = trainer.optimizer.optimizer
+    optimizer: Any = optimizer_of(trainer)
     params = dict(trainer.model.named_parameters())
     for line in lines:  # the learning rate falls from step to step
         assert line["layers"].keys() == params.keys()
@@ -326,14 +317,8 @@ def test_every_integration_of_report_to_hears_of_it_and_nobody_else(
 
 def test_a_stock_trainer_records_too(tmp_path: Path) -> None:
     factory: Any = (OptimizerFactory, {"name": "adafisher", "lr": 0.05, "damping": 0.01, "update_interval": 3})
-    arguments = TrainingArguments(str(tmp_path), report_to="none", save_strategy="no", **OPTIONS)
-    Trainer(
-        RECORD.build(),
-        arguments,
-        train_dataset=RECORD.dataset(16),
-        optimizer_cls_and_kwargs=factory,
-        callbacks=[CurvatureCallback()],
-    ).train()
+    given = {"optimizer_cls_and_kwargs": factory, "callbacks": [CurvatureCallback()]}
+    make_trainer(tmp_path, RECORD, Trainer, **given, **OPTIONS).train()
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 4, 7]
 
 
@@ -349,13 +334,9 @@ def test_a_stock_trainer_reports_once_it_is_attached(
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stub", Integration)
     callback = CurvatureCallback()
-    trainer = Trainer(
-        RECORD.build(),
-        TrainingArguments(str(tmp_path), report_to=["stub"], save_strategy="no", **OPTIONS),
-        train_dataset=RECORD.dataset(16),
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "adafisherw", "lr": 0.05, "update_interval": 3}),
-        callbacks=[callback],
-    )
+    factory: Any = (OptimizerFactory, {"name": "adafisherw", "lr": 0.05, "update_interval": 3})
+    given = {"optimizer_cls_and_kwargs": factory, "callbacks": [callback], "report_to": ["stub"]}
+    trainer = make_trainer(tmp_path, RECORD, Trainer, **given, **OPTIONS)
     if attached:
         callback.attach(trainer)
     trainer.train()
@@ -388,8 +369,7 @@ def test_only_process_zero_writes_and_a_number_that_is_not_finite_is_null(
         events: Any = (SimpleNamespace(output_dir=str(tmp_path / "new"), report_to=[]), state, None)
         callback.on_train_begin(*events, optimizer=optimizer)
         for group in optimizer.param_groups:
-            group["refreshes"] = 5
-        callback._refreshes = 4
+            group["refreshes"] += 1
         callback.on_optimizer_step(*events, optimizer=optimizer)
         callback.on_step_end(*events, optimizer=optimizer)
         assert (tmp_path / "new" / CURVATURE_FILE).exists() == zero
@@ -429,7 +409,8 @@ def test_the_device_is_waited_for_on_both_sides_of_the_record(tmp_path: Path, mo
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, epoch=0.0)
     events: Any = (SimpleNamespace(output_dir=str(tmp_path), report_to=[]), state, None)
     callback.on_train_begin(*events, optimizer=optimizer)
-    callback._refreshes -= 1
+    for group in optimizer.param_groups:
+        group["refreshes"] += 1
     callback.on_optimizer_step(*events, optimizer=optimizer)
     callback.on_step_end(*events, optimizer=optimizer)
     (line,) = read_curvature(tmp_path / CURVATURE_FILE)

@@ -16,6 +16,7 @@ from transformers import Trainer
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, available_optimizers
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.model_zoo import Family, family
+from tests.training_helper import logged_losses, make_trainer, optimizer_of
 
 STEPS, MIDDLE = 20, 13
 LEARNING_RATES = {"adafisher": 0.02, "adafisherw": 0.02, "sgd": 0.05, "adam": 3e-3, "adamw": 3e-3, "lion": 1e-3}
@@ -28,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def trainer(name: str, record: Family, folder: Path, seed: int = 0, **options: Any) -> AdaFisherTrainer:
     """Four examples, all of them in every step, in two micro-batches."""
-    arguments = {
+    settings = {
         "optim": name,
         "learning_rate": LEARNING_RATES.get(name),
         "weight_decay": 0.01,
@@ -36,21 +37,16 @@ def trainer(name: str, record: Family, folder: Path, seed: int = 0, **options: A
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
+        "train_dataset": record.dataset(4),
         **OPTIONS.get(name, {}),
         **options,
     }
-    return AdaFisherTrainer(
-        record.build(seed), AdaFisherTrainingArguments(str(folder), **arguments), train_dataset=record.dataset(4)
-    )
+    return make_trainer(folder, record, seed=seed, **settings)
 
 
 def states(run: AdaFisherTrainer) -> tuple[list[dict[str, Any]], list[Any]]:
     """The optimizer's groups, which hold counters and words, and its tensors, which may be in lists."""
-    saved = run.optimizer.optimizer.state_dict()
+    saved = optimizer_of(run).state_dict()
     return saved["param_groups"], [saved["state"][key] for key in sorted(saved["state"])]
 
 
@@ -69,14 +65,14 @@ def assert_equal(first: Any, second: Any) -> None:
         assert first == second
 
 
-@pytest.mark.parametrize("model", ["gpt2", "vit", "resnet"])
+@pytest.mark.parametrize("model", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "resnet"))])
 @pytest.mark.parametrize("name", available_optimizers())
 def test_it_trains_moves_every_parameter_and_resumes_exactly(name: str, model: str, tmp_path: Path) -> None:
     record = family(model)
     whole = trainer(name, record, tmp_path / "whole", save_strategy="steps", save_steps=MIDDLE)
     before = {key: p.detach().clone() for key, p in whole.model.named_parameters()}
     whole.train()
-    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    losses = logged_losses(whole)
     assert len(losses) == STEPS and losses[-1] < 0.97 * losses[0]
     assert not [key for key, p in whole.model.named_parameters() if torch.equal(p, before[key])]
 
@@ -128,7 +124,7 @@ def test_kfac_is_told_the_terms_of_the_loss_and_logs_its_curvature(tmp_path: Pat
         run = trainer("kfac", family("gpt2"), tmp_path, optim_args="update_interval=1,inverse_interval=1", **options)
         run.model.double().transformer.wpe.weight.requires_grad_(False)
         run.train()
-        optimizer = run.optimizer.optimizer
+        optimizer = optimizer_of(run)
         assert optimizer.loss_terms == 4 * 12 and optimizer.gradient_scale == 1 / 48
         runs.append(run)
     assert_close(dict(runs[0].model.state_dict()), dict(runs[1].model.state_dict()), rtol=1e-5, atol=1e-6)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher import AdaFisherTrainer
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from tests.model_zoo import FAMILIES, Family
+from tests.training_helper import make_trainer, optimizer_of
 
 STEPS = 4
 each_family = pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
@@ -24,8 +25,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def train(record: Family, folder: Path, optim: str) -> tuple[dict[str, Tensor], AdaFisherTrainer]:
     """A few steps under the Trainer, with a refresh at every other; the weights before, and the trainer."""
-    arguments = AdaFisherTrainingArguments(
-        output_dir=str(folder),
+    trainer = make_trainer(
+        folder,
+        record,
+        train_dataset=record.dataset(4 * STEPS),
+        data_collator=record.collate,
         optim=optim,
         max_steps=STEPS,
         per_device_train_batch_size=4,
@@ -33,20 +37,9 @@ def train(record: Family, folder: Path, optim: str) -> tuple[dict[str, Tensor], 
         weight_decay=0.01,
         learning_rate=0.01,
         lr_scheduler_type="constant",
-        report_to="none",
-        save_strategy="no",
         logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
     )
-    model = record.build()
-    before = {name: param.detach().clone() for name, param in trainable(model).items()}
-    trainer = AdaFisherTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=record.dataset(4 * STEPS),
-        data_collator=record.collate,
-    )
+    before = {name: param.detach().clone() for name, param in trainable(trainer.model).items()}
     trainer.train()
     return before, trainer
 
@@ -59,7 +52,7 @@ def model_of(trainer: AdaFisherTrainer) -> nn.Module:
 
 def adafisher_of(trainer: AdaFisherTrainer) -> KroneckerDiagonalOptimizer:
     """The optimizer inside accelerate's wrapper."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = optimizer_of(trainer)
     assert isinstance(optimizer, KroneckerDiagonalOptimizer)
     return optimizer
 

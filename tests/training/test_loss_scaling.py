@@ -19,7 +19,6 @@ from transformers import Trainer, TrainingArguments
 from hf_adafisher import (
     AdaFisherCallback,
     AdaFisherTrainer,
-    AdaFisherTrainingArguments,
     AdaFisherW,
     OptimizerFactory,
     SpectralAdaFisher,
@@ -27,16 +26,13 @@ from hf_adafisher import (
 )
 from tests.cases import mlp
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of
 
 RECORD = family("gpt2")
 GOOD = RECORD.dataset(8, seq=8)
 BAD = RECORD.dataset(3, seq=8, seed=1)
 WITH_OVERFLOWS = [BAD[0], *GOOD[:3], BAD[1], BAD[2], *GOOD[3:]]
 OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
     "logging_strategy": "no",
     "per_device_train_batch_size": 1,
     "lr_scheduler_type": "constant",
@@ -78,29 +74,23 @@ def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str
     model = RECORD.build()
     overflow(model, where)
     if by not in ("ours", "ours, spectral"):
-        options: dict[str, Any] = {"name": "adafisherw", "lr": 0.02, "update_interval": 3, "damping": 0.1}
-        given: dict[str, Any] = {"optimizer_cls_and_kwargs": (OptimizerFactory, options)}
+        chosen: dict[str, Any] = {"name": "adafisherw", "lr": 0.02, "update_interval": 3, "damping": 0.1}
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": (OptimizerFactory, chosen)}
         if by == "ours, optimizers=":
-            given = {"optimizers": (create_optimizer(model=model, **options), None)}
-        trainer = (Trainer if by == "stock" else AdaFisherTrainer)(
-            model,
-            TrainingArguments(str(folder), max_steps=steps, **OPTIONS),
-            train_dataset=data,
-            callbacks=[AdaFisherCallback()] if by == "stock" else [],
-            **given,
-        )
+            given = {"optimizers": (create_optimizer(model=model, **chosen), None)}
+        kind = Trainer if by == "stock" else AdaFisherTrainer
+        callbacks = [AdaFisherCallback()] if by == "stock" else []
+        arguments: Any = (kind, TrainingArguments)
+        options = {"callbacks": callbacks, **given}
     else:
-        optim = {"optim": "spectral-adafisher"} if by == "ours, spectral" else {"damping": 0.1}
-        arguments = AdaFisherTrainingArguments(str(folder), max_steps=steps, **OURS, **optim, **OPTIONS)
-        trainer = AdaFisherTrainer(model, arguments, train_dataset=data)
+        arguments = ()
+        options = OURS | ({"optim": "spectral-adafisher"} if by == "ours, spectral" else {"damping": 0.1})
+    options |= {"model": model, "train_dataset": data, "max_steps": steps}
+    trainer = make_trainer(folder, RECORD, *arguments, **options, **OPTIONS)
     if scaled:
         put_scaler(trainer)
     trainer.train()
     return trainer
-
-
-def optimizer_of(trainer: Trainer) -> AdaFisherW:
-    return trainer.optimizer.optimizer  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("where", ["weight", "output"])
@@ -134,10 +124,8 @@ def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> 
     """Raw factors of a batch repeated four times equal those of the batch: they are of each token's own loss."""
     states = []
     for repeat in (1, 4):
-        arguments = AdaFisherTrainingArguments(
-            str(tmp_path), max_steps=1, **{**OPTIONS, "per_device_train_batch_size": 2 * repeat}
-        )
-        trainer = AdaFisherTrainer(RECORD.build(), arguments, train_dataset=GOOD[:2] * repeat)
+        options = {"max_steps": 1, "per_device_train_batch_size": 2 * repeat, "train_dataset": GOOD[:2] * repeat}
+        trainer = make_trainer(tmp_path, RECORD, **(OPTIONS | options))
         trainer.train()
         states.append([state["output_grad_factor"] for state in optimizer_of(trainer).state.values()])
     for left, right in zip(*states, strict=True):

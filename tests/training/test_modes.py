@@ -23,7 +23,6 @@ from transformers import Trainer, TrainerCallback
 
 from hf_adafisher import (
     AdaFisherTrainer,
-    AdaFisherTrainingArguments,
     AdaFisherW,
     SpectralAdaFisher,
     create_optimizer,
@@ -32,13 +31,10 @@ from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOpt
 from tests.cases import CASES, WORDS
 from tests.equivalence import Training, assert_same_training, moved, training_of
 from tests.model_zoo import Family, family
+from tests.training_helper import hook_count, logged_losses, make_trainer, train
 
 BY_NAME = {case.name: case for case in CASES}
 OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "save_strategy": "no",
     "logging_strategy": "no",
     "learning_rate": 0.02,
     "damping": 1e-2,
@@ -53,10 +49,8 @@ def trainer_of(
     folder: Path, record: Family, examples: Examples, *callbacks: TrainerCallback, model: Any = None, **options: Any
 ) -> AdaFisherTrainer:
     """A trainer of a fresh model."""
-    arguments = AdaFisherTrainingArguments(str(folder), **{**OPTIONS, **options})
-    return AdaFisherTrainer(
-        model or record.build(), arguments, train_dataset=examples, eval_dataset=examples[:3], callbacks=list(callbacks)
-    )
+    given = {"train_dataset": examples, "eval_dataset": examples[:3], "callbacks": list(callbacks)}
+    return make_trainer(folder, record, model=model or record.build(), **given, **(OPTIONS | options))
 
 
 def trained(*args: Any, **options: Any) -> AdaFisherTrainer:
@@ -166,9 +160,7 @@ def test_accumulation_with_another_loss(loss: str, tmp_path: Path) -> None:
     func = mean_over_items if loss == "compute_loss_func" else None
     for rows, parts, function in ((k, 1, func), (1, k, func), (1, k, None)):
         options = {"max_steps": 3, "per_device_train_batch_size": rows, "gradient_accumulation_steps": parts, **given}
-        arguments = AdaFisherTrainingArguments(str(tmp_path), **{**OPTIONS, **options})
-        runs.append(AdaFisherTrainer(record.build(), arguments, train_dataset=examples, compute_loss_func=function))
-        runs[-1].train()
+        runs.append(trained(tmp_path, record, examples, compute_loss_func=function, **options))
     assert_same_training(runs[1], runs[0])
     assert_same_training(runs[2], runs[1])
     assert moved(runs[0], record.build())
@@ -190,10 +182,7 @@ def test_accumulation_in_an_accelerate_loop(kind: type[KroneckerDiagonalOptimize
     ]
     plain = case.build().double()
     optimizer = in_a_loop(kind, plain, update_interval=2)
-    for batch in batches:
-        optimizer.zero_grad()
-        plain(batch).square().mean().backward()
-        optimizer.step()
+    train(plain, lambda model, step: model(batches[step]).square().mean(), optimizer, steps)
     model = case.build().double()
     raw = in_a_loop(kind, model, update_interval=2)
     try:
@@ -381,7 +370,7 @@ def test_d18_bfloat16_under_trainer(mode: str, optim: str, tmp_path: Path) -> No
         assert diagonal.dtype == torch.float32
         assert_close(diagonal, exact[name], rtol=0.1, atol=0.02, msg=lambda text, where=name: f"{where}: {text}")
     trainer = run(24, low=True)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = logged_losses(trainer)
     assert losses[-1] < losses[0] - 0.5
     training = training_of(trainer)
     kept = torch.bfloat16 if mode == "weights" else torch.float32
@@ -591,25 +580,20 @@ def test_trainer_is_a_plain_loop(rows: int, optim: str, declared: bool, tmp_path
 # --------------------------------------------------------------------------------------------------
 
 
-def hooks(model: nn.Module) -> int:
-    """Forward hooks on all modules."""
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
 def test_d26_model_init_leaves_no_hook_on_the_model_before(tmp_path: Path) -> None:
     """D26: the second training has its own model and optimizer, and is the first over again."""
     record = family("gpt2")
-    arguments = AdaFisherTrainingArguments(str(tmp_path), max_steps=3, **OPTIONS | {"update_interval": 1})
     models: list[nn.Module] = []
 
     def model_init() -> nn.Module:
         models.append(record.build())
         return models[-1]
 
-    trainer = AdaFisherTrainer(model_init=model_init, args=arguments, train_dataset=record.dataset(12))
+    options = {"max_steps": 3, "update_interval": 1, "train_dataset": record.dataset(12)}
+    trainer = make_trainer(tmp_path, record, model_init=model_init, **(OPTIONS | options))
     trainer.train()
     first = training_of(trainer)
-    assert hooks(first.model) > 0, "the next step is due"
+    assert hook_count(first.model) > 0, "the next step is due"
     trained_once = Training(first.model, first.optimizer)
     trainer.train()
     second = training_of(trainer)
@@ -618,8 +602,8 @@ def test_d26_model_init_leaves_no_hook_on_the_model_before(tmp_path: Path) -> No
     model = first.model
     del first, trained_once
     gc.collect()
-    assert hooks(model) == 0
-    assert hooks(second.model) > 0
+    assert hook_count(model) == 0
+    assert hook_count(second.model) > 0
 
 
 def test_hyperparameter_search_uses_what_each_trial_proposes(tmp_path: Path) -> None:
@@ -628,7 +612,6 @@ def test_hyperparameter_search_uses_what_each_trial_proposes(tmp_path: Path) -> 
     examples = record.dataset(12)
     proposed = [(0.001, 0.5), (0.05, 0.02)]
     options = {"max_steps": 4, "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 4}
-    arguments = AdaFisherTrainingArguments(str(tmp_path), **OPTIONS | options)
     used: list[tuple[float, float]] = []
     finished: list[Training] = []
 
@@ -640,13 +623,8 @@ def test_hyperparameter_search_uses_what_each_trial_proposes(tmp_path: Path) -> 
         def on_train_end(self, *args: Any, **kwargs: Any) -> None:
             finished.append(training_of(trainer))
 
-    trainer = AdaFisherTrainer(
-        model_init=lambda: record.build(),
-        args=arguments,
-        train_dataset=examples,
-        eval_dataset=examples[:4],
-        callbacks=[Record()],
-    )
+    given = {"train_dataset": examples, "eval_dataset": examples[:4], "callbacks": [Record()]}
+    trainer = make_trainer(tmp_path, record, model_init=lambda: record.build(), **given, **(OPTIONS | options))
 
     def space(trial: Any) -> dict[str, float]:
         rate, damping = proposed[trial.number]

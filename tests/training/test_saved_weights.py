@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import TrainerCallback
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher import AdaFisherTrainer
 from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
 from tests.model_zoo import family
+from tests.training_helper import make_trainer
 
 
 def trainer(name: str, model: str, folder: Path, **options: Any) -> AdaFisherTrainer:
@@ -25,14 +26,11 @@ def trainer(name: str, model: str, folder: Path, **options: Any) -> AdaFisherTra
         "max_steps": 5,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "use_cpu": True,
-        "report_to": "none",
-        "disable_tqdm": True,
+        "save_strategy": "steps",
+        "train_dataset": record.dataset(4),
+        "eval_dataset": record.dataset(4, seed=1),
     }
-    arguments = AdaFisherTrainingArguments(str(folder), **{**settings, **options})
-    return AdaFisherTrainer(
-        record.build(), arguments, train_dataset=record.dataset(4), eval_dataset=record.dataset(4, seed=1)
-    )
+    return make_trainer(folder, record, **(settings | options))
 
 
 class Averages(TrainerCallback):

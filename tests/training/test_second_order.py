@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, OptimizerFactory
+from hf_adafisher import AdaFisherTrainer, OptimizerFactory
 from tests.model_zoo import family
+from tests.training_helper import make_trainer, optimizer_of
 
 RECORD = family("gpt2")
-CPU: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 BOTH = pytest.mark.parametrize("name", ["adahessian", "sophia"])
 
 
 def trainer(name: str, folder: Path, **options: Any) -> AdaFisherTrainer:
     """All four examples in every step, in float64."""
-    settings = {"per_device_train_batch_size": 4, "max_steps": 6, "logging_steps": 1, "weight_decay": 0.1}
-    arguments = AdaFisherTrainingArguments(str(folder), optim=name, **{**settings, **CPU, **options})
-    return AdaFisherTrainer(RECORD.build().double(), arguments, train_dataset=RECORD.dataset(4))
+    settings: dict[str, Any] = {"max_steps": 6, "logging_steps": 1, "weight_decay": 0.1, "optim": name}
+    settings |= {"per_device_train_batch_size": 4, "train_dataset": RECORD.dataset(4)}
+    return make_trainer(folder, RECORD, model=RECORD.build().double(), **(settings | options))
 
 
 def trained(name: str, folder: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -47,7 +47,7 @@ def test_clipping_reaches_the_gradient_but_not_the_hessian(name: str, tmp_path: 
     for norm in (0.0, 1e-3):
         run = trainer(name, tmp_path, max_steps=1, max_grad_norm=norm)  # seeds the random vectors
         run.train()
-        runs.append([run.optimizer.optimizer.state[p] for p in run.model.parameters()])
+        runs.append([optimizer_of(run).state[p] for p in run.model.parameters()])
     free, clipped = runs
     momentum = "exp_avg" if name == "adahessian" else "momentum"
     assert_close([state["hessian"] for state in clipped], [state["hessian"] for state in free])
@@ -95,12 +95,8 @@ def test_an_error_in_a_step_leaves_the_accelerator_as_it_was(tmp_path: Path) -> 
 
 @BOTH
 def test_a_stock_trainer_is_told_what_it_lacks(name: str, tmp_path: Path) -> None:
-    run = Trainer(
-        RECORD.build(),
-        TrainingArguments(str(tmp_path), max_steps=1, **CPU),
-        train_dataset=RECORD.dataset(4),
-        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": name, "lr": 0.1}),
-    )
+    factory = (OptimizerFactory, {"name": name, "lr": 0.1})
+    run = make_trainer(tmp_path, RECORD, Trainer, max_steps=1, optimizer_cls_and_kwargs=factory)
     with pytest.raises(RuntimeError, match=r"or train with AdaFisherTrainer, which does \(a stock Trainer cannot\)"):
         run.train()
 

@@ -21,54 +21,36 @@ from hf_adafisher import (
     SpectralAdaFisher,
 )
 from tests.model_zoo import family
+from tests.training_helper import logged_losses, make_trainer, optimizer_of
 
 RECORD = family("gpt2")
-OPTIONS: dict[str, Any] = {
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "per_device_train_batch_size": 2,
-}
+ROWS = {"per_device_train_batch_size": 2}
 
 
 def our_trainer(folder: Path, seed: int = 0, model: Any = None, **options: Any) -> AdaFisherTrainer:
-    arguments = AdaFisherTrainingArguments(str(folder), **{**OPTIONS, "save_strategy": "no", **options})
-    return AdaFisherTrainer(model or RECORD.build(seed), arguments, train_dataset=RECORD.dataset(16))
+    return make_trainer(folder, RECORD, model=model or RECORD.build(seed), **(ROWS | options))
 
 
 def stock_trainer(folder: Path, seed: int = 0, model: Any = None, **options: Any) -> Trainer:
     kwargs = {"name": "adafisherw", "lr": 0.05, "damping": 1e-2, "update_interval": 4, "weight_decay": 0.01}
-    arguments = TrainingArguments(str(folder), **{**OPTIONS, "save_strategy": "no", **options})
-    return Trainer(
-        model or RECORD.build(seed),
-        arguments,
-        train_dataset=RECORD.dataset(16),
-        optimizer_cls_and_kwargs=(OptimizerFactory, kwargs),
-    )
-
-
-def raw(trainer: Trainer) -> Any:
-    return getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-
-
-def losses(trainer: Trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    given = {"model": model or RECORD.build(seed), "optimizer_cls_and_kwargs": (OptimizerFactory, kwargs)}
+    return make_trainer(folder, RECORD, Trainer, **given, **(ROWS | options))
 
 
 @pytest.mark.parametrize("name", ["adafisher", "adafisherw", "spectral-adafisher", "sgd", "adam", "adamw"])
 def test_a_name_gives_its_class(name: str, tmp_path: Path) -> None:
     trainer = our_trainer(tmp_path, optim=name, learning_rate=0.02, max_steps=24, logging_steps=8)
     trainer.train()
-    assert losses(trainer)[-1] < losses(trainer)[0]
+    assert logged_losses(trainer)[-1] < logged_losses(trainer)[0]
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     ours = {"adafisher": AdaFisher, "adafisherw": AdaFisherW, "spectral-adafisher": SpectralAdaFisher}
-    assert type(raw(trainer)) is {**kinds, **ours}[name]
+    assert type(optimizer_of(trainer)) is {**kinds, **ours}[name]
 
 
 def test_trainers_own_names_keep_working(tmp_path: Path) -> None:
     trainer = our_trainer(tmp_path, optim="adamw_torch", max_steps=2)
     trainer.train()
-    assert type(raw(trainer)) is torch.optim.AdamW
+    assert type(optimizer_of(trainer)) is torch.optim.AdamW
 
 
 @pytest.mark.parametrize(
@@ -82,7 +64,7 @@ def test_arguments_reach_the_optimizer_and_the_groups_are_trainers(
     trainer = our_trainer(tmp_path, optim=optim, learning_rate=0.04, weight_decay=0.2, **options)
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, kind)
-    stock = Trainer(trainer.model, TrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)).create_optimizer()
+    stock = make_trainer(tmp_path, RECORD, Trainer, model=trainer.model, weight_decay=0.2).create_optimizer()
     for group, expected in zip(optimizer.param_groups, stock.param_groups, strict=True):
         assert {key: group[key] for key in options} == options
         assert (group["lr"], group["weight_decay"]) == (0.04, expected["weight_decay"])
@@ -95,13 +77,12 @@ def test_a_model_argument_an_own_decay_rule_and_an_own_optimizer_are_respected(t
         def get_decay_parameter_names(self, model: Any) -> list[str]:
             return []
 
-    arguments = AdaFisherTrainingArguments(str(tmp_path), weight_decay=0.2, **OPTIONS)
     other = RECORD.build(1)
-    optimizer = NoDecay(RECORD.build(), arguments).create_optimizer(other)
+    optimizer = make_trainer(tmp_path, RECORD, NoDecay, weight_decay=0.2).create_optimizer(other)
     assert optimizer.model is other and not optimizer.param_groups[0]["params"]
     model = RECORD.build()
     mine = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert AdaFisherTrainer(model, arguments, optimizers=(mine, None)).create_optimizer() is mine
+    assert our_trainer(tmp_path, model=model, optimizers=(mine, None)).create_optimizer() is mine
 
 
 @pytest.mark.parametrize("make", [our_trainer, stock_trainer], ids=["ours", "stock"])
@@ -118,7 +99,7 @@ def test_resume_equals_the_uninterrupted_run_bitwise(make: Callable[..., Trainer
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-6"))
     assert_close(resumed.model.state_dict(), whole.model.state_dict(), rtol=0, atol=0)
-    assert_close(raw(resumed).state_dict(), raw(whole).state_dict(), rtol=0, atol=0)
+    assert_close(optimizer_of(resumed).state_dict(), optimizer_of(whole).state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +178,7 @@ def test_spectral_curvature_has_adafishers_name_in_logs_and_its_own_options_on_t
 def test_stock_arguments_and_another_optimizers_default_learning_rate_are_pointed_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    AdaFisherTrainer(RECORD.build(), TrainingArguments(str(tmp_path), **OPTIONS)).create_optimizer()
+    make_trainer(tmp_path, RECORD, AdaFisherTrainer, TrainingArguments).create_optimizer()
     assert "got TrainingArguments" in caplog.text and "pass AdaFisherTrainingArguments" in caplog.text
     caplog.clear()
     our_trainer(tmp_path, learning_rate=5e-5).create_optimizer()
@@ -222,17 +203,15 @@ def test_resuming_with_other_options_is_pointed_out_and_the_card_tells_the_truth
 
 
 def test_a_stock_trainer_with_our_arguments_says_that_it_cannot(tmp_path: Path) -> None:
-    arguments = AdaFisherTrainingArguments(str(tmp_path), **OPTIONS)
     with pytest.raises(ValueError, match="unsupported optimizer: adafisherw"):
-        Trainer(RECORD.build(), arguments, train_dataset=RECORD.dataset(4)).train()
+        make_trainer(tmp_path, RECORD, Trainer, AdaFisherTrainingArguments).train()
 
 
 def test_model_init_builds_a_new_optimizer_on_the_new_model(tmp_path: Path) -> None:
-    arguments = AdaFisherTrainingArguments(str(tmp_path), max_steps=2, save_strategy="no", **OPTIONS)
-    trainer = AdaFisherTrainer(model_init=lambda: RECORD.build(), args=arguments, train_dataset=RECORD.dataset(16))
+    trainer = make_trainer(tmp_path, RECORD, model_init=lambda: RECORD.build(), max_steps=2, **ROWS)
     for _ in range(2):
         trainer.train()
-        optimizer = raw(trainer)
+        optimizer = optimizer_of(trainer)
         assert isinstance(optimizer, AdaFisher) and optimizer.model is trainer.model
         assert optimizer.param_groups[0]["steps"] == 2
 
@@ -240,17 +219,8 @@ def test_model_init_builds_a_new_optimizer_on_the_new_model(tmp_path: Path) -> N
 def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
     runs = []
     for strategy in ("no", "steps"):
-        arguments = AdaFisherTrainingArguments(
-            str(tmp_path),
-            max_steps=6,
-            eval_strategy=strategy,
-            eval_steps=1,
-            update_interval=2,
-            save_strategy="no",
-            **OPTIONS,
-        )
-        data = RECORD.dataset(16)
-        trainer = AdaFisherTrainer(RECORD.build(), arguments, train_dataset=data, eval_dataset=data[:4])
+        options = {"max_steps": 6, "eval_strategy": strategy, "eval_steps": 1, "update_interval": 2}
+        trainer = our_trainer(tmp_path, eval_dataset=RECORD.dataset(4), **options)
         trainer.train()
         runs.append(trainer.model.state_dict())
     assert_close(runs[0], runs[1], rtol=0, atol=0)
@@ -265,7 +235,7 @@ def test_every_trainer_of_ours_has_one_callback(given: str, tmp_path: Path) -> N
         kwargs = {"optimizers": (AdaFisherW(model), None)}
     elif given == "optimizer_cls_and_kwargs":
         kwargs = {"optimizer_cls_and_kwargs": (OptimizerFactory, {"lr": 0.02})}
-    trainer = AdaFisherTrainer(model, AdaFisherTrainingArguments(str(tmp_path), **OPTIONS), **kwargs)
+    trainer = our_trainer(tmp_path, model=model, **kwargs)
     for _ in range(2):
         assert sum(isinstance(found, AdaFisherCallback) for found in trainer.callback_handler.callbacks) == 1
         trainer.create_optimizer()

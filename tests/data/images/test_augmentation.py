@@ -241,6 +241,7 @@ def test_a_batch_depends_on_seed_epoch_and_images_alone() -> None:
         assert not torch.equal(first["pixel_values"], other["pixel_values"])
 
 
+@pytest.mark.subprocess
 def test_workers_change_nothing_and_do_not_repeat_each_other() -> None:
     image = np.random.default_rng(0).integers(0, 256, (1, SIDE, SIDE, 3)).astype(np.uint8)
     split = ImageSplit(ArraySource(np.repeat(image, 24, axis=0), "same"), np.arange(24), np.arange(24) % CLASSES)

@@ -164,6 +164,7 @@ def collate(items: list[ImageItem]) -> list[ImageItem]:
     return items
 
 
+@pytest.mark.subprocess
 def test_workers_return_the_same_items_as_the_main_process() -> None:
     """With the random parts too, in two epochs; and the epochs differ."""
     split = a_split(side=20)

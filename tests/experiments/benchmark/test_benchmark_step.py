@@ -121,6 +121,7 @@ def _shared_positions() -> int:
     return 128 + 128 * 64
 
 
+@pytest.mark.slow
 def test_an_eager_step_takes_at_most_twice_as_long_as_the_fused_adamw() -> None:
     """Fastest of several rounds, and of five attempts: other work on the machine must not decide."""
     ratios = []
@@ -132,6 +133,7 @@ def test_an_eager_step_takes_at_most_twice_as_long_as_the_fused_adamw() -> None:
     assert min(ratios) < 2.0, ratios
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", list(MODELS))
 def test_memory_of_a_step_is_half_of_adamws_and_no_more_than_the_largest_parameter(model: str) -> None:
     result = measure_step(model, 2)

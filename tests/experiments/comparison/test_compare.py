@@ -87,6 +87,7 @@ def test_a_subset_of_the_optimizers() -> None:
         select_optimizers(config, ["a", "c", "d"])
 
 
+@pytest.mark.subprocess
 def test_finished_cells_are_not_run_again(compare: Compare, started: Started, program: Path, tmp_path: Path) -> None:
     comparison = compare([{"optim": "adamw", "learning_rate": [0.1, 2.0]}], jobs=2)
     assert comparison.run() == [] and comparison.run() == []
@@ -98,6 +99,7 @@ def test_finished_cells_are_not_run_again(compare: Compare, started: Started, pr
         compare([{"optim": "adamw"}], jobs=0)
 
 
+@pytest.mark.subprocess
 def test_a_failed_cell_is_a_result_with_its_reason(compare: Compare, started: Started, tmp_path: Path) -> None:
     comparison = compare([{"optim": "adamw", "learning_rate": [-1.0, 0.1]}])
     (failure,) = comparison.run()
@@ -108,6 +110,7 @@ def test_a_failed_cell_is_a_result_with_its_reason(compare: Compare, started: St
     assert len(comparison.run(retry_failed=True)) == 1 and len(started()) == 3
 
 
+@pytest.mark.subprocess
 def test_commands_for_a_scheduler(compare: Compare, tmp_path: Path, started: Started) -> None:
     """Run by a shell, the lines leave what the comparison itself would have left; what is done is not listed."""
     import subprocess
@@ -138,6 +141,7 @@ def test_local_files_of_ptb_keep_their_names(tmp_path: Path) -> None:
     assert local_files(tmp_path)["test_file"] == str(tmp_path / "ptb.test.txt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_every_configuration_is_one_that_its_script_accepts(path: Path, tmp_path: Path) -> None:
     from hf_adafisher.experiments.runs import clm_arguments, image_arguments
@@ -188,6 +192,7 @@ def arguments(tmp_path: Path) -> list[str]:
     return ["--config", str(tmp_path / "config.json"), "--local_data", str(corpus)]
 
 
+@pytest.mark.subprocess
 def test_the_script_end_to_end_on_a_tiny_model(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -206,6 +211,7 @@ def test_the_script_end_to_end_on_a_tiny_model(
     assert "adafisherw" not in capsys.readouterr().out
 
 
+@pytest.mark.subprocess
 def test_the_script_measures_and_plans(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

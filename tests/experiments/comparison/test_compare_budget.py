@@ -54,6 +54,7 @@ def test_one_measurement_serves_all_that_cost_the_same() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.subprocess
 def test_seconds_become_steps(compare: Compare, started: Started, tmp_path: Path) -> None:
     """The fake steps take 0.2 s and 0.3 s on average (one second more at every tenth): 60 s are 300 and 200 of them."""
     comparison = compare(ENTRIES, budget="seconds=60", seeds=[0])
@@ -70,6 +71,7 @@ def test_seconds_become_steps(compare: Compare, started: Started, tmp_path: Path
     assert comparison.run() == [] and len(started()) == 4 and len(started("out/step_times")) == 2
 
 
+@pytest.mark.subprocess
 def test_the_epochs_of_one_are_the_seconds_of_all(compare: Compare, started: Started) -> None:
     """25 steps an epoch, 0.3 s each: two epochs are 15 s, for adamw 75 steps. The one that counts may be left out."""
     comparison = compare(ENTRIES, budget="like=adafisherw:epochs=2", optimizers=["adamw"])
@@ -81,6 +83,7 @@ def test_the_epochs_of_one_are_the_seconds_of_all(compare: Compare, started: Sta
     assert [cell.common["max_steps"] for cell in both.plan()] == [50, 50, 75, 75]
 
 
+@pytest.mark.subprocess
 def test_a_budget_of_steps_needs_no_measurement(compare: Compare, started: Started) -> None:
     config = {"common": {"max_steps": 3, "num_train_epochs": 2}}
     comparison = compare(ENTRIES, budget="steps=30", config=config)
@@ -89,6 +92,7 @@ def test_a_budget_of_steps_needs_no_measurement(compare: Compare, started: Start
     assert compare(ENTRIES, config=config).plan()[0].common == config["common"]
 
 
+@pytest.mark.subprocess
 def test_measurements_run_side_by_side_as_the_cells_do(compare: Compare, started: Started) -> None:
     comparison = compare(ENTRIES, budget="seconds=6", jobs=3)
     comparison.measure()
@@ -97,6 +101,7 @@ def test_measurements_run_side_by_side_as_the_cells_do(compare: Compare, started
     assert {cell.common["max_steps"] for cell in comparison.plan()} == {20, 30}
 
 
+@pytest.mark.subprocess
 def test_other_threads_than_measured_are_said(compare: Compare, caplog: pytest.LogCaptureFixture) -> None:
     compare(ENTRIES, budget="seconds=6").measure()
     comparison = compare(ENTRIES, budget="seconds=6")
@@ -108,6 +113,7 @@ def test_other_threads_than_measured_are_said(compare: Compare, caplog: pytest.L
     assert "the step time of adamw was measured with 7" in caplog.text
 
 
+@pytest.mark.subprocess
 def test_an_optimizer_that_cannot_be_timed_does_not_stop_the_others(compare: Compare, started: Started) -> None:
     comparison = compare([{"optim": "broken", "learning_rate": [1, 2]}, ENTRIES[1]], budget="seconds=6")
     assert "broken: failed with exit status 1" in comparison.run()[0]
@@ -117,6 +123,7 @@ def test_an_optimizer_that_cannot_be_timed_does_not_stop_the_others(compare: Com
     assert len(started()) == 2 and comparison.run() == [] and len(started("out/step_times")) == 2
 
 
+@pytest.mark.subprocess
 def test_epochs_of_an_optimizer_that_cannot_be_timed_are_no_budget(compare: Compare, started: Started) -> None:
     comparison = compare([{"optim": "broken"}, ENTRIES[1]], budget="like=broken:epochs=2", optimizers=["adamw"])
     assert comparison.unplanned() == dict.fromkeys([cell.name for cell in comparison.cells], "step time not measured")
@@ -126,6 +133,7 @@ def test_epochs_of_an_optimizer_that_cannot_be_timed_are_no_budget(compare: Comp
         assert result is not None and result["reason"] == "step time: ValueError: lr is negative"
 
 
+@pytest.mark.subprocess
 def test_a_dry_run_says_how_many_and_how_long(compare: Compare) -> None:
     assert format_duration(89) == "89 s" and format_duration(600) == "10 min" and format_duration(7200) == "2.0 h"
     unknown = forecast(compare(ENTRIES, budget="steps=100"))
@@ -143,6 +151,7 @@ def test_a_dry_run_says_how_many_and_how_long(compare: Compare) -> None:
     assert "4 cells, 4 of them finished" in forecast(like)
 
 
+@pytest.mark.subprocess
 def test_finished_cells_are_better_than_the_configuration(compare: Compare) -> None:
     config = {"step_seconds": {"adafisherw": 3000.0, "adamw": 1000.0}}
     compare([{**ENTRIES[1], "learning_rate": 0.1}], budget="steps=1000", config=config).run()

@@ -66,6 +66,7 @@ def test_accuracy_decides_and_equal_ones_are_decided_by_the_loss() -> None:
     assert best([*worse, row(4, 99.0, None, status="diverged"), row(5, None, None)]) == 2
 
 
+@pytest.mark.subprocess
 def test_the_table_of_the_best_has_what_images_are_measured_by(finished: Comparison) -> None:
     """The fake accuracies: 0.875 - |lr - 0.3| - 1/8 for adamw - seed / 64; by its loss, 0.1 would be the best rate."""
     printed = write_report(finished)
@@ -96,6 +97,7 @@ def test_the_table_of_the_best_has_what_images_are_measured_by(finished: Compari
     assert "perplexity" not in text and "2 of 12 runs diverged" in printed
 
 
+@pytest.mark.subprocess
 def test_every_cell_is_in_the_csv_in_per_cent(finished: Comparison) -> None:
     write_report(finished)
     with (finished.output_dir / "cells.csv").open(newline="") as file:
@@ -110,6 +112,7 @@ def test_every_cell_is_in_the_csv_in_per_cent(finished: Comparison) -> None:
     assert not [name for name in lines[0] if "perplexity" in name]
 
 
+@pytest.mark.subprocess
 def test_the_paper_is_named_below_its_column(finished: Comparison) -> None:
     printed = write_report(finished)
     for name, source in (("report.md", "Table 9 & <co>"), ("report.html", "Table 9 &amp; &lt;co&gt;")):
@@ -136,6 +139,7 @@ def test_what_is_published_depends_on_the_data() -> None:
             read_published_results({"paper": paper})
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("task", "common", "entries", "words"),
     [
@@ -159,6 +163,7 @@ def test_the_report_says_what_the_numbers_are_taken_over(
     assert (" whole text" in text) == ("whole text" in words)
 
 
+@pytest.mark.subprocess
 def test_pictures_show_the_error(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     """In per cent, from what was logged on the way, and at the end against the learning rate."""
     figures = []
@@ -200,6 +205,7 @@ def test_equal_accuracies_can_be_drawn(tmp_path: Path) -> None:
     assert len(pictures.draw_pictures(tmp_path, settings, best_settings(settings))) == 3
 
 
+@pytest.mark.subprocess
 def test_a_finished_cell_is_told_by_what_decides(compare: Compare, capsys: pytest.CaptureFixture[str]) -> None:
     compare([{"optim": "adamw", "learning_rate": [0.25, 2.0]}], config={"task": "image"}).run()
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -262,6 +268,7 @@ def test_the_script_sets_arguments_and_reads_images_from_a_folder(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.subprocess
 def test_what_was_set_stands_in_the_report(compare: Compare) -> None:
     config = set_arguments({"task": "image", "common": {"flip": 0.5}, "cells": [{"optim": "adam"}]}, ["cutout=8"])
     comparison = compare(config["cells"], config={"task": "image", "common": config["common"]})

@@ -71,6 +71,7 @@ def hanging(program: Path, tmp_path: Path, started: Started) -> Iterator[tuple[s
     process.wait()
 
 
+@pytest.mark.subprocess
 def test_ctrl_c_stops_the_runs_and_the_same_call_goes_on(
     hanging: tuple[subprocess.Popen[bytes], list[int]], compare: Compare, started: Started, tmp_path: Path
 ) -> None:
@@ -83,6 +84,7 @@ def test_ctrl_c_stops_the_runs_and_the_same_call_goes_on(
     assert compare([ENTRY]).run() == [] and len(started()) == 5
 
 
+@pytest.mark.subprocess
 def test_runs_that_a_killed_comparison_left_behind_are_waited_for(
     hanging: tuple[subprocess.Popen[bytes], list[int]], compare: Compare, started: Started, tmp_path: Path
 ) -> None:
@@ -101,6 +103,7 @@ def test_runs_that_a_killed_comparison_left_behind_are_waited_for(
     ]
 
 
+@pytest.mark.subprocess
 def test_a_run_killed_by_a_signal_has_no_result_and_is_run_again(
     compare: Compare, started: Started, tmp_path: Path
 ) -> None:
@@ -118,6 +121,7 @@ def test_a_run_killed_by_a_signal_has_no_result_and_is_run_again(
     assert compare([ENTRY]).run() == [] and len(started()) == 4
 
 
+@pytest.mark.subprocess
 def test_ray_gives_the_same_results(compare: Compare, started: Started, tmp_path: Path, program: Path) -> None:
     """On a local cluster: the same files as local runs, the same failures, and nothing is run again."""
     entry = {"optim": "adamw", "learning_rate": [0.1, 0.2, -1.0, 2.0]}
@@ -141,6 +145,7 @@ def test_without_ray(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
         compare([ENTRY], backend="ray").run()
 
 
+@pytest.mark.subprocess
 def test_the_command_of_a_run_stands_beside_it(compare: Compare, tmp_path: Path) -> None:
     compare([{**ENTRY, "learning_rate": 0.1}], budget="steps=4").run()
     command = json.loads((tmp_path / "out" / "adamw,learning_rate=0.1" / "command.json").read_text())

@@ -111,6 +111,7 @@ def run_script(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], li
     return status, json.loads(output.with_suffix(".json").read_text()) if status == 0 else {}, files
 
 
+@pytest.mark.slow
 def test_the_script_draws_a_convolution(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     layer = "cct.tokenizer.convolutions.1"
     arguments = ["--layer", layer, "--steps", "2", "--examples", "30", "--disks", "9", *TINY_RUN]

@@ -160,6 +160,7 @@ def test_every_label_of_a_long_model_has_its_place(layers: int, tmp_path: Path) 
         assert mesh.get_array().size == layers * 5
 
 
+@pytest.mark.slow
 def test_from_a_run_of_a_training_script_to_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["--update_interval", "3", "--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16"]
     run = prepare_run("digits", 7, tmp_path / "cct.png", None, [*quick, *TINY])

@@ -63,6 +63,7 @@ def test_the_mean_decides_not_the_luckiest_seed() -> None:
     assert group_by_setting(rows)[2].cost == math.inf and group_by_setting(rows)[2].mean("test loss") is None
 
 
+@pytest.mark.subprocess
 def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
     """The fake losses: 4 + (lr - 0.1)^2 + 1 for adamw + seed / 8."""
     text = write_report(finished)
@@ -89,6 +90,7 @@ def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
     assert text.count("(failed)") == 6 and "12 of 36 runs diverged or failed" in text
 
 
+@pytest.mark.subprocess
 def test_every_file_of_a_report(finished: Comparison) -> None:
     printed = write_report(finished, "python scripts/compare_optimizers.py --config 'a b.json'")
     for name in ("report.html", "report.md", "cells.csv", "curves.png", "curves_by_seconds.png", "learning_rates.png"):
@@ -108,6 +110,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         assert words in text
 
 
+@pytest.mark.subprocess
 def test_the_page_shows_text_as_it_is(finished: Comparison) -> None:
     """Nothing that configurations or failures say is markup."""
     write_report(finished, "x --set a='<b>' c=\"d\"")
@@ -121,6 +124,7 @@ def test_the_page_shows_text_as_it_is(finished: Comparison) -> None:
     )  # a setting of two arguments, the seeds
 
 
+@pytest.mark.subprocess
 def test_an_unfinished_comparison_says_so(finished: Comparison) -> None:
     shutil.rmtree(finished.output_dir / "adamw,learning_rate=0.05,seed=0")
     assert "1 of 36 runs have no result yet" in write_report(finished)
@@ -132,6 +136,7 @@ def test_no_result_at_all(compare: Compare) -> None:
         write_report(compare(ENTRIES))
 
 
+@pytest.mark.subprocess
 def test_nothing_ended_well(compare: Compare) -> None:
     comparison = compare(ENTRIES[2:])
     comparison.run()
@@ -139,6 +144,7 @@ def test_nothing_ended_well(compare: Compare) -> None:
     assert "No run ended well." in (comparison.output_dir / "report.md").read_text()
 
 
+@pytest.mark.subprocess
 def test_without_matplotlib_there_are_tables(
     finished: Comparison, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -148,6 +154,7 @@ def test_without_matplotlib_there_are_tables(
     assert "pip install matplotlib" in caplog.text and "<img" not in page and page.count("<tr") > 36
 
 
+@pytest.mark.subprocess
 def test_pictures_have_something_in_them(finished: Comparison) -> None:
     from PIL import Image
 
@@ -157,6 +164,7 @@ def test_pictures_have_something_in_them(finished: Comparison) -> None:
         assert {(0, 114, 178), (213, 94, 0)} <= {colour for _, colour in colours or []}  # both optimizers' lines
 
 
+@pytest.mark.subprocess
 def test_the_curve_against_seconds_uses_the_seconds_of_each_evaluation(finished: Comparison) -> None:
     settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
     draw_pictures(finished.output_dir, settings, [s for s in settings if s.name.endswith("0.05")])
@@ -194,6 +202,7 @@ def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Pa
         assert panels == {title: {"a": {"setting": "defaults", "seeds": 2, **line}} for title, line in expected.items()}
 
 
+@pytest.mark.subprocess
 def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
     create = pictures.new_figure
@@ -214,6 +223,7 @@ def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: p
         assert steps == {"adamw": [1, 150], "adafisherw": [1, 100]}  # 30 s at 0.2 s and 0.3 s a step
 
 
+@pytest.mark.subprocess
 def test_learning_rates_in_numbers(finished: Comparison) -> None:
     """4 + (lr - 0.1)^2 + 1 + seed / 8, as the fake runs have it; at 2.0 all diverge."""
     settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
@@ -229,6 +239,7 @@ def test_learning_rates_in_numbers(finished: Comparison) -> None:
     assert valley["low"][:2] == pytest.approx([5.0025, 5]) and valley["high"][:2] == pytest.approx([5.2525, 5.25])
 
 
+@pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 def test_a_browser_shows_the_report(finished: Comparison, tmp_path: Path) -> None:
     """Headless Chromium, without network: every row of every table, every picture decoded and of its real size."""

@@ -279,6 +279,7 @@ def test_the_common_size_is_one_where_all_optimizers_have_a_result(swept: Compar
     assert stability is not None and stability.missing == ["sgd"] and list(stability.families) == ["adamw"]
 
 
+@pytest.mark.subprocess
 def test_step_times_are_measured_for_each_batch_size(compare: Callable[..., Comparison]) -> None:
     entries = [{"optim": "adamw", "per_device_train_batch_size": [16, 32], "learning_rate": [0.1, 0.2]}]
     comparison = compare(entries, budget="seconds=6")
@@ -304,6 +305,7 @@ def test_the_epochs_of_several_batch_sizes_are_no_budget(key: str, compare: Call
     assert comparison.reference is not None and timing_cell(comparison.reference).name == f"sgd,{key}=2"
 
 
+@pytest.mark.subprocess
 def test_a_dry_run_knows_epochs(tmp_path: Path, compare: Callable[..., Comparison]) -> None:
     """2 epochs of 640 images: 80 steps of 16 and 2 * 7 of 100; 0.5 s and 2 s each, and 10 s a cell."""
     entries = [{"optim": "adamw", "per_device_train_batch_size": [16, 100], "learning_rate": [0.1, 0.2]}]

@@ -93,6 +93,7 @@ def test_arguments_that_contradict_each_other() -> None:
         ModelArguments(embeddings_from="a", tokenizer_name="b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wikitext2-gpt1-paper", "ptb-gpt1-paper"])
 def test_the_preset_of_the_paper_with_a_stand_in(name: str, main: Any, files: dict[str, str], tmp_path: Path) -> None:
     """The model at its full size but for the vocabulary. The paper's has 28,351,488 parameters: four blocks."""

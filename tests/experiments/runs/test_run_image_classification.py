@@ -218,6 +218,7 @@ def test_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0 and "--layer_decay" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_than_a_hundred_classes(tmp_path: Path) -> None:
     """Their confusion matrix has a file of its own."""
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Image

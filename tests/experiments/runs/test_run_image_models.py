@@ -183,6 +183,7 @@ def test_learning_rates_fall_with_the_depth(tmp_path: Path) -> None:
             assert rate == pytest.approx(0.01 if first else 0.08), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optim", available_optimizers())
 def test_every_optimizer_takes_layer_decay(optim: str, tmp_path: Path) -> None:
     """Each learning rate is the one without it times the scale; all parameters are still trained; training goes on."""

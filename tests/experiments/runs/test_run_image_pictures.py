@@ -45,6 +45,7 @@ def test_a_small_matrix_shows_its_numbers(tmp_path: Path, drawn: dict[str, Figur
     assert axes.get_title() == "pets, test: accuracy 81.25% of 16 images"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 100, 200])
 def test_names_do_not_overlap(tmp_path: Path, drawn: dict[str, Figure], classes: int) -> None:
     counts = np.eye(classes, dtype=int) * 3
@@ -57,6 +58,7 @@ def test_names_do_not_overlap(tmp_path: Path, drawn: dict[str, Figure], classes:
     assert all(upper[0] >= lower[1] - 1 for lower, upper in pairwise(tops))
 
 
+@pytest.mark.slow
 def test_a_class_without_images_and_a_thousand_classes_can_be_drawn(tmp_path: Path, drawn: dict[str, Figure]) -> None:
     counts = np.zeros((1000, 1000), dtype=int)
     counts[3, 4] = 1

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_adafisher.optimizers.baselines.kfac import KFAC
+from tests.training_helper import train
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "damping": 0.1, "update_interval": 2, "inverse_interval": 4, "kl_clip": 1e-3}
 EXAMPLES, STEPS = 8, 7
@@ -31,16 +32,17 @@ def trained(broken_rank: int | None = None) -> dict[str, Any]:
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     optimizer = KFAC(model, **OPTIONS)
-    for step in range(STEPS):
+
+    def loss(wrapped: nn.Module, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(EXAMPLES, 2, 4, 4, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 3, (EXAMPLES,), generator=generator)
-        optimizer.zero_grad()
         if step == 2 and broken_rank == rank:
             (model(torch.full((1, 2, 4, 4), float("inf"), dtype=torch.float64)).sum() * 0).backward()
             model.zero_grad()
-        F.cross_entropy(wrapped(x.chunk(world)[rank]), y.chunk(world)[rank]).backward()
-        optimizer.step()
+        return F.cross_entropy(wrapped(x.chunk(world)[rank]), y.chunk(world)[rank])
+
+    train(wrapped, loss, optimizer, STEPS)
     first = optimizer.param_groups[0]
     return {
         "weights": model.state_dict(),

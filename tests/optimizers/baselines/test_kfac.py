@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing import assert_close
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_adafisher import AdaFisherW
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
@@ -24,16 +24,10 @@ from hf_adafisher.optimizers.baselines.kfac import KFAC
 from hf_adafisher.optimizers.baselines.kfac_blocks import Block
 from tests.cases import CASES, Case, mlp, next_token, regression
 from tests.model_zoo import FAMILIES, Family, family
+from tests.training_helper import make_trainer, of_family, train
 
 BY_NAME = {case.name: case for case in CASES}
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "update_interval": 3, "inverse_interval": 6, "weight_decay": 0.1}
-
-
-def train(model: nn.Module, case: Case, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
-    for step in range(start, start + steps):
-        optimizer.zero_grad()
-        case.loss(model, torch.Generator().manual_seed(step)).backward()
-        optimizer.step()
 
 
 def reloaded(state: Any) -> Any:
@@ -135,14 +129,9 @@ def test_an_inverse_that_rounding_made_indefinite_is_clipped_all_the_same(monkey
 @pytest.mark.parametrize("name", ["gpt2", "vit", "resnet"])
 def test_it_trains_tiny_transformers_with_its_defaults(name: str) -> None:
     record = family(name)
-    model, batch = record.build(), record.batch(n=8)
-    optimizer, before, losses = KFAC(model), copy.deepcopy(model.state_dict()), []
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    model = record.build()
+    optimizer, before = KFAC(model), copy.deepcopy(model.state_dict())
+    losses = train(model, of_family(record, n=8, seed=0), optimizer, steps=20)
     assert losses[-1] < 0.3 * losses[0]
     assert not [name for name, p in model.named_parameters() if torch.equal(p, before[name])]
     assert optimizer.curvature_summary()["plain_share"] < 0.12
@@ -150,16 +139,12 @@ def test_it_trains_tiny_transformers_with_its_defaults(name: str) -> None:
         assert all(value.isfinite().all() for value in optimizer.state[p].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
 def test_every_parameter_of_every_family_moves(record: Family) -> None:
-    model, losses = record.build(), []
+    model = record.build()
     optimizer, before = KFAC(model), copy.deepcopy(model.state_dict())
-    for _ in range(6):
-        optimizer.zero_grad()
-        loss = model(**record.batch()).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = train(model, of_family(record, seed=0), optimizer, steps=6)
     assert min(losses[1:]) < losses[0]
     assert not [name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])]
     rows = optimizer.coverage()
@@ -378,15 +363,11 @@ def test_it_resumes_bitwise_under_a_stock_trainer(dtype: torch.dtype, tmp_path: 
     """From a checkpoint in the middle of both intervals, with accumulation."""
     record, runs = family("gpt2"), []
     for seed, folder in enumerate("ab"):
-        arguments = TrainingArguments(
-            str(tmp_path / folder),
-            **{"use_cpu": True, "report_to": "none", "disable_tqdm": True, "max_steps": 9, "save_steps": 5},
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-        )
         model = record.build(seed).to(dtype)
         optimizer = KFAC(model, **OPTIONS)
-        trainer = Trainer(model, arguments, train_dataset=record.dataset(16), optimizers=(optimizer, None))
+        options = {"max_steps": 9, "save_strategy": "steps", "save_steps": 5, "gradient_accumulation_steps": 2}
+        options |= {"per_device_train_batch_size": 2, "optimizers": (optimizer, None)}
+        trainer = make_trainer(tmp_path / folder, record, Trainer, model=model, **options)
         runs.append((trainer, optimizer))
     (whole, first), (resumed, second) = runs
     whole.train()

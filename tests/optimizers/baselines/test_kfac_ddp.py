@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from tests.optimizers.baselines import kfac_worker
 
+pytestmark = pytest.mark.subprocess
 ROOT = Path(__file__).resolve().parents[3]
 
 

@@ -15,6 +15,7 @@ from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.cases import CASES, Case, frozen_mlp, mlp, regression
 from tests.model_zoo import family
 from tests.optimizers.baselines.reference_kfac import ReferenceKFAC
+from tests.training_helper import StepLoss, of_case
 
 OPTIONS: dict[str, Any] = {
     "lr": 0.05,
@@ -26,7 +27,6 @@ OPTIONS: dict[str, Any] = {
     "weight_decay": 0.03,
     "kl_clip": 1e-2,
 }
-Loss = Callable[[nn.Module, int], Tensor]
 Groups = Callable[[nn.Module], list[dict[str, Any]]]
 
 
@@ -47,7 +47,7 @@ class Pair:
         self.optimizer = KFAC(self.model, groups_of(self.model), **(OPTIONS | options))
         self.twin = ReferenceKFAC(self.twin_model, groups_of(self.twin_model), **(OPTIONS | options))
 
-    def run(self, loss: Loss, steps: int) -> set[float]:
+    def run(self, loss: StepLoss, steps: int) -> set[float]:
         """Step and compare all parameters and the KL factor; returns the KL factors seen."""
         factors = set()
         for step in range(steps):
@@ -61,11 +61,6 @@ class Pair:
             assert self.optimizer.curvature_summary()["kl_factor"] == pytest.approx(self.twin.nu)
             factors.add(self.twin.nu)
         return factors
-
-
-def of_case(case_loss: Any) -> Loss:
-    """A new batch a step."""
-    return lambda model, step: case_loss(model, torch.Generator().manual_seed(step))
 
 
 @pytest.mark.parametrize("kl_clip", [None, 1e-2, 1e-5])

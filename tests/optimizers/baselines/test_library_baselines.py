@@ -34,30 +34,17 @@ from hf_adafisher.optimizers.factory.param_groups import hidden_matrices
 from hf_adafisher.optimizers.factory.records import RECORDS
 from tests.cases import mlp
 from tests.model_zoo import family
+from tests.training_helper import of_family, train
 
 ROOT = Path(__file__).parents[3]
 NAMES = available_optimizers()
+GPT2_BATCH = of_family(family("gpt2"), seed=0)
 FROM_LIBRARIES = [name for name in NAMES if optimizer_record(name).library.startswith(("pytorch-opt", "schedulefree"))]
 
 
 def names_in(model: nn.Module, groups: list[dict[str, Any]]) -> set[str]:
     ids = {id(p) for group in groups for p in group["params"]}
     return {name for name, p in model.named_parameters() if id(p) in ids}
-
-
-def train(name: str, model: nn.Module, optimizer: Any, steps: int = 3, family_name: str = "gpt2") -> list[float]:
-    losses = []
-    dtype = next(model.parameters()).dtype
-    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family(family_name).batch().items()}
-    for _ in range(steps):
-        if name == "schedule_free_adamw":
-            optimizer.train()
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward(create_graph=getattr(optimizer, "needs_graph", False))
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
 
 
 # --- the extra ------------------------------------------------------------------------------
@@ -74,6 +61,7 @@ def test_without_its_library_the_message_holds_the_command(name: str, monkeypatc
     assert name in available_optimizers()
 
 
+@pytest.mark.subprocess
 def test_the_libraries_are_imported_when_they_are_asked_for() -> None:
     code = "import sys, hf_adafisher as h; h.available_optimizers(); print([m in sys.modules for m in sys.argv[1:]])"
     modules = ("pytorch_optimizer", "schedulefree", "transformers")
@@ -219,7 +207,7 @@ def test_shampoo_keeps_embeddings_and_long_sides_out_of_its_matrices() -> None:
     long |= {f"transformer.h.{i}.mlp.{name}" for i in (0, 1) for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight")}
     assert rest == long | {"transformer.wte.weight", "transformer.wpe.weight"}
     assert full and full | rest == {name for name, _ in model.named_parameters()}
-    train("shampoo", model, optimizer, 1)
+    train(model, GPT2_BATCH, optimizer, 1)
     assert max(max(t.shape, default=0) for s in optimizer.state.values() for k, t in s.items() if "cond" in k) <= 95
 
 
@@ -228,7 +216,7 @@ def test_soap_has_no_matrix_along_the_vocabulary(model_name: str) -> None:
     """Neither for the embedding nor for the head, tied (GPT-2) or not (Llama)."""
     model = family(model_name).build()
     optimizer = create_optimizer("soap", model)
-    train("soap", model, optimizer, 2)
+    train(model, GPT2_BATCH, optimizer, 2)
     sides = {name: [len(m) for m in optimizer.state[p]["GG"]] for name, p in model.named_parameters()}
     tables = [name for name in sides if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight"))]
     assert len(tables) == (1 if model_name == "gpt2" else 2)
@@ -311,11 +299,8 @@ class Bowl(nn.Module):
         return {name: p.detach().clone() for name, p in self.named_parameters()}
 
 
-def run(model: Bowl, optimizer: Any, steps: int) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model().backward(create_graph=getattr(optimizer, "needs_graph", False))
-        optimizer.step()
+def bowl_loss(model: nn.Module, step: int) -> Tensor:
+    return model()
 
 
 @pytest.mark.parametrize("size", [1.0, 100.0])
@@ -325,7 +310,7 @@ def test_lamb_makes_the_papers_steps(size: float) -> None:
     for p in model.parameters():
         p.data.mul_(size)
     expected = model.start()
-    run(model, create_optimizer("lamb", model, lr=0.05, weight_decay=0.2, decay_names=["x"]), 4)
+    train(model, bowl_loss, create_optimizer("lamb", model, lr=0.05, weight_decay=0.2, decay_names=["x"]), 4)
     for name, w in expected.items():
         m, v = torch.zeros_like(w), torch.zeros_like(w)
         for _ in range(4):
@@ -340,7 +325,7 @@ def test_lars_makes_the_papers_steps_on_matrices_and_sgds_on_vectors() -> None:
     model = Bowl()
     expected = model.start()
     options = {"lr": 2.0, "vector_lr": 0.05, "weight_decay": 0.1, "trust_coefficient": 0.02, "decay_names": ["x"]}
-    run(model, create_optimizer("lars", model, **options), 4)
+    train(model, bowl_loss, create_optimizer("lars", model, **options), 4)
     for name, w in expected.items():
         buffer = torch.zeros_like(w)
         for _ in range(4):
@@ -358,7 +343,7 @@ def test_adahessian_makes_the_papers_steps(period: int) -> None:
     model = Bowl()
     expected = model.start()
     options = {"weight_decay": 0.2, "decay_names": ["x"], "eps": 0.01, "update_period": period}
-    run(model, create_optimizer("adahessian", model, lr=0.1, **options), 5)
+    train(model, bowl_loss, create_optimizer("adahessian", model, lr=0.1, **options), 5)
     for name, w in expected.items():
         m, v = torch.zeros_like(w), torch.zeros_like(w)
         for t in range(1, 6):
@@ -429,7 +414,7 @@ def test_sophia_makes_the_papers_steps() -> None:
     expected = model.start()
     options = {"update_period": 2, "hessian_distribution": "rademacher", "p": 0.5}
     optimizer = create_optimizer("sophia", model, lr=0.1, weight_decay=0.2, decay_names=["x"], **options)
-    run(model, optimizer, 5)
+    train(model, bowl_loss, optimizer, 5)
     for name, w in expected.items():
         m, h = torch.zeros_like(w), torch.zeros_like(w)
         for t in range(5):
@@ -544,14 +529,14 @@ def test_it_resumes_between_two_estimates(name: str) -> None:
     """The latest estimate is part of the state, and so is the step that the next is made at."""
     model, bowls = Bowl(), []
     optimizer = create_optimizer(name, model, lr=0.1, update_period=3)
-    run(model, optimizer, 2)
+    train(model, bowl_loss, optimizer, 2)
     other = Bowl()
     other.load_state_dict(model.state_dict())
     resumed = create_optimizer(name, other, lr=0.1, update_period=3)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for bowl, its in ((model, optimizer), (other, resumed)):
         torch.manual_seed(0)
-        run(bowl, its, 4)
+        train(bowl, bowl_loss, its, 4)
         bowls.append(bowl.start())
     assert_close(bowls[0], bowls[1], rtol=0, atol=0)
 
@@ -600,7 +585,7 @@ def test_models_without_second_derivatives_are_refused() -> None:
             with pytest.raises(ValueError, match=r"reentrant activation checkpointing.*set use_reentrant to False"):
                 create_optimizer("sophia", model)
         else:
-            train("sophia", model, create_optimizer("sophia", model), 2)
+            train(model, GPT2_BATCH, create_optimizer("sophia", model), 2)
 
 
 # --- state ----------------------------------------------------------------------------------
@@ -632,7 +617,7 @@ def bytes_of(name: str, p: Tensor, group: dict[str, Any]) -> int:
 def test_the_state_is_as_large_as_the_record_says(name: str, model_name: str) -> None:
     model, record = family(model_name).build(), optimizer_record(name)
     optimizer = create_optimizer(name, model)
-    train(name, model, optimizer, 2, model_name)
+    train(model, of_family(family(model_name), seed=0), optimizer, 2)
     groups = optimizer.param_groups
     assert optimizer_state_bytes(optimizer) == sum(
         bytes_of(name, p, group) for group in groups for p in group["params"]
@@ -656,8 +641,7 @@ def test_the_records_formula_is_that_of_a_matrix(name: str) -> None:
         formula.replace("^", "**").replace(" (", " * (").replace("r c", "r * c").replace("+ *", "+").replace("/ *", "/")
     )
     per_parameter = eval(formula, {"r": 60, "c": 40})
-    state = optimizer.state[model[0].weight]
-    counted = sum(t.numel() * t.element_size() for t in factory._tensors(state))
+    counted = optimizer_state_bytes(SimpleNamespace(state={"of the matrix": optimizer.state[model[0].weight]}))
     assert 0 <= counted - per_parameter * 2400 <= 20
 
 
@@ -678,7 +662,7 @@ def test_frozen_parameters_and_empty_groups(name: str, frozen: str) -> None:
     for p in model.parameters():
         p.requires_grad_((p.dim() > 1) != (frozen == "matrices"))
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    train(name, model, create_optimizer(name, model, lr=0.1, weight_decay=0.01), 3)
+    train(model, GPT2_BATCH, create_optimizer(name, model, lr=0.1, weight_decay=0.01), 3)
     for key, p in model.named_parameters():
         assert torch.equal(p, before[key]) != p.requires_grad
 
@@ -686,7 +670,7 @@ def test_frozen_parameters_and_empty_groups(name: str, frozen: str) -> None:
 @pytest.mark.parametrize("name", FROM_LIBRARIES)
 def test_weights_in_bfloat16(name: str) -> None:
     model = family("resnet").build().to(torch.bfloat16)
-    losses = train(name, model, create_optimizer(name, model), 12, "resnet")
+    losses = train(model, of_family(family("resnet"), seed=0), create_optimizer(name, model), 12)
     assert losses[-1] < losses[0]
 
 
@@ -724,7 +708,7 @@ def test_a_large_vocabulary_costs_no_matrix_of_its_size(name: str, tied: bool) -
     sizes = {"vocab_size": 1500, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
     model = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2))
     optimizer = create_optimizer(name, model, lr=0.01, **limits.get(name, {}))
-    train(name, model, optimizer, 2)
+    train(model, GPT2_BATCH, optimizer, 2)
     assert optimizer_state_bytes(optimizer) < 20 * sum(p.numel() for p in model.parameters())
 
 
@@ -790,7 +774,7 @@ def test_lars_says_which_vectors_it_does_not_decay(caplog: pytest.LogCaptureFixt
 def test_lars_moves_a_matrix_of_zeros_by_lr_times_its_gradient() -> None:
     model = Bowl()
     model.x.data.zero_()
-    run(model, create_optimizer("lars", model, lr=0.5, weight_decay=0.1, decay_names=["x"]), 1)
+    train(model, bowl_loss, create_optimizer("lars", model, lr=0.5, weight_decay=0.1, decay_names=["x"]), 1)
     assert_close(model.x.detach(), torch.full_like(model.x, -0.5))  # the gradient there is 1
 
 
