@@ -159,11 +159,19 @@ def sum_of_terms(terms: Sequence[DiagonalTerm], like: Tensor) -> Tensor:
     Several terms belong to a tied parameter: the Fisher of a sum of uses is the sum of their Fishers when the uses
     are taken as independent. A term without tensors is the constant 1.
     """
-    products = []
+    total: Tensor | None = None
+    owned = False  # a term of a single tensor is the caller's
     for term in terms:
         product = math.prod(term[1:], start=term[0]) if term else like.new_ones((), dtype=statistics_dtype(like.dtype))
-        products.append(product.flatten(0, 1) if product.dim() > like.dim() else product)
-    return sum(products[1:], start=products[0])
+        product = product.flatten(0, 1) if product.dim() > like.dim() else product
+        if total is None:
+            total, owned = product, len(term) > 1
+        elif owned and total.shape == like.shape:
+            total.add_(product)
+        else:
+            total, owned = total + product, True
+    assert total is not None, "a parameter has at least one term"
+    return total
 
 
 def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> Tensor:

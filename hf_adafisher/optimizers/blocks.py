@@ -18,29 +18,33 @@ DEVICE_BLOCK = 1 << 24
 
 def update_in_blocks(parameters: Iterable[Block], coefficients: StepCoefficients) -> None:
     """Call ``adafisher_update_`` for parameters of any size, dtype and device: large ones cut, small ones together."""
-    pending: dict[Any, tuple[list[Block], int]] = {}
+    pending: dict[Any, list[Block]] = {}
+    sizes: dict[Any, int] = {}
     for parameter in parameters:
-        limit = CPU_BLOCK if parameter.param.device.type == "cpu" else DEVICE_BLOCK
+        param, grad, exp_avg, _ = parameter
+        limit = CPU_BLOCK if param.device.type == "cpu" else DEVICE_BLOCK
+        key = param.device, param.dtype, grad.dtype, exp_avg.dtype, parameter.makes_its_diagonal
         for block in split_into_blocks(parameter, limit):
-            key = block.param.device, block.param.dtype, block.grad.dtype, block.exp_avg.dtype
-            batch, size = pending.get(key, ([], 0))
-            if batch and size + block.param.numel() > limit:
-                adafisher_update_(batch, coefficients)
-                batch, size = [], 0
-            batch.append(block)
-            pending[key] = batch, size + block.param.numel()
-    for batch, _ in pending.values():
+            size = block.param.numel()
+            if key in pending and sizes[key] + size > limit:
+                adafisher_update_(pending.pop(key), coefficients)
+            pending.setdefault(key, []).append(block)
+            sizes[key] = size + (sizes[key] if len(pending[key]) > 1 else 0)
+    for batch in pending.values():
         adafisher_update_(batch, coefficients)
 
 
 def split_into_blocks(block: Block, limit: int) -> Iterator[Block]:
     """Views of at most ``limit`` values, cut along the first axes; nothing for an empty parameter."""
-    if block.param.numel() <= limit:
-        if block.param.numel():
-            yield _with_group_axis(block) if _has_group_axis(block) else block
-        return
-    if _has_group_axis(block):
+    if any(factor.dim() > block.param.dim() for term in block.terms for factor in term):
         block = _with_group_axis(block)
+    if block.param.numel() > limit:
+        yield from _cut(block, limit)
+    elif block.param.numel():
+        yield block
+
+
+def _cut(block: Block, limit: int) -> Iterator[Block]:
     shape = block.param.shape
     axis = next(i for i, size in enumerate(shape) if size > 1)
     rows = max(1, limit * shape[axis] // block.param.numel())
@@ -53,17 +57,15 @@ def split_into_blocks(block: Block, limit: int) -> Iterator[Block]:
 
     terms = [[split(factor) for factor in term] for term in block.terms]
     for i in range(len(param)):
-        part = [tuple(pieces[i] for pieces in term) for term in terms]
-        yield from split_into_blocks(Block(param[i], grad[i], exp_avg[i], part), limit)
-
-
-def _has_group_axis(block: Block) -> bool:
-    """True where a factor has one axis more than the parameter (grouped convolutions, see ``DiagonalTerm``)."""
-    return any(factor.dim() > block.param.dim() for term in block.terms for factor in term)
+        part = Block(param[i], grad[i], exp_avg[i], [tuple(pieces[i] for pieces in term) for term in terms])
+        if part.param.numel() > limit:
+            yield from _cut(part, limit)
+        else:
+            yield part
 
 
 def _with_group_axis(block: Block) -> Block:
-    """Split the parameter's first axis into ``(groups, out / groups)``.
+    """Split the first axis of a grouped convolution's weight into ``(groups, out / groups)``, as its terms have it.
 
     Where two uses group a weight in different ways, the diagonal is formed as a whole.
     """

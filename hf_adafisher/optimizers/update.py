@@ -34,6 +34,11 @@ class Block(NamedTuple):
     exp_avg: Tensor
     terms: Sequence[DiagonalTerm]
 
+    @property
+    def makes_its_diagonal(self) -> bool:
+        """True where the sum of the terms is a new tensor; a single factor is the state's own."""
+        return len(self.terms) > 1 or len(self.terms[0]) > 1
+
 
 class StepCoefficients(NamedTuple):
     """Numbers of one step, shared by the parameters of a group that are equally old.
@@ -71,23 +76,23 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     """
     params, grads, exp_avgs = ([getattr(block, name) for block in blocks] for name in ("param", "grad", "exp_avg"))
     dtype = torch.promote_types(torch.promote_types(params[0].dtype, torch.float32), exp_avgs[0].dtype)
-    p, g, m = ([t.to(dtype) for t in tensors] for tensors in (params, grads, exp_avgs))
+    p, g, m = (t if t[0].dtype == dtype else [one.to(dtype) for one in t] for t in (params, grads, exp_avgs))
     if isinstance(c.l2, Tensor) or c.l2 != 0.0:
         g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
     torch._foreach_lerp_(m, g, 1.0 - c.beta)
-    divisors = [sum_of_terms(b.terms, b.param).to(dtype) for b in blocks]
-    if all(len(b.terms) > 1 or len(b.terms[0]) > 1 for b in blocks):
-        torch._foreach_add_(divisors, c.damping)
-    else:  # a single factor is the state's own
-        divisors = list(torch._foreach_add(divisors, c.damping))
-    # m / (F / rate) instead of rate * m / F: addcdiv takes no tensor as its factor, and F >= damping > 0, so that a
-    # rate of zero gives an infinite divisor and no step.
-    torch._foreach_div_(divisors, c.rate)
+    diagonals = [sum_of_terms(b.terms, b.param).to(dtype) for b in blocks]
+    if all(b.makes_its_diagonal for b in blocks):
+        torch._foreach_add_(diagonals, c.damping)
+    else:
+        diagonals = list(torch._foreach_add(diagonals, c.damping))
     if isinstance(c.shrink, Tensor) or c.shrink != 1.0:
         torch._foreach_mul_(p, c.shrink)
-    torch._foreach_addcdiv_(p, m, divisors)
+    if isinstance(c.rate, Tensor):  # addcdiv takes no tensor as its factor; F >= damping > 0, so a rate of 0 is no step
+        torch._foreach_addcdiv_(p, m, torch._foreach_div(diagonals, c.rate))
+    else:
+        torch._foreach_addcdiv_(p, m, diagonals, value=c.rate)
     for computed, stored in ((p, params), (m, exp_avgs)):
-        if computed[0].dtype != stored[0].dtype:
+        if computed is not stored:
             torch._foreach_copy_(stored, computed)
 
 
