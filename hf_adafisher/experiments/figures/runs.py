@@ -21,7 +21,7 @@ from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decide
 from hf_adafisher.experiments.outputs import require_matplotlib
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
-from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 DIGITS_LEARNING_RATES = {

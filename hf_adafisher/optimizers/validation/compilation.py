@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_adafisher.optimizers.validation.checks import accelerate_state, unwrapped
+from hf_adafisher.optimizers.validation.environment import accelerate_state, unwrapped
 
 _SEEN_TO: ContextVar[bool] = ContextVar("hf_adafisher_due_steps_run_eagerly", default=False)
 

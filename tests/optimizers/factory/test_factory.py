@@ -84,7 +84,7 @@ def test_defaults_and_options_reach_the_optimizer() -> None:
     model = mlp(3, 2)
     assert create_optimizer("sgd", model).defaults["momentum"] == 0.9
     assert create_optimizer("sgd", model, momentum=0.5).defaults["momentum"] == 0.5
-    assert create_optimizer("adamw", model).defaults["lr"] == 1e-3
+    assert create_optimizer("adamw", model).defaults["lr"] == 5e-5
     assert create_optimizer("adamw", model).defaults["fused"]
     assert not create_optimizer("adamw", model, fused=False).defaults["fused"]
     optimizer = create_optimizer("adafisherw", model, lr=0.5, damping=0.25)
