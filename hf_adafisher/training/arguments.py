@@ -50,13 +50,13 @@ def _option_fields() -> list[tuple[str, Any, Any]]:
 def _option_field(name: str, optims: list[str]) -> tuple[str, Any, Any]:
     """Name, type and field of the argument for an option that these optimizers have in common."""
     record = optimizer_record(optims[0])
-    option = record.described_options()[name]
-    kind: Any = get_type_hints(record.options_class)[name]
+    own = record.options_class
+    assert own is not None
+    kind: Any = get_type_hints(own)[name]
     if torch.dtype in get_args(kind):  # a command line has words only
         kind = str | None
-    symbol = f" ({option['symbol']})" if option["symbol"] not in ("", name) else ""
-    text = f"{', '.join(optims)}: {option['help']}{symbol}, {option['range']}."
-    return name, kind, field(default=option["default"], metadata={"help": text})
+    text = f"{', '.join(optims)}: {own.specifications()[name]}."
+    return name, kind, field(default=record.option_defaults()[name], metadata={"help": text})
 
 
 # Typed as Any, so that type checkers accept the generated arguments beside those of TrainingArguments.

@@ -155,6 +155,9 @@ class Option:
     in_groups: bool = True
     argument: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.help}{self.symbol and f' ({self.symbol})'}, {self.range}"
+
 
 def option(default: Any, specification: Option, **changes: Any) -> Any:
     """Declare a dataclass field for an option.

@@ -18,7 +18,6 @@ COLUMNS = (
     "state, bytes per parameter",
     "needs",
     "resumes exactly",
-    "not with",
 )
 MODE_COLUMNS = ("mode", "refused by", "due steps run eagerly by", "since", "instead", "test")
 
@@ -35,7 +34,6 @@ def _row(record: OptimizerRecord) -> tuple[str, ...]:
         record.memory,
         ", ".join(need for need, applies in needs.items() if applies),
         "yes" if record.resumable else "no",
-        "; ".join(mode.name for mode in TRAINING_MODES if mode.refused_by(record.needs)),
     )
 
 
@@ -89,10 +87,9 @@ def as_text() -> str:
         about += [f"{key} {setting.value} ({setting.source})" for key, setting in settings.items()]
         about += [f"state: {record.memory} bytes per parameter"]
         about += [f"{column}: {entry}" for column, entry in zip(COLUMNS[6:], _row(record)[6:], strict=True) if entry]
-        about += [
-            f"option {option}: {told['help']}{told['symbol'] and ', ' + told['symbol']}; {told['range']}"
-            for option, told in record.described_options().items()
-        ]
+        about += [f"not with: {'; '.join(sorted(record.refuses))}"] if record.refuses else []
+        options = record.options_class.specifications() if record.options_class else {}
+        about += [f"option {option}: {specification}" for option, specification in options.items()]
         paragraphs.append("\n  ".join([name, *about]))
     return "\n".join(paragraphs)
 

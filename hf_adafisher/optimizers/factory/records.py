@@ -169,7 +169,7 @@ class OptimizerRecord:
             "paper": self.paper,
             "learning_rate": self.learning_rate._asdict(),
             "defaults": {name: default._asdict() for name, default in self.defaults.items()},
-            "options": self.described_options(),
+            "options": self._described_options(),
             "momentum": self.momentum,
             "memory": self.memory,
             "bytes_per_parameter": self.bytes_per_parameter,
@@ -179,14 +179,17 @@ class OptimizerRecord:
             "refuses": sorted(self.refuses),
         }
 
-    def described_options(self) -> dict[str, dict[str, Any]]:
-        """Meaning, range, symbol and default of every option of an optimizer of this package, by name."""
+    def option_defaults(self) -> dict[str, Any]:
+        """Return the defaults of all options of an optimizer of this package, the record's before the class's."""
+        return {} if self.options_class is None else self.options_class.defaults() | self.arguments({})
+
+    def _described_options(self) -> dict[str, dict[str, Any]]:
         if self.options_class is None:
             return {}
-        defaults = {**self.options_class.defaults(), **self.arguments({})}
+        defaults = self.option_defaults()
         return {
-            name: {"help": spec.help, "range": str(spec.range), "symbol": spec.symbol, "default": defaults[name]}
-            for name, spec in self.options_class.specifications().items()
+            name: {"help": option.help, "range": str(option.range), "symbol": option.symbol, "default": defaults[name]}
+            for name, option in self.options_class.specifications().items()
         }
 
 

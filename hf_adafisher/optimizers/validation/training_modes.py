@@ -26,6 +26,7 @@ _OR_FSDP2 = " or FSDP2 (fully_shard; with accelerate, set fsdp_version to 2)"
 _WITHOUT_SHARDS = "Use torchrun without it"
 _REFUSALS = "tests/optimizers/validation/test_refusals.py"
 _ARGUMENTS = "tests/training/test_arguments.py"
+_COMPILE = "tests/training/test_compile.py"
 _FLAT_SHARDS = "it gives the optimizer flat shards instead of parameters"
 
 
@@ -56,11 +57,11 @@ class TrainingMode:
     argument_instead: str = ""
 
     def refused_by(self, needs: Needs) -> bool:
-        """Whether an optimizer with these needs refuses the mode."""
+        """Tell if an optimizer with these needs refuses the mode."""
         return bool(self.breaks & needs)
 
     def support(self, needs: Needs) -> Literal["refused", "eager", "yes"]:
-        """How an optimizer with these needs trains in the mode under ``AdaFisherTrainer``."""
+        """Support of the mode by an optimizer with these needs, under ``AdaFisherTrainer``."""
         if self.refused_by(needs):
             return "refused"
         return "eager" if self.eager_for & needs else "yes"
@@ -181,7 +182,10 @@ COMPILE_BY_A_STOCK_TRAINER = TrainingMode(
     Needs.LAYERS | Needs.SECOND_DERIVATIVES,
     "compiled graphs run no hooks, and it compiles the steps that record too",
     instead="AdaFisherTrainer",
-    tests=("tests/training/test_compile.py::test_a_stock_trainer_that_compiles_is_refused_before_it_trains",),
+    tests=(
+        f"{_COMPILE}::test_a_stock_trainer_that_compiles_is_refused_before_it_trains",
+        f"{_COMPILE}::test_a_stock_trainer_that_compiles_is_refused_with_an_optimizer_older_than_its_arguments",
+    ),
 )
 FP16 = TrainingMode(
     "fp16",
