@@ -74,6 +74,9 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
     (0.04 is the best at this damping). ``max_grad_norm`` stays at Trainer's 1.0, which they need. Fine-tuning was not
     measured: scan the learning rate downwards.
 
+    The options that ``AdaFisherOptions`` and ``SpectralAdaFisherOptions`` declare with ``argument=True`` are arguments
+    here; ``--help`` shows meaning, range and default of each.
+
     Args:
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
             (``scripts/list_optimizers.py`` describes them), or of ``transformers.training_args.OptimizerNames``.
@@ -81,11 +84,8 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         learning_rate: Default 0.04 for AdaFisher(W), that of ``scripts/list_optimizers.py`` for every other optimizer
             of this package (5e-5 for ``sgd``, ``adam`` and ``adamw``), and Trainer's 5e-5 for Trainer's own. AdaFisher
             divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
-        beta, ema_decay, update_interval, momentum_dtype: Options of AdaFisher(W) and spectral-adafisher.
         damping: Option of AdaFisher(W). Tune it together with the learning rate: the largest step of a value is
             ``learning_rate / damping`` times its momentum.
-        relative_damping: Option of spectral-adafisher. Meanings, ranges and defaults of all these are those of
-            ``scripts/list_optimizers.py`` and of ``--help``.
         log_curvature: Add a few curvature scalars (``adafisher/...``) to the training logs. Default True.
         optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
 

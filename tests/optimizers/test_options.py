@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,15 @@ def test_declared_attributes_can_differ_by_optimizer() -> None:
     assert [specification.symbol for specification in Options.specifications().values()] == ["beta", "beta_2"]
     with pytest.raises(ValueError, match=r"second must lie in \[0, 1\), got 1.0"):
         Options(second=1.0)
+
+
+@EACH
+def test_a_class_docstring_names_the_option_with_its_default(name: str, option: str) -> None:
+    if name == "adafisherw":  # refers to AdaFisher's
+        return
+    documented = inspect.getdoc(optimizer_record(name).cls) or ""
+    entry = re.search(rf"^    {option}: (.*?)(?=^    \w|^\w)", documented, flags=re.MULTILINE | re.DOTALL)
+    assert entry, f"{option} is not described"
+    told = re.search(r"Default ([^\s:;,]+?)\.?(?=[\s:;,]|$)", entry.group(1))
+    default = options_of(name).defaults()[option]
+    assert (None if told is None else ast.literal_eval(told.group(1))) == default

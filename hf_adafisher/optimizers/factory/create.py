@@ -76,11 +76,11 @@ def create_optimizer(
     arguments = record.arguments(options if lr is None else {**options, "lr": lr})
     record.check_values({**arguments, "weight_decay": weight_decay})
     groups = decay_groups(model, weight_decay, decay_names)
+    if not record.needs_model:  # those that need the model look at it themselves
+        check_model(model, name, record.needs)
     if record.create_graph:
         prepare_model(model, name)
     params = [p for group in groups for p in group["params"]]
-    if not record.needs_model:  # those that need the model look at it themselves
-        check_model(model, name, record.needs)
     if "fused" in record.options() and not {"fused", "foreach", "differentiable"} & arguments.keys():
         # What Trainer's default optimizer does; without it the comparison would be against a slow peer.
         able = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
