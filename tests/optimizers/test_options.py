@@ -256,3 +256,38 @@ def test_a_class_docstring_names_the_option_with_its_default(name: str, option: 
     told = re.search(r"Default ([^\s:;,]+?)\.?(?=[\s:;,]|$)", entry.group(1))
     default = options_of(name).defaults()[option]
     assert (None if told is None else ast.literal_eval(told.group(1))) == default
+
+
+FACTORED = {"beta", "ema_decay", "update_interval", "momentum_dtype"}
+
+
+@pytest.mark.parametrize(
+    ("name", "marks"),
+    [
+        ("adafisher", {"identifies": {"damping", "ema_decay", "update_interval"}, "argument": FACTORED | {"damping"}}),
+        (
+            "spectral-adafisher",
+            {
+                "identifies": {"relative_damping", "ema_decay", "update_interval"},
+                "argument": FACTORED | {"relative_damping"},
+            },
+        ),
+        (
+            "kfac",
+            {
+                "identifies": {"damping", "stat_decay", "inverse_interval", "kl_clip"},
+                "shared": {"update_interval", "inverse_interval", "kl_clip", "max_factor_dim"},
+                "fixed": {"max_factor_dim"},
+            },
+        ),
+    ],
+)
+def test_what_checkpoints_and_arguments_rely_on(name: str, marks: dict[str, set[str]]) -> None:
+    """Checkpoints of earlier versions tell their optimizer by the first, and hold every option but `compiled`."""
+    own = options_of(name)
+    assert set(own.names(identifies=True)) == marks["identifies"]
+    assert set(own.names(argument=True)) == marks.get("argument", set())
+    assert set(own.names(shared=True)) == marks.get("shared", {"update_interval"})
+    assert set(own.names(on_resume="fixed")) == marks.get("fixed", set())
+    assert own.names(on_resume="silent") == ("lr",)
+    assert own.names(in_groups=False) == (("compiled",) if name == "adafisher" else ())
