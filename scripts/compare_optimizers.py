@@ -1,4 +1,4 @@
-"""Compares optimizers: runs every cell of a configuration, then writes tables and pictures.
+"""Compare optimizers: run every cell of a configuration, then write tables and pictures.
 
     python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo
     python scripts/compare_optimizers.py --config scripts/configs/python-docs-small.json --optimizers adamw sgd \\
@@ -29,11 +29,11 @@ from hf_adafisher.experiments.comparison.cells import set_arguments, task_of, us
 from hf_adafisher.experiments.comparison.execution import BACKENDS
 from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
-from hf_adafisher.experiments.report.write_report import describe_step_times, summarize
+from hf_adafisher.experiments.report.write_report import describe_step_times, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns 0, 1 if a cell failed or has no result, 2 for bad input, or 130 after Ctrl-C."""
+    """Run it; return 0, 1 if a cell failed or has no result, 2 for bad input, or 130 after Ctrl-C."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     arguments = _parser().parse_args(argv)
     given = [str(item) for item in (sys.argv[1:] if argv is None else argv) if item != "--report_only"]
@@ -67,7 +67,7 @@ def _run(comparison: Comparison, arguments: argparse.Namespace) -> int:
     else:
         if not arguments.report_only:
             failures = comparison.run(arguments.verbose, arguments.retry_failed)
-        print(summarize(comparison, shlex.join(["python", *arguments.typed])))
+        print(write_report(comparison, shlex.join(["python", *arguments.typed])))
     print("\n".join(failures), end="\n" if failures else "")
     return 1 if failures else 0
 

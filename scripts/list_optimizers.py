@@ -1,4 +1,4 @@
-"""Lists the optimizers that --optim, AdaFisherTrainingArguments and create_optimizer take, and what is known of them.
+"""List the optimizers that --optim, AdaFisherTrainingArguments and create_optimizer accept, with their properties.
 
 python scripts/list_optimizers.py
 python scripts/list_optimizers.py --markdown        # the README's table

@@ -1,4 +1,4 @@
-"""Trains or fine-tunes a causal language model with AdaFisherW or any other optimizer, on one command.
+"""Train or fine-tune a causal language model with AdaFisherW or any other optimizer, on one command.
 
 A small GPT-2 on the text that comes with Python, no network needed; the same on WikiText-2 with AdamW:
 
@@ -21,19 +21,19 @@ import sys
 from collections.abc import Sequence
 
 from hf_adafisher.experiments.runs.clm import ClmRun
-from hf_adafisher.experiments.runs.clm_arguments import parse_arguments
-from hf_adafisher.experiments.runs.clm_setup import prepare
+from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
+from hf_adafisher.experiments.runs.clm_setup import prepare_clm_run
 from hf_adafisher.experiments.runs.run import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it; returns the exit status: 0; 1 if the run diverged; 2 for bad input."""
+    """Run it; return the exit status: 0; 1 if the run diverged; 2 for bad input."""
     return run_script(prepared, argv)
 
 
 def prepared(argv: Sequence[str] | None = None) -> ClmRun:
-    """The run that a command line asks for."""
-    return prepare(*parse_arguments(argv))
+    """Prepare the run of a command line."""
+    return prepare_clm_run(*parse_clm_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains or fine-tunes an image classifier with AdaFisher, AdaFisherW or any other optimizer, on one command.
+"""Train or fine-tune an image classifier with AdaFisher, AdaFisherW or any other optimizer, on one command.
 
 A small network on scikit-learn's digits, no network needed; ResNet-18 on CIFAR-10 with SGD:
 
@@ -24,19 +24,19 @@ import sys
 from collections.abc import Sequence
 
 from hf_adafisher.experiments.runs.image import ImageRun
-from hf_adafisher.experiments.runs.image_arguments import parse_arguments
-from hf_adafisher.experiments.runs.image_setup import prepare
+from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
+from hf_adafisher.experiments.runs.image_setup import prepare_image_run
 from hf_adafisher.experiments.runs.run import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it; returns the exit status: 0; 1 if the run diverged; 2 for bad input."""
+    """Run it; return the exit status: 0; 1 if the run diverged; 2 for bad input."""
     return run_script(prepared, argv)
 
 
 def prepared(argv: Sequence[str] | None = None) -> ImageRun:
-    """The run that a command line asks for."""
-    return prepare(*parse_arguments(argv))
+    """Prepare the run of a command line."""
+    return prepare_image_run(*parse_image_arguments(argv))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Runs that train a model and report on it: language modelling, comparisons and sweeps."""
+"""Training runs, comparisons of optimizers with their reports, figures and benchmarks."""

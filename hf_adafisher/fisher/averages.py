@@ -130,7 +130,7 @@ class MovingAverage:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no sample has arrived yet."""
+        """True until the first sample arrives."""
         return not self.weight.item() > 0.0
 
     def update_(self, samples: Sequence[Tensor], decay: float) -> None:

@@ -1,4 +1,4 @@
-"""How the diagonal Fisher of one parameter is put together from factors (AdaFisher, Eq. 4).
+"""Diagonal Fisher of one parameter from its factors (AdaFisher, Eq. 4).
 
 A diagonal says which factors a parameter needs, how they spread over its axes once they are normalised, and what
 stands in for them when only the parameter's own gradient is known.
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from hf_adafisher.fisher.averages import min_max_normalize, statistics_dtype, sum_of_squares_along
 
@@ -43,7 +44,7 @@ class ParameterDiagonal(ABC):
         """Gradient factors: the stand-ins for the factors when only the parameter's gradient is known."""
 
 
-def _mean_square(grad: Tensor, axis: int) -> Tensor:
+def mean_square(grad: Tensor, axis: int) -> Tensor:
     """Mean of grad^2 over every axis but ``axis``, in the dtype of statistics."""
     return sum_of_squares_along(grad, axis) / max(grad.numel() // max(grad.shape[axis], 1), 1)
 
@@ -59,9 +60,11 @@ class KroneckerDiagonal(ParameterDiagonal):
 
     axes: tuple[str, ...]
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {name: (size,) for name, size in zip(self.axes, shape, strict=True)}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         term = []
         for axis, name in enumerate(self.axes):
@@ -69,8 +72,9 @@ class KroneckerDiagonal(ParameterDiagonal):
             term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(self.axes))]))
         return tuple(term)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {name: _mean_square(grad, axis) for axis, name in enumerate(self.axes)}
+        return {name: mean_square(grad, axis) for axis, name in enumerate(self.axes)}
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ class ConvDiagonal(ParameterDiagonal):
 
     groups: int
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: (shape[0],), INPUT: (shape[1] * self.groups, *shape[2:])}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         s, h = factors[OUTPUT_GRAD], factors[INPUT]
         if normalize:
@@ -97,12 +103,13 @@ class ConvDiagonal(ParameterDiagonal):
         lead = (self.groups,) if self.groups > 1 else ()
         return s.reshape(*lead, -1, *[1] * (len(shape) - 1)), h.reshape(*lead, 1, *shape[1:])
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         out, *rest = grad.shape
         by_group = grad.detach().reshape(self.groups, out // self.groups, *rest)
         norm = torch.linalg.vector_norm(by_group, dim=1, dtype=statistics_dtype(grad.dtype))
         mean = norm.square_() / max(out // self.groups, 1)
-        return {OUTPUT_GRAD: _mean_square(grad, 0), INPUT: mean.reshape(rest[0] * self.groups, *rest[1:])}
+        return {OUTPUT_GRAD: mean_square(grad, 0), INPUT: mean.reshape(rest[0] * self.groups, *rest[1:])}
 
 
 @dataclass(frozen=True)
@@ -113,13 +120,16 @@ class ScaleDiagonal(ParameterDiagonal):
     normalised. Factors have the parameter's shape.
     """
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: tuple(shape), INPUT: tuple(shape)}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         product = factors[OUTPUT_GRAD] * factors[INPUT]
         return (min_max_normalize(product) if normalize else product,)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         square = grad.detach().to(statistics_dtype(grad.dtype)).square()
         return {OUTPUT_GRAD: square, INPUT: torch.ones_like(square)}
@@ -129,52 +139,34 @@ class ScaleDiagonal(ParameterDiagonal):
 class ShiftDiagonal(ParameterDiagonal):
     """The shift of a normalisation layer: ``F[c] = minmax(S)[c]``; the factor has the parameter's shape."""
 
+    @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {OUTPUT_GRAD: tuple(shape)}
 
+    @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         factor = factors[OUTPUT_GRAD]
         return (min_max_normalize(factor) if normalize else factor,)
 
+    @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {OUTPUT_GRAD: grad.detach().to(statistics_dtype(grad.dtype)).square()}
 
 
-@dataclass(frozen=True)
-class GradientDiagonal(ParameterDiagonal):
-    """Parameters that no layer rule reaches: one factor an axis, from the parameter's own gradient.
-
-    Each axis longer than 1 has the mean of grad^2 over all other axes: the row and column means of a matrix,
-    grad^2 itself for a vector. Axes of length 1 (class tokens, position tables) carry no shape and have no factor.
-    """
-
-    def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
-
-    def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
-        term = []
-        for axis, size in enumerate(shape):
-            if size > 1:
-                factor = factors[f"axis{axis}_factor"]
-                factor = min_max_normalize(factor) if normalize else factor
-                term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
-        return tuple(term)
-
-    def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {f"axis{axis}_factor": _mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
-
-
-def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> Tensor:
-    """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``.
+def sum_of_terms(terms: Sequence[DiagonalTerm], like: Tensor) -> Tensor:
+    """Sum of the products of the terms, in a shape that broadcasts to that of ``like``.
 
     Several terms belong to a tied parameter: the Fisher of a sum of uses is the sum of their Fishers when the uses
     are taken as independent. A term without tensors is the constant 1.
     """
-    dtype = statistics_dtype(like.dtype)
-    total: Tensor | None = None
+    products = []
     for term in terms:
-        product = math.prod(term[1:], start=term[0]) if term else torch.ones((), dtype=dtype, device=like.device)
-        product = product.flatten(0, 1) if product.dim() > like.dim() else product
-        total = product if total is None else total + product
-    assert total is not None, "a parameter has at least one term"
-    return total.add(damping).expand(like.shape) if total.shape != like.shape else total.add(damping)
+        product = math.prod(term[1:], start=term[0]) if term else like.new_ones((), dtype=statistics_dtype(like.dtype))
+        products.append(product.flatten(0, 1) if product.dim() > like.dim() else product)
+    return sum(products[1:], start=products[0])
+
+
+def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> Tensor:
+    """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``."""
+    total = sum_of_terms(terms, like).add(damping)
+    return total if total.shape == like.shape else total.expand(like.shape)

@@ -1,4 +1,4 @@
-"""Which modules use which parameter, and the factors that each use keeps in the optimizer's state."""
+"""Uses of parameters by modules, and the factors that each use keeps in the optimizer's state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, DiagonalTerm, GradientDiagonal, ParameterDiagonal
+from hf_adafisher.fisher.diagonals import DiagonalTerm, ParameterDiagonal
+from hf_adafisher.fisher.gradient import GradientDiagonal, on_gradient_scale
 from hf_adafisher.fisher.recorder import TrackedModule
 
 
@@ -59,21 +60,6 @@ class ParameterUse:
         self.average(state, shape).update_([factors[name] for name in self.diagonal.factor_shapes(shape)], decay)
 
 
-def with_gradient_sums(diagonal: ParameterDiagonal, factors: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-    """Factors of a table whose rows served the whole batch: the output gradients are the rows of its own gradient.
-
-    ``s_j = sum_v grad[v, j]^2 / (number of rows in use)``, which is what one backward over the whole batch records; the
-    row of a ``padding_idx``, which has no gradient, is not in use.
-    """
-    per_row = diagonal.from_gradient(grad)[OUTPUT_GRAD]
-    return {**factors, OUTPUT_GRAD: per_row * (factors[INPUT].numel() / rows_in_use(factors))}
-
-
-def rows_in_use(factors: Mapping[str, Tensor]) -> Tensor:
-    """How many rows of a table were looked up, at least 1; a 0-dimensional tensor."""
-    return factors[INPUT].count_nonzero().clamp(min=1)
-
-
 ON_GRADIENT = "on_gradient"
 """State key: 1 while a parameter that has a rule lives on gradient factors, since its modules recorded nothing."""
 
@@ -119,37 +105,14 @@ def terms_of(
 
 
 def needs_gradient_factors(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> bool:
-    """Whether a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
+    """True where a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
     if uses[0].tracked is None or state[ON_GRADIENT].item():
         return True
     return all(use.average(state, shape).is_empty for use in uses)
 
 
-def gradient_term(uses: Sequence[ParameterUse], grad: Tensor) -> DiagonalTerm:
-    """The term that the parameter's own gradient gives, in the form of its first use."""
-    return _gradient_term(uses, grad, normalize=True)
-
-
 def estimated_terms(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> list[DiagonalTerm]:
-    """As ``terms_of``, not normalised, and gradient factors such that their product estimates ``grad^2``."""
+    """Terms that are not normalised; those of gradient factors multiply to an estimate of ``grad^2``."""
     terms = terms_of(uses, state, shape, normalize=False)
     on_gradient = uses[0].tracked is None or bool(state[ON_GRADIENT].item())
-    return [_estimate(term) for term in terms] if on_gradient else terms
-
-
-def gradient_estimate(uses: Sequence[ParameterUse], grad: Tensor) -> DiagonalTerm:
-    """As ``gradient_term``, for ``estimated_terms``."""
-    return _estimate(_gradient_term(uses, grad, normalize=False))
-
-
-def _gradient_term(uses: Sequence[ParameterUse], grad: Tensor, normalize: bool) -> DiagonalTerm:
-    diagonal = uses[0].diagonal
-    return diagonal.expand(diagonal.from_gradient(grad), grad.shape, normalize)
-
-
-def _estimate(term: DiagonalTerm) -> DiagonalTerm:
-    """Means of ``grad^2`` along each axis as a product on its scale: row times column over mean (Adafactor)."""
-    if len(term) < 2:
-        return term
-    first, *others = term
-    return first, *(torch.where(o.mean() > 0, o / o.mean(), torch.zeros_like(o)) for o in others)
+    return [on_gradient_scale(term) for term in terms] if on_gradient else terms

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,17 @@ class TrackedModule:
     rule: LayerRule
     diagonals: dict[str, ParameterDiagonal]
     matches_rule: bool | None = None
+
+    @functools.cached_property
+    def factor_shapes(self) -> tuple[torch.Size, torch.Size]:
+        """Shapes of the input factor and of the output-gradient factor."""
+        input_shape, output_grad_shape = self.rule.factor_shapes(self.module)
+        return torch.Size(input_shape), torch.Size(output_grad_shape)
+
+    @functools.cached_property
+    def sums_size(self) -> int:
+        """Number of values of both factors, the count and the broadcast flag: its part of the reduced buffer."""
+        return sum(shape.numel() for shape in self.factor_shapes) + 2
 
 
 @dataclass
@@ -147,7 +159,7 @@ class FactorRecorder:
 
     @property
     def armed(self) -> bool:
-        """Whether the hooks are on."""
+        """True while the hooks are on."""
         return bool(self._handles)
 
     def arm(self) -> None:
@@ -232,18 +244,18 @@ class FactorRecorder:
             self._layout_checked = True
             check_same_layout([t.name for t in self.tracked], buffer.numel(), anchor.device)
         buffer = sum_over_ranks(buffer.to(torch.float64 if torch.float64 in dtypes else torch.float32))
-        pieces = buffer.split([_flat_size(t) for t in self.tracked])
+        pieces = buffer.split([t.sums_size for t in self.tracked])
         checks = torch.stack([torch.cat((piece[-2:], piece.isfinite().all()[None])) for piece in pieces]).tolist()
         sample = Sample()
         for tracked, piece, (count, shared, finite) in zip(self.tracked, pieces, checks, strict=True):
             if not finite:
                 sample.non_finite.append(tracked.name)
             elif count > 0:
-                input_shape, grad_shape = tracked.rule.factor_shapes(tracked.module)
+                input_shape, grad_shape = tracked.factor_shapes
                 sums = piece[:-2] / count
                 if shared:
                     sample.broadcast.add(tracked)
-                split = torch.Size(input_shape).numel()
+                split = input_shape.numel()
                 sums[split:] /= num_ranks() ** 2
                 sample.counts[tracked] = count
                 sample.factors[tracked] = {
@@ -253,14 +265,10 @@ class FactorRecorder:
         return sample
 
 
-def _flat_size(tracked: TrackedModule) -> int:
-    return sum(torch.Size(shape).numel() for shape in tracked.rule.factor_shapes(tracked.module)) + 2
-
-
 def _flatten(tracked: TrackedModule, pair: FactorSums | None, device: torch.device) -> Tensor:
     """Sums, count and ``broadcast`` of one module as one vector on ``device``; zeros where nothing was committed."""
     if pair is None:
-        return torch.zeros(_flat_size(tracked), device=device)
+        return torch.zeros(tracked.sums_size, device=device)
     sums = [part.reshape(-1).to(device) for part in (pair.input_factor, pair.output_grad_factor)]
     return torch.cat([*sums, sums[0].new_tensor([pair.count, pair.broadcast])])
 

@@ -1,4 +1,4 @@
-"""Image classifiers for transformers: from scratch by name, pretrained, and how they are fine-tuned."""
+"""Image classifiers for transformers: new ones by name, pretrained ones, and fine-tuning."""
 
 from hf_adafisher.models.cct import CctConfig, CctForImageClassification, CctModel
 from hf_adafisher.models.configurations import (

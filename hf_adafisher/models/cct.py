@@ -1,7 +1,7 @@
 """Compact Convolutional Transformer (Hassani et al. 2021, arXiv 2104.05704): CCT-2/3x2 and its relatives.
 
-A small transformer for small images: convolutions make the tokens, and a learned weighting of all tokens (sequence
-pooling) stands where other vision transformers have a class token.
+It is a transformer for small images. Convolutions make the tokens, and sequence pooling, a learned weighted average of
+all tokens, replaces the class token.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from hf_adafisher.models.losses import image_classification_loss
 
 
 class CctConfig(PreTrainedConfig):
-    """Configuration of a CCT; the defaults are CCT-2/3x2 for 32-pixel images (0.28 M parameters for 10 classes).
+    """Configuration of a CCT; the defaults give CCT-2/3x2 for 32-pixel images, 0.28 M parameters for 10 classes.
 
     Attributes:
-        image_size: side of the square images, in pixels.
-        num_channels: channels of an image.
-        kernel_size: side of the tokenizer's kernels, odd.
-        num_conv_layers: tokenizer blocks of convolution, ReLU and 3x3 max pooling with stride 2.
-        conv_width: channels between the tokenizer's layers; the last has `hidden_size`.
-        hidden_size: width of the encoder, a multiple of `num_attention_heads`.
-        num_hidden_layers: encoder layers.
-        num_attention_heads: heads per layer.
-        mlp_ratio: width of the MLP's hidden layer, in multiples of `hidden_size`.
-        attention_probs_dropout_prob: dropout of attention weights.
-        hidden_dropout_prob: dropout after the position table and inside each MLP.
-        drop_path_rate: share of examples for which the last layer's branches are skipped; rises linearly from 0.
-        initializer_range: standard deviation of new linear weights.
-        layer_norm_eps: added to variances.
+        image_size: Side of the square images, in pixels.
+        num_channels: Channels of an image.
+        kernel_size: Side of the tokenizer's kernels, odd.
+        num_conv_layers: Tokenizer blocks of convolution, ReLU and 3x3 max pooling with stride 2.
+        conv_width: Channels between the tokenizer's layers; the last layer has ``hidden_size`` channels.
+        hidden_size: Width of the encoder, a multiple of ``num_attention_heads``.
+        num_hidden_layers: Number of encoder layers.
+        num_attention_heads: Attention heads per layer.
+        mlp_ratio: Width of the MLP's hidden layer, in multiples of ``hidden_size``.
+        attention_probs_dropout_prob: Dropout probability of attention weights.
+        hidden_dropout_prob: Dropout probability after the position table and inside each MLP.
+        drop_path_rate: Stochastic depth rate of the last layer; it rises linearly from 0 at the first layer.
+        initializer_range: Standard deviation of new linear weights.
+        layer_norm_eps: Epsilon of LayerNorm, added to the variance.
+
+    Raises:
+        ValueError: ``hidden_size`` is no multiple of ``num_attention_heads``, or ``kernel_size`` is even.
     """
 
     model_type = "cct"
@@ -67,7 +70,7 @@ class CctConfig(PreTrainedConfig):
 
     @property
     def grid_size(self) -> int:
-        """Tokens along each side: every pooling layer halves it, rounding up."""
+        """Number of tokens along each side; every pooling layer halves it, rounding up."""
         side = self.image_size
         for _ in range(self.num_conv_layers):
             side = -(-side // 2)
@@ -75,7 +78,7 @@ class CctConfig(PreTrainedConfig):
 
 
 class CctTokenizer(nn.Module):
-    """Images (batch, channels, side, side) to tokens (batch, grid_size**2, hidden_size), row by row."""
+    """Convolutional tokenizer."""
 
     def __init__(self, config: CctConfig) -> None:
         super().__init__()
@@ -88,6 +91,7 @@ class CctTokenizer(nn.Module):
         self.pooling = nn.MaxPool2d(3, stride=2, padding=1)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        """Map images (batch, channels, side, side) to tokens (batch, grid_size**2, hidden_size), row by row."""
         hidden = pixel_values
         for convolution in self.convolutions:
             hidden = self.pooling(self.activation(convolution(hidden)))
@@ -95,7 +99,7 @@ class CctTokenizer(nn.Module):
 
 
 class CctAttention(nn.Module):
-    """Multi-head self-attention; queries, keys and values have no bias (a key's bias cancels in the softmax)."""
+    """Multi-head self-attention without biases of queries, keys and values; a key's bias cancels in the softmax."""
 
     def __init__(self, config: CctConfig) -> None:
         super().__init__()
@@ -105,6 +109,7 @@ class CctAttention(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Map tokens (batch, tokens, hidden_size) to the same shape."""
         batch, tokens, width = hidden.shape
         heads = self.query_key_value(hidden).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         query, key, value = heads.permute(2, 0, 3, 1, 4)
@@ -114,13 +119,18 @@ class CctAttention(nn.Module):
 
 
 class CctDropPath(nn.Module):
-    """Stochastic depth: in training skips a branch for a share of the examples and scales up what is left."""
+    """Stochastic depth (Huang et al. 2016, arXiv 1603.09382): drop a branch for random examples during training.
+
+    Args:
+        rate: Probability of a drop, in [0, 1). Other examples are scaled by ``1 / (1 - rate)``.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, branch: Tensor) -> Tensor:
+        """Drop examples, the first axis of ``branch``."""
         if not self.training or self.rate == 0.0:
             return branch
         keep = branch.new_empty(branch.shape[0], *[1] * (branch.dim() - 1)).bernoulli_(1.0 - self.rate)
@@ -128,7 +138,7 @@ class CctDropPath(nn.Module):
 
 
 class CctLayer(nn.Module):
-    """A pre-norm encoder layer: attention and an MLP, each added to its input."""
+    """Pre-norm encoder layer: attention and an MLP, each with a residual connection."""
 
     def __init__(self, config: CctConfig, drop_path: float) -> None:
         super().__init__()
@@ -143,15 +153,16 @@ class CctLayer(nn.Module):
         self.drop_path = CctDropPath(drop_path)
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Map tokens (batch, tokens, hidden_size) to the same shape."""
         hidden = hidden + self.drop_path(self.attention(self.norm_before(hidden)))
         inner = self.dropout(self.activation(self.intermediate(self.norm_after(hidden))))
         return hidden + self.drop_path(self.dropout(self.output(inner)))
 
 
 class SequencePooling(nn.Module):
-    """The average of all tokens, each weighted by the softmax over tokens of one learned score.
+    """Average of all tokens, weighted by a softmax over a learned score per token.
 
-    The score has no bias, which the softmax would cancel: its gradient would be zero for ever.
+    The score has no bias: the softmax would cancel it, and its gradient would always be zero.
     """
 
     def __init__(self, width: int) -> None:
@@ -159,12 +170,13 @@ class SequencePooling(nn.Module):
         self.score = nn.Linear(width, 1, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens (batch, tokens, width) to vectors (batch, width)."""
         weights = self.score(tokens).softmax(dim=1)
         return (weights.transpose(1, 2) @ tokens).squeeze(1)
 
 
 class CctPreTrainedModel(PreTrainedModel):
-    """What transformers needs to know of all CCT models."""
+    """Base class of the CCT models: configuration and weight initialisation."""
 
     config: CctConfig
     config_class = CctConfig
@@ -189,7 +201,7 @@ class CctPreTrainedModel(PreTrainedModel):
 
 
 class CctModel(CctPreTrainedModel):
-    """The encoder: images (batch, channels, side, side) to one vector each, (batch, hidden_size)."""
+    """CCT encoder without a classifier."""
 
     def __init__(self, config: CctConfig) -> None:
         super().__init__(config)
@@ -203,6 +215,11 @@ class CctModel(CctPreTrainedModel):
         self.post_init()
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> Tensor:
+        """Map images (batch, channels, side, side) to vectors (batch, hidden_size).
+
+        Raises:
+            ValueError: The shape of the images is not that of the configuration.
+        """
         expected = (self.config.num_channels, self.config.image_size, self.config.image_size)
         if tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
@@ -216,7 +233,7 @@ class CctModel(CctPreTrainedModel):
 
 
 class CctForImageClassification(CctPreTrainedModel):
-    """A CCT with a linear classifier; `labels` are class numbers (batch,) or class shares (batch, num_labels)."""
+    """CCT with a linear classifier."""
 
     def __init__(self, config: CctConfig) -> None:
         super().__init__(config)
@@ -229,6 +246,17 @@ class CctForImageClassification(CctPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **kwargs: Any
     ) -> ImageClassifierOutputWithNoAttention | tuple[Tensor, ...]:
+        """Compute logits, and the loss if there are labels.
+
+        Args:
+            pixel_values: Images, shape (batch, channels, side, side).
+            labels: Class numbers, shape (batch,), or class probabilities, shape (batch, num_labels).
+            return_dict: False returns a tuple. Default: the output class of transformers.
+            **kwargs: Arguments for the loss function.
+
+        Returns:
+            The loss, if there are labels, and logits of shape (batch, num_labels).
+        """
         logits = self.classifier(self.cct(pixel_values))
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         if return_dict is False:

@@ -1,4 +1,4 @@
-"""Image classifiers from scratch, by name, in the form that suits the size of the images."""
+"""Configurations of image classifiers by name, adapted to the image size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_adafisher.models.cct import CctConfig
 from hf_adafisher.models.small_images import SmallImageResNetConfig, SmallImageSwinConfig
 
 SMALL_IMAGE = 64
-"""Images up to this side, in pixels, get the form for small images."""
+"""Largest side, in pixels, for which networks take their variant for small images."""
 TIMM_PREFIX = "timm/"
 
 Kind = Literal["convolutional", "transformer"]
@@ -35,10 +35,10 @@ class Architecture:
     """A network that can be trained from scratch.
 
     Attributes:
-        kind: "convolutional" networks train with AdaFisher (L2), "transformer" networks with AdaFisherW, as in the
-            paper.
-        summary: what it is, in one line.
-        make: from the side of the images and options of the configuration to a configuration.
+        kind: Family of the network. As in the paper, "convolutional" networks train with AdaFisher (L2), and
+            "transformer" networks with AdaFisherW.
+        summary: Description in one line.
+        make: Function of image side and configuration options that creates a configuration.
     """
 
     kind: Kind
@@ -50,8 +50,8 @@ def _resnet(layer_type: str, depths: list[int]) -> Callable[[int, Options], PreT
     widths = [64, 128, 256, 512] if layer_type == "basic" else [256, 512, 1024, 2048]
 
     def make(image_size: int, options: Options) -> PreTrainedConfig:
-        form = SmallImageResNetConfig if image_size <= SMALL_IMAGE else ResNetConfig
-        return form(**{"layer_type": layer_type, "depths": depths, "hidden_sizes": widths, **options})
+        config_class = SmallImageResNetConfig if image_size <= SMALL_IMAGE else ResNetConfig
+        return config_class(**{"layer_type": layer_type, "depths": depths, "hidden_sizes": widths, **options})
 
     return make
 
@@ -136,12 +136,16 @@ _TRANSFORMER_WORDS = (
 
 
 def available_architectures() -> list[str]:
-    """Returns every name that a model can be made from scratch by; `timm/NAME` is possible besides."""
+    """List the names of networks to train from scratch; ``timm/NAME`` is accepted too."""
     return list(ARCHITECTURES)
 
 
 def require_timm(name: str) -> None:
-    """Raises ImportError, with advice, if timm cannot be imported; timm needs a torchvision that fits torch."""
+    """Check that timm can be imported; it needs a torchvision built for this torch.
+
+    Raises:
+        ImportError: It cannot; the message names the model and the packages to install.
+    """
     try:
         import_module("timm")
     # A torchvision of another build raises RuntimeError when timm imports it.
@@ -153,16 +157,19 @@ def require_timm(name: str) -> None:
 
 
 def scratch_config(name: str, *, image_size: int, options: Options | None = None) -> PreTrainedConfig:
-    """Returns the configuration of a network for images of this size.
+    """Create the configuration of a network for an image size.
 
     Args:
-        name: one of `available_architectures()`, or `timm/NAME`.
-        image_size: side of the square images, in pixels. Up to 64, the form for small images is taken.
-        options: attributes of the configuration to set differently (`num_labels`, depths, widths).
+        name: One of ``available_architectures()``, or ``timm/NAME``.
+        image_size: Side of the square images, in pixels. Up to 64, the variant for small images is used.
+        options: Attributes that replace those of the configuration, such as ``num_labels``, depths and widths.
+
+    Returns:
+        The configuration.
 
     Raises:
-        ValueError: an unknown name, or an image size that is not a multiple of the patch.
-        ImportError: the name needs timm, which is not installed.
+        ValueError: The name is unknown, or the image size is not a multiple of the patch size.
+        ImportError: The name needs timm, which is not installed.
     """
     if name.startswith(TIMM_PREFIX):
         config = _timm(name.removeprefix(TIMM_PREFIX))(image_size, options or {})
@@ -180,7 +187,11 @@ def scratch_config(name: str, *, image_size: int, options: Options | None = None
 
 
 def check_image_size(config: PreTrainedConfig, image_size: int) -> None:
-    """Raises ValueError if images of this side cannot be cut into the model's patches."""
+    """Check that images can be divided into the model's patches.
+
+    Raises:
+        ValueError: The image size is not positive or not a multiple of the patch size.
+    """
     if image_size < 1:
         raise ValueError(f"image_size is {image_size}; it must be a positive number of pixels")
     patch = getattr(config, "patch_size", None)
@@ -195,20 +206,20 @@ def check_image_size(config: PreTrainedConfig, image_size: int) -> None:
 
 
 def vision_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Returns the configuration of what looks at the images: itself, but for CLIP, SigLIP and their like."""
+    """Configuration of the vision encoder: a part of it for CLIP and SigLIP, else ``config`` itself."""
     return getattr(config, "vision_config", config)
 
 
 def image_side(config: PreTrainedConfig) -> int | None:
-    """Returns the side of the images that a configuration is for, in pixels; None where it says nothing."""
+    """Image side of a configuration in pixels; None if it has none."""
     size = getattr(config, "image_size", None)
     return int(size[0]) if isinstance(size, (list, tuple)) else size
 
 
 def model_kind(config: PreTrainedConfig) -> Kind:
-    """Returns "transformer" for what has attention or patches as tokens, else "convolutional".
+    """Family of a network: "transformer" if it has attention or focal modulation, else "convolutional".
 
-    Networks of `ARCHITECTURES` by their entry; others by the configuration's attention heads or their name.
+    Timm models are classified by name, all others by the type and the attention heads of their configuration.
     """
     if config.model_type == "timm_wrapper":
         name = str(getattr(config, "architecture", "")).lower()

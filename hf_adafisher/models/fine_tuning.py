@@ -1,4 +1,4 @@
-"""Fine-tuning: a frozen backbone, and learning rates that fall from the head down to the first layer."""
+"""Fine-tuning: frozen backbones and layer-wise learning rate decay."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hf_adafisher.models.vision import head_parameter_names
 
 
 def freeze_backbone(model: PreTrainedModel) -> list[str]:
-    """Freezes all parameters but the classifier's, and the running statistics of BatchNorm layers.
+    """Freeze all parameters outside the classifier, and the running statistics of BatchNorm layers.
 
-    Frozen BatchNorm layers use their running statistics in training too: with those of the batch, the features would
-    not be the pretrained ones.
+    Frozen BatchNorm layers use their running statistics during training too, so that the features stay those of the
+    pretrained model.
 
     Returns:
-        Names of the parameters that are still trained.
+        Names of the parameters that remain trainable.
 
     Raises:
-        ValueError: the model has no parameter outside its backbone.
+        ValueError: The model has no parameter outside its backbone.
     """
     head = set(head_parameter_names(model))
     if not head:
@@ -41,15 +41,17 @@ def _use_running_statistics(module: nn.Module, _: tuple[Any, ...]) -> None:
 
 
 def layer_depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
-    """Returns the depth of every parameter, by name, and the depth of the head.
+    """Depth of every parameter, and of the head.
 
-    0 is what comes before the first block (patches, positions, stem), 1..L are the backbone's blocks in order, and
-    L + 1 is what comes after them (last norm, classifier). In networks with stages the blocks of all stages are
-    counted through; what stands between two blocks (downsampling) belongs to the last block of its own
-    stage before it, or to the first one after it.
+    Parameters before the first block (patch embedding, positions, stem) have depth 0. The backbone's blocks have depths
+    1 to L, counted over all stages. Parameters after them (last norm, classifier) have depth L + 1. Layers between two
+    blocks, such as downsampling, have the depth of the previous block of their stage, else of the next one.
+
+    Returns:
+        Depths by parameter name, and L + 1.
 
     Raises:
-        ValueError: no list of blocks is found in the model.
+        ValueError: No list of blocks is found in the model.
     """
     blocks = _blocks(model)
     if not blocks:
@@ -57,10 +59,10 @@ def layer_depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
     head, after = set(head_parameter_names(model)), len(blocks) + 1
     depths, reached = {}, 0  # parameters come in the order in which a model's parts are made
     for name, _ in model.named_parameters():
-        own = next((depth for depth, (block, _) in enumerate(blocks, start=1) if name.startswith(block + ".")), None)
+        in_block = next((depth for depth, (block, _) in enumerate(blocks, 1) if name.startswith(block + ".")), None)
         stage = next((stage for _, stage in blocks if name.startswith(stage + ".")), None)
-        if own is not None:
-            depths[name] = reached = own
+        if in_block is not None:
+            depths[name] = reached = in_block
         elif name in head:
             depths[name] = after
         elif stage is not None:
@@ -71,14 +73,17 @@ def layer_depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
 
 
 def layer_decay_scales(model: PreTrainedModel, decay: float) -> dict[str, float]:
-    """Returns each trainable parameter's share of the learning rate: decay ** (layers between it and the head).
+    """Learning rate factors of layer-wise decay: ``decay ** (depth of the head - depth of the parameter)``.
 
     Args:
-        model: an image classifier.
-        decay: in (0, 1]; 1 scales nothing. Fine-tuned vision transformers often use 0.65 to 0.9.
+        model: An image classifier.
+        decay: Value in (0, 1]; 1 scales nothing. Fine-tuned vision transformers often use 0.65 to 0.9.
+
+    Returns:
+        Factors by name, for the trainable parameters.
 
     Raises:
-        ValueError: `decay` outside (0, 1], or a model without a list of blocks.
+        ValueError: ``decay`` is outside (0, 1], or the model has no list of blocks.
     """
     if not 0.0 < decay <= 1.0:
         raise ValueError(f"layer_decay is {decay}; it must be in (0, 1], where 1 scales nothing")
@@ -89,16 +94,16 @@ def layer_decay_scales(model: PreTrainedModel, decay: float) -> dict[str, float]
 def scale_groups(
     groups: list[dict[str, Any]], model: nn.Module, scales: Mapping[str, float], learning_rate: float
 ) -> list[dict[str, Any]]:
-    """Splits parameter groups so that every parameter has the learning rate `learning_rate` times its scale.
+    """Split parameter groups so that every parameter has the learning rate ``learning_rate`` times its scale.
 
     Args:
-        groups: as a torch optimizer takes them; their other options are kept.
-        model: whose parameter names `scales` uses.
-        scales: by parameter name; see `layer_decay_scales`. Parameters without one keep a scale of 1.
-        learning_rate: that of scale 1.
+        groups: Parameter groups of a torch optimizer; their other options are kept.
+        model: Model whose parameter names ``scales`` uses.
+        scales: Factors by parameter name; see ``layer_decay_scales``. Default of a missing one: 1.
+        learning_rate: Learning rate at scale 1.
 
     Returns:
-        New groups, each with an `lr`; the same ones in the same order for the same model. No parameter is lost.
+        New groups with all parameters, each with an ``lr``, in an order that depends on the model alone.
     """
     by_id = {id(param): scales.get(name, 1.0) for name, param in model.named_parameters()}
     split: list[dict[str, Any]] = []
@@ -114,7 +119,7 @@ def scale_groups(
 def _blocks(model: PreTrainedModel) -> list[tuple[str, str]]:
     """Names of the blocks and of their stages, in order.
 
-    Stages are the elements of the largest list of modules, the classifier aside; a block is a stage, or an element of
+    Stages are the elements of the largest list of modules outside the classifier. A block is a stage, or an element of
     the stage's own list.
     """
     names = set(head_parameter_names(model))
@@ -122,17 +127,17 @@ def _blocks(model: PreTrainedModel) -> list[tuple[str, str]]:
     largest, stages = 0, []
     for name, module in model.named_modules():
         if _is_list(module) and not any(id(param) in head for param in module.parameters()):
-            elements = [(f"{name}.{key}", child) for key, child in module.named_children() if _size(child)]
-            if len(elements) > 1 and _size(module) > largest:
-                largest, stages = _size(module), elements
+            elements = [(f"{name}.{key}", child) for key, child in module.named_children() if _num_values(child)]
+            if len(elements) > 1 and _num_values(module) > largest:
+                largest, stages = _num_values(module), elements
     return [(block, key) for key, stage in stages for block in _stage_blocks(key, stage)]
 
 
 def _stage_blocks(name: str, stage: nn.Module) -> list[str]:
     if _is_list(stage):
-        return [f"{name}.{key}" for key, block in stage.named_children() if _size(block)]
+        return [f"{name}.{key}" for key, block in stage.named_children() if _num_values(block)]
     for inner, module in stage.named_children():
-        if _is_list(module) and inner in ("layers", "blocks") and 2 * _size(module) > _size(stage):
+        if _is_list(module) and inner in ("layers", "blocks") and 2 * _num_values(module) > _num_values(stage):
             return [f"{name}.{inner}.{key}" for key, _ in module.named_children()]
     return [name]
 
@@ -141,5 +146,5 @@ def _is_list(module: nn.Module) -> bool:
     return isinstance(module, (nn.ModuleList, nn.Sequential))
 
 
-def _size(module: nn.Module) -> int:
+def _num_values(module: nn.Module) -> int:
     return sum(param.numel() for param in module.parameters())

@@ -1,4 +1,4 @@
-"""The loss of an image classifier, for class numbers and for the class shares that Mixup and CutMix make."""
+"""Cross-entropy of image classifiers for class numbers and for class probabilities, as from Mixup and CutMix."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 def image_classification_loss(
     labels: Tensor, pooled_logits: Tensor, config: Any = None, num_items_in_batch: Tensor | int | None = None, **_: Any
 ) -> Tensor:
-    """Cross-entropy, with the signature of a `loss_function` of transformers' image classifiers.
+    """Cross-entropy with the signature of a ``loss_function`` of transformers' image classifiers.
 
-    Transformers' own takes class shares for independent yes-no labels and would train with binary cross-entropy.
+    The loss of transformers would treat class probabilities as multi-label targets and use binary cross-entropy.
 
     Args:
-        labels: class numbers, integers of shape (batch,), or class shares, floats of shape (batch, classes).
-        pooled_logits: shape (batch, classes).
-        config: not used.
-        num_items_in_batch: label values over all micro-batches, as Trainer counts them (batch x classes for class
-            shares). Default: the mean over this batch.
+        labels: Class numbers, integers of shape (batch,), or class probabilities, floats of shape (batch, classes).
+        pooled_logits: Logits, shape (batch, classes).
+        config: Not used.
+        num_items_in_batch: Number of label values over all micro-batches, as Trainer counts them: batch x classes for
+            class probabilities. Default: the mean over this batch.
 
     Returns:
-        The loss, in nats per image, a float32 scalar (float64 for float64 logits).
+        The loss in nats per image, a float32 scalar; float64 for float64 logits.
     """
     logits = pooled_logits.to(torch.promote_types(pooled_logits.dtype, torch.float32))
     labels = labels.to(logits.device)
@@ -37,10 +37,13 @@ def image_classification_loss(
 
 
 def use_image_loss(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives a classifier `image_classification_loss`; its loss is then a plain mean over the batch under Trainer.
+    """Set the loss of a classifier to ``image_classification_loss``, a mean over the batch under Trainer.
 
-    Trainer counts the values of labels, which for class shares is not the number of images: so the model says that
-    it takes no such count.
+    Trainer counts label values, which for class probabilities is not the number of images. So the model is marked as
+    taking no such count.
+
+    Returns:
+        The same model.
     """
     model.loss_function = image_classification_loss
     model.accepts_loss_kwargs = False  # type: ignore[assignment]

@@ -1,6 +1,6 @@
-"""ResNet and Swin for images of 32 to 64 pixels; transformers' own are made for 224.
+"""ResNet and Swin for images of 32 to 64 pixels; those of transformers are made for 224.
 
-Both are registered with transformers' auto classes, so that a saved model loads wherever this package is imported.
+Both are registered with the auto classes of transformers, so that saved models load once this package is imported.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from transformers.models.swin.modeling_swin import SwinAttention
 
 
 class SmallImageResNetConfig(ResNetConfig):
-    """A ResNet whose stem is one 3x3 convolution with stride 1, without pooling."""
+    """Configuration of a ResNet whose stem is one 3x3 convolution with stride 1, without pooling."""
 
     model_type = "small_image_resnet"
 
 
 class SmallImageResNetForImageClassification(ResNetForImageClassification):
-    """The customary ResNet for CIFAR: the first stage works at the full resolution of the image.
+    """ResNet as usual for CIFAR: the first stage works at the full resolution of the image.
 
-    The 7x7 stem with stride 2 and max pooling of ImageNet's would leave 8x8 of 32x32 pixels for the first stage.
+    The ImageNet stem, a 7x7 convolution with stride 2 and max pooling, would reduce 32x32 pixels to 8x8.
     """
 
     config_class = SmallImageResNetConfig
@@ -45,16 +45,16 @@ class SmallImageResNetForImageClassification(ResNetForImageClassification):
 
 
 class SmallImageSwinConfig(SwinConfig):
-    """A Swin whose windows are never larger than a stage's grid of patches."""
+    """Configuration of a Swin whose windows are never larger than a stage's grid of patches."""
 
     model_type = "small_image_swin"
 
 
 class SmallImageSwinForImageClassification(SwinForImageClassification):
-    """Swin with each stage's window cut to its grid, as in the paper's code.
+    """Swin with each stage's window limited to its grid, as in the authors' code.
 
-    Transformers' Swin cuts the window when it runs but not the table of relative positions, and so fails where the
-    last stage's grid is smaller than the window.
+    The Swin of transformers limits the window in the forward pass, but not the table of relative positions. So it fails
+    if the last stage's grid is smaller than the window.
     """
 
     config_class = SmallImageSwinConfig

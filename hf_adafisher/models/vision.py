@@ -1,4 +1,4 @@
-"""Image classifiers: from scratch by name, or pretrained with a new head, ready for images of a given size."""
+"""Creation of image classifiers: new ones by name, and pretrained ones with a new head and image size."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of a checkpoint's weights.
+    """Use of a checkpoint's weights in a model.
 
     Attributes:
-        kept: parameters and buffers taken over as they were.
-        resized: position tables interpolated to another number of patches.
-        new: parameters that were initialised: missing in the checkpoint, or of another size.
-        unused: names in the checkpoint that the model has no place for.
+        kept: Parameters and buffers loaded without change.
+        resized: Position tables interpolated to another number of patches.
+        new: Initialised parameters: missing in the checkpoint, or of another shape there.
+        unused: Names in the checkpoint that the model does not have.
     """
 
     kept: tuple[str, ...]
@@ -42,7 +42,7 @@ class LoadReport:
     unused: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line for the log."""
+        """Describe the report in one line for the log."""
         parts = [f"kept {len(self.kept)} tensors"]
         for title, names in (("interpolated", self.resized), ("new", self.new), ("unused", self.unused)):
             shown = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
@@ -53,18 +53,21 @@ class LoadReport:
 def create_model(
     name: str, class_names: Sequence[str], *, image_size: int, options: Options | None = None
 ) -> PreTrainedModel:
-    """Makes a new classifier; its weights depend on torch's seed only, and are float32.
+    """Create a classifier with new float32 weights, which depend on torch's seed only.
 
     Args:
-        name: one of `available_architectures()`, or `timm/NAME` where timm is installed.
-        class_names: names of the classes, in the order of their numbers, at least 2.
-        image_size: side of the square images, in pixels.
-        options: attributes of the configuration to set differently (depths, widths).
+        name: One of ``available_architectures()``, or ``timm/NAME`` if timm is installed.
+        class_names: Names of the classes by number, at least 2.
+        image_size: Side of the square images, in pixels.
+        options: Attributes that replace those of the configuration, such as depths and widths.
+
+    Returns:
+        The model, with ``image_classification_loss``.
 
     Raises:
-        ValueError: an unknown name, fewer than 2 classes, or an image size that is not a multiple of the patch or that
-            the network cannot take.
-        ImportError: the name needs timm, which is not installed.
+        ValueError: The name is unknown, there are fewer than 2 classes, or the image size is not a multiple of the
+            patch size or not accepted by the network.
+        ImportError: The name needs timm, which is not installed.
     """
     config = scratch_config(name, image_size=image_size, options={**(options or {}), **_labels(class_names)})
     model = AutoModelForImageClassification.from_config(config, dtype=torch.float32)
@@ -75,24 +78,24 @@ def create_model(
 def load_pretrained(
     name_or_path: str, class_names: Sequence[str], *, image_size: int | None = None
 ) -> tuple[PreTrainedModel, LoadReport]:
-    """Loads a pretrained model with a classification head of the right size, in float32.
+    """Load a pretrained model with a classification head for the given classes, in float32.
 
-    A head of the same shape is kept (continued training), any other is replaced by a new one. For another image
-    size than the model was trained with, absolute position tables are interpolated (bicubic, as transformers does).
+    A head of the same shape is kept; any other is replaced by a new one. For another image size than the model's,
+    absolute position tables are interpolated (bicubic, as in transformers).
 
     Args:
-        name_or_path: a model id of the Hub, `timm/NAME` included, or a folder.
-        class_names: names of the classes, in the order of their numbers, at least 2.
-        image_size: side of the square images, in pixels. Default: the model's own.
+        name_or_path: Model id on the Hub, ``timm/NAME`` included, or a folder.
+        class_names: Names of the classes by number, at least 2.
+        image_size: Side of the square images, in pixels. Default: the model's own.
 
     Returns:
-        The model, and what was kept of the checkpoint; the report is logged too.
+        The model, with ``image_classification_loss``, and a report of the loaded weights, which is logged too.
 
     Raises:
-        ValueError: a checkpoint of another task or kind of data, an image size that is not a multiple of the patch
-            or that this model cannot take, fewer than 2 classes.
-        OSError: no such model, or no network and not in the cache.
-        ImportError: a model of timm's, which is not installed.
+        ValueError: The checkpoint is of another task or modality, there are fewer than 2 classes, or the image size is
+            not a multiple of the patch size or not accepted by the model.
+        OSError: The model does not exist, or is neither cached nor reachable.
+        ImportError: The model needs timm, which is not installed.
     """
     if name_or_path.startswith(TIMM_PREFIX):
         require_timm(name_or_path)
@@ -145,7 +148,7 @@ def _check_backbone_loaded(name: str, model: PreTrainedModel, new: Sequence[str]
 
 
 def head_parameter_names(model: PreTrainedModel) -> list[str]:
-    """Returns the names of the classifier's parameters: all outside the base model, or timm's own classifier."""
+    """Names of the classifier's parameters: all outside the base model, or those of timm's ``get_classifier``."""
     timm_model = getattr(model, "timm_model", None)
     if timm_model is not None:
         head = {id(p) for p in timm_model.get_classifier().parameters()}
@@ -155,13 +158,20 @@ def head_parameter_names(model: PreTrainedModel) -> list[str]:
 
 
 def resize_positions(model: PreTrainedModel, image_size: int) -> tuple[PreTrainedModel, list[str]]:
-    """Returns the model for another image size, and the names of the position tables that were interpolated.
+    """Adapt a model to another image size.
 
-    A model whose configuration has no image size, or this one, is returned as it is. Otherwise a model of the new
-    size takes over all weights; it is saved and loaded like any other.
+    A model without an image size in its configuration, or with this one, is returned unchanged. Otherwise a model of
+    the new size gets all weights, with absolute position tables interpolated.
+
+    Args:
+        model: The model.
+        image_size: Side of the square images, in pixels.
+
+    Returns:
+        The model, and the names of the interpolated position tables.
 
     Raises:
-        ValueError: the model has weights that depend on the image size and are no absolute position table.
+        ValueError: Weights other than absolute position tables depend on the image size.
     """
     old_size = image_side(model.config)
     if old_size in (None, image_size) or model.config.model_type == "timm_wrapper":
@@ -170,32 +180,32 @@ def resize_positions(model: PreTrainedModel, image_size: int) -> tuple[PreTraine
     config.image_size = image_size
     with torch.random.fork_rng(devices=[]):  # the seed is for the head, which is already there
         other = type(model)(config)
-    state, wanted = model.state_dict(), other.state_dict()
-    resized = [key for key, value in state.items() if value.shape != wanted[key].shape]
+    state, new_state = model.state_dict(), other.state_dict()
+    resized = [key for key, value in state.items() if value.shape != new_state[key].shape]
     for key in resized:
         if "position_embedding" not in key or state[key].dim() not in (2, 3):
             raise ValueError(
                 f"a {model.config.model_type} model of image size {old_size} cannot be used at {image_size} pixels: "
                 f"its {key!r} depends on the size; use --image_size {old_size}"
             )
-        state[key] = interpolate_positions(state[key], wanted[key].shape[-2])
+        state[key] = interpolate_positions(state[key], new_state[key].shape[-2])
     other.load_state_dict(state)
     return other.train(model.training), resized
 
 
 def interpolate_positions(table: Tensor, length: int) -> Tensor:
-    """Interpolates an absolute position table, bicubic, to another number of positions.
+    """Interpolate an absolute position table to another number of positions (bicubic).
 
     Args:
-        table: shape (..., positions, width): class and other special tokens first, then a square grid of patches,
+        table: Position table, shape (..., positions, width). Special tokens come first, then a square grid of patches,
             row by row.
-        length: positions wanted, with the same number of special tokens.
+        length: New number of positions, special tokens included.
 
     Returns:
-        The table with `length` positions; the special tokens' rows are unchanged.
+        Table of shape (..., length, width); rows of special tokens are unchanged.
 
     Raises:
-        ValueError: no number of special tokens makes both lengths a square grid.
+        ValueError: No number of special tokens makes both grids square.
     """
     positions, width = table.shape[-2:]
     for special in range(positions):
@@ -212,7 +222,11 @@ def interpolate_positions(table: Tensor, length: int) -> Tensor:
 
 
 def check_forward(model: PreTrainedModel, image_size: int) -> None:
-    """Raises ValueError if the model cannot classify one blank image of this size; changes nothing."""
+    """Check that a model classifies one blank image of the given size; its mode is restored.
+
+    Raises:
+        ValueError: The forward pass fails, or its logits have the wrong shape.
+    """
     channels = getattr(model.config, "num_channels", None) or 3
     training = model.training
     model.eval()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.hooked import ParamsT
@@ -25,10 +25,10 @@ from hf_adafisher.optimizers.base.options import (
     Size,
     option,
 )
-from hf_adafisher.optimizers.compiled import Call, CompiledUpdate, whole
-from hf_adafisher.optimizers.layout import Parts
-from hf_adafisher.optimizers.sharding import is_sharded, local_part
-from hf_adafisher.optimizers.update import Scratch, Vectors, cut, update_parameter, update_parts
+from hf_adafisher.optimizers.blocks import update_in_blocks
+from hf_adafisher.optimizers.compiled import CompiledUpdate
+from hf_adafisher.optimizers.sharding import local_part
+from hf_adafisher.optimizers.update import Block, StepCoefficients, step_coefficients
 
 DAMPING = Option(
     Size(positive=True, why=": it is the smallest value that the momentum is divided by"),
@@ -130,64 +130,28 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         self._compiled = CompiledUpdate() if options.compiled else None
         super().__init__(model, params, options)
 
-    def close(self) -> None:
-        """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
-        super().close()
-        self._statistics.parts.clear()
-
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """The group's ``damping``, whatever the terms are."""
         return group["damping"]
 
     def _update_parameters(self) -> None:
-        scratch, compiled = Scratch(), self._compiled
-        vectors: dict[tuple[int, int], Vectors] = {}
-        calls: list[Call] = []
-        for group, p, grad, state in self._count_step():
-            step, terms = int(state["step"].item()), self._statistics.local_terms(p, state, grad)
-            alike = vectors.get((id(group), step))
-            if alike is None:
-                alike = vectors[id(group), step] = Vectors(self._numbers(group, step))
-            tensors = (p, grad, state["exp_avg"])
-            if is_sharded(p):
-                local = (local_part(p), local_part(grad), local_part(state["exp_avg"]))
-                update_parameter(*local, terms, **alike.numbers, scratch=scratch)
-            elif not alike.take(*tensors, terms):  # vectors are updated below, with their like
-                if compiled is not None and compiled.takes(p):
-                    parts = self._parts_of(*tensors, terms, whole)
-                    calls.append(compiled.call(parts, grad, alike.numbers))
-                    if not parts.lasting:  # factors of the parameter's own size do not wait for the others
-                        compiled.run([calls.pop()])
-                else:
-                    update_parts(self._parts_of(*tensors, terms, cut), grad, alike.numbers, scratch)
-        for alike in vectors.values():
-            alike.update_()
-        if compiled is not None and not compiled.run(calls):  # no compiler works: from now on everything is eager
-            self._compiled = None
-            self._statistics.parts.clear()
-
-    def _parts_of(
-        self, p: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], make: Callable[..., Parts]
-    ) -> Parts:
-        """The parameter as its update takes it, kept for the next steps where that is safe."""
-        kept = self._statistics.parts
-        parts = kept.get(id(p))
-        if parts is None or not parts.fits(p, grad, exp_avg, terms):
-            parts = make(p, grad, exp_avg, terms)
-            kept.pop(id(p), None)
-            if parts.lasting:
-                kept[id(p)] = parts
-        return parts
-
-    def _numbers(self, group: Mapping[str, Any], step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "lr": float(group["lr"]),
-            "beta": group["beta"],
-            "damping": group["damping"],
-            "weight_decay": group["weight_decay"],
-            "decoupled": bool(self.decoupled),
-        }
+        batches: dict[tuple[int, int], tuple[StepCoefficients, list[Block]]] = {}
+        for member in self._members():
+            key = id(member.group), member.step
+            if key not in batches:
+                batches[key] = step_coefficients(member.group, member.step, bool(self.decoupled)), []
+            coefficients, blocks = batches[key]
+            block = Block(member.param, member.grad, member.exp_avg, member.terms)
+            if member.sharded:
+                terms = self._statistics.local_terms(member.param, member.terms)
+                param, grad, exp_avg = (local_part(tensor) for tensor in block[:3])
+                blocks.append(Block(param, grad, exp_avg, terms))
+            elif self._compiled is not None and self._compiled.supports(block):
+                self._compiled.update_(block, coefficients)
+            else:
+                blocks.append(block)
+        for coefficients, blocks in batches.values():
+            update_in_blocks(blocks, coefficients)
 
 
 class AdaFisherW(AdaFisher):

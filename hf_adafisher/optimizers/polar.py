@@ -19,7 +19,7 @@ Each is the one nearest to 1 in the maximum norm over the interval to which thos
 fiftieth of the interval's end on, so that none is too steep), after Amsel et al., 2025, arXiv 2505.16932.
 """
 BAND = (0.78, 1.23)
-"""Where they take singular values of 0.003 of the Frobenius norm and more: near one is all that is asked for."""
+"""Interval to which they take singular values from 0.003 of the Frobenius norm: near one is all that is needed."""
 _MARGIN = 1.01
 """Rounding must not take a singular value beyond 1, where the first polynomial is steep."""
 

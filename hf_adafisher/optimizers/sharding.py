@@ -20,7 +20,7 @@ _SHARDED = (DTensor,) if torch.distributed.is_available() else ()
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor."""
+    """True for a DTensor."""
     return isinstance(tensor, _SHARDED)
 
 
@@ -47,7 +47,7 @@ def local_values(full: Tensor, param: Any) -> Tensor:
 
 
 def is_split(terms: Sequence[DiagonalTerm], param: Any) -> bool:
-    """Whether a term has the weight of a grouped convolution as one axis more: its local part is of the weight's size.
+    """True for terms of a grouped convolution with one axis more: their local part is of the weight's size.
 
     Shards need not end where a group ends, so that the factors are copied out for each row before they are cut.
     """

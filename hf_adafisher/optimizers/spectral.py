@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT
-from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer, Member
 from hf_adafisher.optimizers.base.options import (
     BETA,
     EMA_DECAY,
@@ -32,7 +32,7 @@ from hf_adafisher.optimizers.base.options import (
 )
 from hf_adafisher.optimizers.base.spectral_statistics import SpectralStatistics
 from hf_adafisher.optimizers.sharding import full_tensor, local_part, local_values
-from hf_adafisher.optimizers.spectral_update import bounded, diagonal_direction, spectral_directions
+from hf_adafisher.optimizers.update import bound_relative_step, diagonal_direction, spectral_directions
 
 logger = logging.getLogger(__name__)
 
@@ -82,17 +82,6 @@ class SpectralAdaFisherOptions(OptimizerOptions):
     spectral_heads: bool = option(False, SPECTRAL_HEADS)
     momentum_dtype: torch.dtype | str | None = option(None, MOMENTUM_DTYPE, argument=True)
     polar_dtype: torch.dtype | str | None = option(None, POLAR_DTYPE)
-
-
-class _Member(NamedTuple):
-    """A parameter that is about to move."""
-
-    group: Mapping[str, Any]
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor
-    step: int
-    terms: Sequence[DiagonalTerm]
 
 
 class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
@@ -207,7 +196,7 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         super().__init__(model, params, options)
 
     def _new_tracker(self) -> SpectralStatistics:
-        return SpectralStatistics(self.model)
+        return SpectralStatistics(self.model, type(self).__name__)
 
     def _track(self) -> None:
         super()._track()
@@ -225,7 +214,7 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         return super()._take_statistics()
 
     def _update_parameters(self) -> None:
-        matrices: dict[Any, list[_Member]] = {}
+        matrices: dict[Any, list[Member]] = {}
         for member in self._members():
             exp_avg, grad = local_part(member.exp_avg), local_part(member.grad)
             exp_avg.lerp_(grad.to(exp_avg.dtype), 1.0 - member.group["beta"])
@@ -244,15 +233,7 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
                 for member, direction in zip(batch, self._spectral_steps(batch, polar_dtype), strict=True):
                     self._move(member, direction)
 
-    def _members(self) -> list[_Member]:
-        """Every parameter with a gradient, its step counted."""
-        return [
-            _Member(group, p, grad, state["exp_avg"], int(state["step"].item()), self._statistics.terms(p, state, grad))
-            for group, p, grad, state in self._count_step()
-            if p.numel()
-        ]
-
-    def _momentum(self, member: _Member) -> Tensor:
+    def _momentum(self, member: Member) -> Tensor:
         """The bias-corrected first moment of the whole parameter, a step ahead if asked, in the dtype of statistics."""
         beta, dtype = member.group["beta"], statistics_dtype(member.param.dtype)
         momentum = member.exp_avg.to(dtype)
@@ -260,10 +241,10 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
             momentum = momentum * beta + member.grad.to(dtype) * (1.0 - beta)
         return full_tensor(momentum) / (1.0 - beta**member.step)
 
-    def _diagonal_step(self, member: _Member) -> Tensor:
+    def _diagonal_step(self, member: Member) -> Tensor:
         return diagonal_direction(self._momentum(member), member.terms, member.group["relative_damping"])
 
-    def _spectral_steps(self, members: Sequence[_Member], polar_dtype: torch.dtype | None) -> Iterator[Tensor]:
+    def _spectral_steps(self, members: Sequence[Member], polar_dtype: torch.dtype | None) -> Iterator[Tensor]:
         momenta, whitenings = [], []
         for member in members:
             momenta.append(self._momentum(member).flatten(1))
@@ -272,12 +253,12 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         for member, direction in zip(members, directions, strict=True):
             yield direction.reshape(member.param.shape)
 
-    def _move(self, member: _Member, direction: Tensor) -> None:
+    def _move(self, member: Member, direction: Tensor) -> None:
         lr, weight_decay, p = float(member.group["lr"]), member.group["weight_decay"], local_part(member.param)
         most = member.group["max_relative_step"]
         if most is not None and p.dim() > 1:
             norm = full_tensor(torch.linalg.vector_norm(member.param.detach(), dtype=direction.dtype))
-            direction = bounded(direction, lr, norm, most)
+            direction = bound_relative_step(direction, lr, norm, most)
         direction = local_values(direction, member.param)
         moved = p if p.dtype == direction.dtype else p.to(direction.dtype)
         if weight_decay:
@@ -288,5 +269,5 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
 
 
 def _are_sides(terms: Sequence[DiagonalTerm], p: Tensor) -> bool:
-    """Whether every term has one factor for the rows and one for the columns (not so for grouped convolutions)."""
+    """True where every term has one factor for the rows and one for the columns (not in grouped convolutions)."""
     return all(len(term) == 2 and term[0].dim() == p.dim() for term in terms)

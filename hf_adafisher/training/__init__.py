@@ -1,4 +1,4 @@
-"""How Hugging Face drives it: training arguments, a Trainer and callbacks."""
+"""Integration with Hugging Face: training arguments, a Trainer and callbacks."""
 
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.callbacks import AdaFisherCallback

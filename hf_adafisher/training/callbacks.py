@@ -1,4 +1,4 @@
-"""What optimizers that record statistics need to hear from loops that scale losses, skip steps or start over."""
+"""Trainer callback for optimizers with hooks: loss scale, skipped steps and restarted attempts."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from hf_adafisher.optimizers.validation.environment import unwrapped
 
 
 class AdaFisherCallback(TrainerCallback):
-    """Tells AdaFisher(W) and K-FAC the loss scaler's scale, and to forget statistics that no step is going to use.
+    """Pass the loss scale to the optimizer, and discard statistics that no step will use.
 
-    The latter are those of a batch whose gradients overflowed (fp16: the loss scaler skips the optimizer, and Trainer
-    resets the gradients behind its back), and those of an attempt that ran out of memory (``auto_find_batch_size``
-    starts over with the same optimizer). The refresh stays due. AdaFisherTrainer has this callback by itself; add it
-    to a stock Trainer that trains in fp16: ``Trainer(..., callbacks=[AdaFisherCallback()])``.
+    It acts on optimizers with hooks: AdaFisher(W), SpectralAdaFisher and K-FAC. Statistics are discarded in two cases:
+
+    * Gradients overflowed in fp16, so the loss scaler skipped the step.
+    * An attempt ran out of memory, so ``auto_find_batch_size`` starts over with the same optimizer.
+
+    The refresh of the factors stays due. AdaFisherTrainer adds this callback itself. A stock Trainer needs it for fp16:
+    ``Trainer(..., callbacks=[AdaFisherCallback()])``.
     """
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Discard the statistics of an earlier attempt."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         if isinstance(optimizer, HookedOptimizer):
             optimizer.discard_statistics()
@@ -29,6 +33,7 @@ class AdaFisherCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Set the optimizer's ``gradient_scale`` before a step that refreshes the factors."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
         if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due and scaler is not None:
@@ -37,6 +42,7 @@ class AdaFisherCallback(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Discard the statistics of a skipped step."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         if isinstance(optimizer, HookedOptimizer) and getattr(kwargs["optimizer"], "step_was_skipped", False):
             optimizer.discard_statistics()

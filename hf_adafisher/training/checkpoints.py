@@ -1,10 +1,8 @@
-"""Is a Trainer checkpoint whole? Asked before a run is resumed from it.
+"""Completeness checks of Trainer checkpoints before a run is resumed.
 
-A run that is killed while it saves, a full disk or a copy that was cut off leave a checkpoint of which only a part can
-be read. transformers' own ``get_last_checkpoint`` takes the highest number whatever the directory holds, and
-``Trainer`` then either fails in the reader of one file, without its name, or, where ``optimizer.pt``, ``scheduler.pt``
-or the state of the random generators are missing, trains on without them and says nothing: another training than the
-one that was interrupted.
+A run killed while saving, a full disk, or an interrupted copy leaves an incomplete checkpoint. ``get_last_checkpoint``
+of transformers takes the highest number without looking at the files. ``Trainer`` then fails without naming the file,
+or, if optimizer, scheduler or random state are missing, silently continues without them.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _RANK = re.compile(r"rng_state_(\d+)\.pth")
 _DISTCP = re.compile(rb"__\d+_\d+\.distcp")
 
-# What resuming reads, by the names that Trainer gives it: one of each line must be there.
+# Files that resuming reads, by the names that Trainer gives them; one of each group must be there.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -43,22 +41,23 @@ _RNG = ("rng_state.pth", "rng_state_*.pth")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that no run can be resumed from; the message names the file and what is wrong with it."""
+    """Checkpoint from which no run can be resumed; the message names the file and its damage."""
 
 
 def check_checkpoint_files(checkpoint: Path) -> None:
-    """Checks that every file which resuming needs is there, and that every file that is there is whole.
+    """Check that a checkpoint has all files that resuming needs, and that none of its files is damaged.
 
-    Cheap, whatever the model's size: file sizes and tables of contents are compared, tensors are not read (a changed
-    value goes unnoticed), and nothing is unpickled. ``trainer_state.json``, weights, optimizer, scheduler and random
-    generators must be there. So a checkpoint of ``save_only_model=True`` is refused: Trainer would resume from it with
-    a new optimizer and a new learning rate schedule, without a word. Files that resuming does not read
-    (``config.json``, ``training_args.bin``, the tokenizer's) may be absent, but not damaged. What cannot be seen from
-    outside is not demanded: ``scaler.pt`` (fp16 runs only), the ``rng_state_N.pth`` of ranks above the highest present.
-    Nor does it show if another run overwrote some of the files and was stopped before the rest.
+    The check compares file sizes and tables of contents. It reads no tensors, so a changed value goes unnoticed, and
+    unpickles nothing. The time does not depend on the size of the model.
 
-    The layouts known are those of a single process, DDP, PEFT, FSDP and DeepSpeed; not those of XLA's FSDP and
-    SageMaker.
+    ``trainer_state.json``, weights, optimizer, scheduler and random state are required. So a checkpoint of
+    ``save_only_model=True`` is refused: Trainer would silently resume with a new optimizer and learning rate schedule.
+    Files that resuming does not read (``config.json``, ``training_args.bin``, tokenizer) may be absent, but not
+    damaged. ``scaler.pt`` and the ``rng_state_N.pth`` of ranks above the highest one present are not required, since
+    the directory does not tell if the run had them. A mix of files from two runs is not detected.
+
+    Supported layouts: single process, DDP, PEFT and FSDP; not FSDP of XLA and not SageMaker. DeepSpeed's own files are
+    not checked.
 
     Args:
         checkpoint: The ``checkpoint-N`` directory.
@@ -72,24 +71,23 @@ def check_checkpoint_files(checkpoint: Path) -> None:
 
 
 def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The newest ``checkpoint-N`` in a run's directory that ``check_checkpoint_files`` accepts.
+    """Newest ``checkpoint-N`` directory of a run that ``check_checkpoint_files`` accepts.
 
-    Newer ones that are incomplete are skipped with one warning each, and left as they are.
+    Newer incomplete checkpoints are skipped with one warning each, and not changed.
 
     Args:
-        output_dir: The run's directory; it need not exist.
+        output_dir: Directory of the run; it may be missing.
 
     Returns:
-        The directory with the highest N among the complete ones; None if there is no checkpoint at all.
+        The complete checkpoint with the highest N, or None if there is no checkpoint.
 
     Raises:
-        CheckpointError: There are checkpoints and none is complete. A run that silently started anew would overwrite
-            the evidence, and cost the time already spent once more.
+        CheckpointError: There are checkpoints, but none is complete. A new run would overwrite them.
     """
     numbered = [(_CHECKPOINT.fullmatch(path.name), path) for path in _directories(Path(output_dir))]
-    found = sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)
+    checkpoints = sorted(((int(match[1]), path) for match, path in numbered if match), reverse=True)
     problems = []
-    for _, checkpoint in found:
+    for _, checkpoint in checkpoints:
         problem = _first_problem(checkpoint)
         if problem is None:
             return checkpoint
@@ -104,7 +102,7 @@ def last_complete_checkpoint(output_dir: Path) -> Path | None:
 
 
 def _first_problem(checkpoint: Path) -> str | None:
-    """The file that is missing or damaged and what is wrong with it, in words, or None."""
+    """Description of the first missing or damaged file, or None."""
     try:
         return next(_problems(checkpoint), None)
     except OSError as error:
@@ -136,14 +134,13 @@ def _problems(checkpoint: Path) -> Iterator[str]:
 
 
 def _missing(checkpoint: Path) -> Iterator[str]:
-    """What resuming needs and the directory lacks."""
+    """Descriptions of files that resuming needs and the directory lacks."""
 
     def has(patterns: tuple[str, ...]) -> bool:
         return any(next(checkpoint.glob(pattern), None) is not None for pattern in patterns)
 
-    if (checkpoint / "latest").is_file():  # DeepSpeed keeps weights, optimizer and often the schedule to itself
-        yield from _deepspeed_problems(checkpoint)
-    else:
+    # DeepSpeed, which only torch's optimizers can run under, has its own files, and loads them by itself.
+    if not (checkpoint / "latest").is_file():
         if not has(_WEIGHTS):
             yield f"{checkpoint / _expected_weights(checkpoint)} is missing: the checkpoint has no weights"
         for name, patterns in (("optimizer.pt", _OPTIMIZER), ("scheduler.pt", _SCHEDULER)):
@@ -162,7 +159,7 @@ def _missing(checkpoint: Path) -> Iterator[str]:
 
 
 def _expected_weights(checkpoint: Path) -> str:
-    """The file that the weights should begin with, by what stands beside it."""
+    """Name of the missing weights file, judged by the files beside it."""
     if any(checkpoint.glob("model-*-of-*.safetensors")):
         return "model.safetensors.index.json"
     if any(checkpoint.glob("pytorch_model-*-of-*.bin")):
@@ -201,7 +198,7 @@ def _read_safetensors(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> None:
-    """The table of contents stands at the end of a zip archive, so a truncated one has none."""
+    """Read the table of contents, which is at the end of a zip archive, so a truncated one has none."""
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             with archive.open(member):  # reads the header before the member's own bytes
@@ -232,7 +229,7 @@ _READERS: dict[str, Callable[[Path], None]] = {
 
 
 def _distributed_problems(shards: Path) -> Iterator[str]:
-    """A directory of torch.distributed.checkpoint: ``.metadata``, a pickle written last, names the other files."""
+    """Problems in a directory of torch.distributed.checkpoint; ``.metadata``, written last, names the other files."""
     metadata = shards / ".metadata"
     if not metadata.is_file():
         yield f"{metadata} is missing"
@@ -245,17 +242,6 @@ def _distributed_problems(shards: Path) -> Iterator[str]:
             yield f"{shards / name} is missing"
         elif (shards / name).stat().st_size == 0:
             yield f"{shards / name} is empty"
-
-
-def _deepspeed_problems(checkpoint: Path) -> Iterator[str]:
-    """DeepSpeed's own directory, which the file ``latest`` names; its engines differ in the format of the files."""
-    tag = (checkpoint / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    files = list((checkpoint / tag).glob("*_states.pt")) if tag else []
-    if not files:
-        yield f"{checkpoint / 'latest'} names {tag!r}, where there are no *_states.pt"
-    for path in sorted(files):
-        if path.stat().st_size == 0:
-            yield f"{path} is empty"
 
 
 def _directories(folder: Path) -> list[Path]:

@@ -1,8 +1,7 @@
-"""A record of every layer's curvature while a Trainer trains: a file of JSON lines, and whatever Trainer reports to."""
+"""Trainer callback that records the curvature of every layer in a file and in Trainer's integrations."""
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import math
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
@@ -24,40 +23,42 @@ from hf_adafisher.optimizers.validation.environment import unwrapped
 logger = logging.getLogger(__name__)
 
 CURVATURE_FILE = "curvature.jsonl"
-"""The name of the record in ``args.output_dir``."""
+"""File name of the record in ``args.output_dir``."""
 
 
 class CurvatureCallback(TrainerCallback):
-    """Records the curvature of every layer whenever AdaFisher(W) has refreshed its factors; for any Trainer.
+    """Record the curvature of every layer after each refresh of AdaFisher(W)'s factors, under any Trainer.
 
-    ``Trainer(..., callbacks=[CurvatureCallback()])`` writes one line a refresh to ``curvature.jsonl`` in
-    ``args.output_dir``, at once, by process 0:
+    ``Trainer(..., callbacks=[CurvatureCallback()])`` writes one JSON line per refresh to ``curvature.jsonl`` in
+    ``args.output_dir``. Process 0 writes it immediately. A line has these keys:
 
-    * ``step``: optimizer steps made, the one with the refresh included; ``epoch``; ``refresh``: its number;
-    * ``layers``: for the name of every parameter with statistics, which begins with its module's, the numbers of
-      ``hf_adafisher.optimizers.diagnostics.layer_curvature.layer_curvature``: ``fisher_min``, ``fisher_median``,
-      ``fisher_max``, ``condition_number``, ``floor_share``, ``update_rms``, ``step_gain``. What is not finite is null;
-    * ``record_seconds``: what the record has cost since the line before, and ``interval_seconds``: the time since
-      then, or since training began. A device that works on its own (a GPU) is waited for on either side of the record,
-      so that all of the record's work and none of the step's counts. What the waiting itself costs the run, whose
-      processor cannot prepare the next kernels meanwhile, is in ``interval_seconds`` alone.
+    * ``step``: Number of optimizer steps, the one with the refresh included.
+    * ``epoch``: Epoch as Trainer counts it.
+    * ``refresh``: Number of the refresh.
+    * ``layers``: Values of ``hf_adafisher.optimizers.diagnostics.layer_curvature.layer_curvature`` by the names of all
+      parameters with statistics: ``fisher_min``, ``fisher_median``, ``fisher_max``, ``condition_number``,
+      ``floor_share``, ``update_rms``, ``step_gain``. Non-finite values are null.
+    * ``record_seconds``: Time spent on recording since the previous line. A GPU is synchronized before and after the
+      record, so that its work is counted and that of the step is not.
+    * ``interval_seconds``: Time since the previous line, or since training began. It includes the cost of
+      synchronization.
 
-    A resumed run goes on with the file: lines of steps after the checkpoint are dropped, as the run makes them again.
-    A run that starts from the beginning starts the file anew.
+    A resumed run continues the file: lines of steps after the checkpoint are dropped, since the run repeats these
+    steps. A new run starts a new file.
 
-    The same numbers go to every integration of ``report_to``, as ``curvature/<parameter>/<number>``. Trainer's own
-    ``log`` would also print them and keep them in every checkpoint, hundreds of numbers a refresh, so they are handed
-    to the integrations alone: console and ``log_history`` stay as they are.
+    The values also go to every integration of ``report_to``, as ``curvature/<parameter>/<number>``. They bypass
+    Trainer's ``log``, which would print hundreds of numbers per refresh and keep them in every checkpoint. A Trainer
+    other than AdaFisherTrainer needs ``callback.attach(trainer)`` before ``train()`` for this.
 
-    Training is the same to the bit. DDP needs no communication for it, FSDP2 one small all-reduce. With any other
-    optimizer one warning says that there is nothing to record.
+    Training is bitwise the same. DDP needs no communication for the record, FSDP2 one small all-reduce. With any other
+    optimizer, nothing is recorded, with one warning.
 
     Args:
-        every: Record every so many refreshes, >= 1, beginning with the first. Default 1.
-        report: Whether ``report_to`` hears of it; False writes the file only. Default True.
+        every: Number of refreshes from one record to the next, >= 1; the first refresh is recorded. Default 1.
+        report: Send the values to ``report_to`` too; False writes the file only. Default True.
 
     Raises:
-        ValueError: ``every`` is no whole number >= 1.
+        ValueError: ``every`` is no integer >= 1.
     """
 
     def __init__(self, every: int = 1, report: bool = True) -> None:
@@ -67,13 +68,22 @@ class CurvatureCallback(TrainerCallback):
         self.report = report
         self._refreshes = 0
         self._layers: dict[str, dict[str, float]] | None = None
+        self._handler: CallbackHandler | None = None
         self._reporters: list[TrainerCallback] = []
         self._spent = self._since = 0.0
+
+    def attach(self, trainer: Trainer) -> None:
+        """Report to the integrations of this Trainer, which does not pass them to callbacks.
+
+        Args:
+            trainer: Trainer with this callback, before its ``train()``.
+        """
+        self._handler = trainer.callback_handler
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes up the file where the run does."""
+        """Open the record: drop lines after the step from which the run starts, and find the integrations."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         self._layers, self._reporters = None, []
         if not isinstance(optimizer, AdaFisher):
@@ -87,12 +97,26 @@ class CurvatureCallback(TrainerCallback):
         if state.is_world_process_zero:
             _drop_lines_after(state.global_step, _record_file(args))
             if self.report:
-                self._reporters = _reporters_beside(self, kwargs.get("optimizer"))
+                self._reporters = self._integrations(args, kwargs.get("optimizer"))
+
+    def _integrations(self, args: TrainingArguments, optimizer: Any) -> list[TrainerCallback]:
+        """Integrations of the attached Trainer, if it is the one with this optimizer; else a warning names them."""
+        if self._handler is not None and self._handler.optimizer is optimizer:
+            kinds: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
+            return [other for other in self._handler.callbacks if isinstance(other, kinds)]
+        unheard = [name for name in args.report_to or () if name != "none"]
+        if unheard:
+            logger.warning(
+                "CurvatureCallback writes its file only: for report_to=%s use AdaFisherTrainer, or call "
+                "callback.attach(trainer) before train().",
+                ", ".join(unheard),
+            )
+        return []
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Looks at the layers while the learning rate is still that of the step."""
+        """Compute the layers' curvature while the learning rate is still that of the step."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         if not isinstance(optimizer, AdaFisher) or _refreshes(optimizer) == self._refreshes:
             return
@@ -106,7 +130,7 @@ class CurvatureCallback(TrainerCallback):
             self._spent += time.perf_counter() - begin
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes and reports, now that Trainer has counted the step."""
+        """Write and report the record after Trainer has counted the step."""
         layers, self._layers = self._layers, None
         if layers is None or not state.is_world_process_zero:
             return
@@ -135,12 +159,17 @@ class CurvatureCallback(TrainerCallback):
 
 
 def read_curvature(file: Path) -> list[dict[str, Any]]:
-    """The lines that ``CurvatureCallback`` wrote, in order; a last one that a killed run left unfinished is left
-    out.
+    """Read the lines that ``CurvatureCallback`` wrote; an unfinished last line of a killed run is dropped.
+
+    Args:
+        file: The ``curvature.jsonl`` of a run.
+
+    Returns:
+        The lines in order, each as a dictionary.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is something else.
+        FileNotFoundError: The file does not exist.
+        ValueError: A line was not written by ``CurvatureCallback``.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: train with callbacks=[CurvatureCallback()] first")
@@ -163,7 +192,7 @@ def _parsed(text: str) -> dict[str, Any] | None:
 
 
 def _drop_lines_after(step: int, file: Path) -> None:
-    """Keep the lines up to ``step``, and none of them half: the file is replaced as a whole, or removed."""
+    """Keep the lines up to ``step``; the file is replaced atomically, or removed if no line is left."""
     if not file.exists():
         return
     partial = file.with_name(file.name + ".partial")
@@ -181,20 +210,8 @@ def _drop_lines_after(step: int, file: Path) -> None:
         file.unlink()
 
 
-def _reporters_beside(callback: TrainerCallback, optimizer: Any) -> list[TrainerCallback]:
-    """The integrations among the callbacks of the Trainer that runs ``callback`` with this optimizer.
-
-    Trainer tells a callback nothing of the others, so the list that holds it is looked for, once a training. The
-    optimizer tells it from that of an earlier Trainer with the same callback.
-    """
-    kinds: tuple[Any, ...] = tuple(INTEGRATION_TO_CALLBACK.values())
-    handlers = [found for found in gc.get_objects() if issubclass(type(found), CallbackHandler)]
-    mine = [h for h in handlers if h.optimizer is optimizer and any(other is callback for other in h.callbacks)]
-    return [other for handler in mine for other in handler.callbacks if isinstance(other, kinds)]
-
-
 def _wait_for(devices: Iterable[torch.device]) -> None:
-    """Until every kernel that was launched has ended; nothing for a CPU, where they end before the next line."""
+    """Wait until all launched kernels have ended; a CPU runs them synchronously."""
     accelerator = torch.accelerator.current_accelerator()
     for device in devices:
         if accelerator is not None and device.type == accelerator.type:

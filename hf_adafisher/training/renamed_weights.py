@@ -1,8 +1,8 @@
-"""Weights of checkpoints whose names are not those of the model.
+"""Loading of checkpoints whose weights have other names than the model's.
 
-transformers saves some models (ViT, Mixtral, ...) under the names that their published weights have, and
-``from_pretrained`` knows both. ``Trainer`` does not: resuming, it loads what agrees, warns, and leaves the rest at
-their initial values (https://github.com/huggingface/transformers/issues/43701).
+Transformers saves some models (ViT, Mixtral, ...) under the names of their published weights, which ``from_pretrained``
+translates. ``Trainer`` does not: it loads the weights whose names agree, and with a warning leaves the others at their
+initial values (https://github.com/huggingface/transformers/issues/43701).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 
 def has_renamed_weights(model: nn.Module, checkpoint: Path) -> bool:
-    """Whether the checkpoint holds weights under names that the model does not have."""
+    """True if the checkpoint has weights under names that the model does not have."""
     if not isinstance(model, PreTrainedModel):
         return False
     names = set(model.state_dict())
@@ -28,10 +28,14 @@ def has_renamed_weights(model: nn.Module, checkpoint: Path) -> bool:
 
 
 def load_renamed_weights(model: Any, checkpoint: Path) -> None:
-    """Load the checkpoint into the model by way of ``from_pretrained``, which translates the names.
+    """Load the weights of a checkpoint through ``from_pretrained``, which translates their names.
+
+    Args:
+        model: Model of transformers, changed in place.
+        checkpoint: The ``checkpoint-N`` directory.
 
     Raises:
-        ValueError: Some of the model's weights are not in the checkpoint, or its class cannot be built from its
+        ValueError: The checkpoint lacks weights of the model, or the model's class cannot be built from its
             configuration alone.
     """
     # The widest dtype: a model may keep its head in float32 and the rest in bfloat16.
@@ -52,7 +56,7 @@ def load_renamed_weights(model: Any, checkpoint: Path) -> None:
 
 
 def _saved_names(checkpoint: Path) -> Iterable[str]:
-    """The names in the checkpoint; none where it has another layout than Trainer's of a whole model."""
+    """Names of the weights in a checkpoint; empty for layouts other than Trainer's of a complete model."""
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (checkpoint / index).is_file():
             return json.loads((checkpoint / index).read_text(encoding="utf-8"))["weight_map"]

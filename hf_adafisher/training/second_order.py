@@ -1,4 +1,4 @@
-"""Backward passes whose gradients can be differentiated again, for the steps that estimate a Hessian."""
+"""Backward passes that keep the graph of the gradients, for optimizers that estimate a Hessian."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 @contextlib.contextmanager
 def second_derivatives(accelerator: Any, optimizer: Any, model: nn.Module) -> Iterator[None]:
-    """Within it, ``accelerator.backward`` keeps the graph of the gradients, if the optimizer's next step needs it.
+    """Make ``accelerator.backward`` keep the graph of the gradients if the optimizer's next step needs it.
 
-    DistributedDataParallel cannot average such gradients: its buckets would become part of the graph. So its
-    averaging is left out, and after the last backward of a step the optimizer averages them itself.
+    DistributedDataParallel cannot average such gradients, since its buckets would become part of the graph. So its
+    averaging is turned off, and the optimizer averages the gradients after the last backward of a step.
 
     Args:
-        accelerator: The Trainer's; Trainer has no argument for the keywords of its ``backward``.
-        optimizer: The optimizer itself, without accelerate's wrapper; any kind.
-        model: The model that Trainer trains, wrapped or not.
+        accelerator: Accelerator of the Trainer, whose ``backward`` is replaced inside the context.
+        optimizer: Optimizer of any kind, without accelerate's wrapper.
+        model: Model that Trainer trains, wrapped or not.
+
+    Yields:
+        Nothing.
     """
     if not getattr(optimizer, "needs_graph", False):
         yield
@@ -37,7 +40,7 @@ def second_derivatives(accelerator: Any, optimizer: Any, model: nn.Module) -> It
             # The cycle it warns of ends with the optimizer's step.
             warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
             if parallel is not None:
-                _share_buffers(parallel)
+                _broadcast_buffers(parallel)
             yield
     finally:
         if patched:
@@ -49,8 +52,8 @@ def second_derivatives(accelerator: Any, optimizer: Any, model: nn.Module) -> It
 
 
 @torch.no_grad()
-def _share_buffers(model: DistributedDataParallel) -> None:
-    """The running statistics of rank 0 for all processes, which DDP leaves out together with its averaging."""
+def _broadcast_buffers(model: DistributedDataParallel) -> None:
+    """Broadcast the buffers of rank 0, which DDP omits together with its averaging."""
     if model.broadcast_buffers:
         for buffer in model.module.buffers():
             dist.broadcast(buffer, src=0, group=model.process_group)

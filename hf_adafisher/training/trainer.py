@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from hf_adafisher.training.arguments import (
 )
 from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
+from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
 from hf_adafisher.training.second_order import second_derivatives
 
@@ -105,7 +107,7 @@ class AdaFisherTrainer(Trainer):
         return self.optimizer
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, but a checkpoint is checked before it is used.
+        """Train as Trainer does; a checkpoint is checked before it is used.
 
         ``resume_from_checkpoint=True`` takes the newest checkpoint that is complete, with a warning for every newer one
         that is not: a run that was killed while it saved goes on from the one before.
@@ -122,17 +124,20 @@ class AdaFisherTrainer(Trainer):
             resume_from_checkpoint = True if found is None else str(found)  # True without any is Trainer's own error
         elif resume_from_checkpoint:
             check_checkpoint_files(Path(resume_from_checkpoint))
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, CurvatureCallback):
+                callback.attach(self)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._show_evaluated_weights()
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer; with schedule-free optimizers, the weights that are evaluated."""
+        """Save the model; with schedule-free optimizers, the weights that are evaluated."""
         self._show_evaluated_weights()
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """As in Trainer, also where the checkpoint's weights have other names than the model's."""
+        """Load a checkpoint, also where its weights have other names than the model's."""
         if not self._load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -160,14 +165,14 @@ class AdaFisherTrainer(Trainer):
         return unwrapped(self.optimizer)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """As in Trainer; a checkpoint that an earlier run left in this place does not count as complete meanwhile."""
+        """Save a checkpoint; one that an earlier run left in this place does not count as complete meanwhile."""
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in Trainer; an error about the optimizer's state names the checkpoint."""
+        """Load optimizer and scheduler; an error about the optimizer's state names the checkpoint."""
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError as error:
@@ -176,22 +181,22 @@ class AdaFisherTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """As in Trainer; steps that refresh AdaFisher's or K-FAC's factors run eagerly, with the loss's scale known.
+        """Run a training step, eagerly where it refreshes AdaFisher's or K-FAC's factors, with the loss's scale known.
 
         Those for which AdaHessian and Sophia estimate the Hessian keep the gradients' graph.
         """
-        optimizer, stance = self._raw_optimizer(), contextlib.nullcontext()
+        optimizer = self._raw_optimizer()
+        eager: AbstractContextManager[Any] = contextlib.nullcontext()
         if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
             if hasattr(optimizer, "loss_terms"):
                 optimizer.loss_terms = self._loss_terms(num_items_in_batch) or 1.0
-            optimizer._statistics.runs_eagerly = True
-            stance = torch.compiler.set_stance("force_eager")  # whoever compiled what, it would not run the hooks
-        with stance, second_derivatives(self.accelerator, optimizer, model):
+            eager = optimizer.eager_if_due()  # whoever compiled what, it would not run the hooks
+        with eager, second_derivatives(self.accelerator, optimizer, model):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def _gradient_scale(self, num_items: torch.Tensor | int | None) -> float:
-        """What each position's loss is multiplied by in the loss averaged over processes, where Trainer counts items.
+        """Factor of each position's loss in the loss averaged over processes, where Trainer counts items.
 
         Where it counts none, the loss is the mean over a batch, and the loss scaler alone multiplies it.
         """
@@ -199,7 +204,7 @@ class AdaFisherTrainer(Trainer):
         return scale if scaler is None else scale * scaler.get_scale()
 
     def _loss_terms(self, num_items: torch.Tensor | int | None) -> float | None:
-        """How many items the loss is the mean of, over all micro-batches and processes; None where it counts none."""
+        """Number of items that the loss is the mean of, over all processes; None where Trainer counts none."""
         items = 0.0 if num_items is None else float(num_items)
         if items <= 0 or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None
@@ -207,7 +212,7 @@ class AdaFisherTrainer(Trainer):
         return items if self.args.average_tokens_across_devices else items * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in Trainer; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
+        """Log; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
         optimizer = self._raw_optimizer()
         if isinstance(optimizer, HookedOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
             kind = "adafisher" if isinstance(optimizer, KroneckerDiagonalOptimizer) else "kfac"
@@ -216,7 +221,7 @@ class AdaFisherTrainer(Trainer):
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As in Trainer, with the optimizer and the options that were really used."""
+        """Write the model card, with the optimizer and the options that were really used."""
         optimizer, used = self._raw_optimizer(), {}
         factored = isinstance(optimizer, KroneckerDiagonalOptimizer)
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.data import load_corpus
+from hf_adafisher.data.text import load_corpus
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from tests.scripts import load_script
 

@@ -15,7 +15,7 @@ from hf_adafisher.fisher.averages import (
     sum_of_squares,
     sum_of_squares_along,
 )
-from hf_adafisher.fisher.diagonals import GradientDiagonal
+from hf_adafisher.fisher.gradient import GradientDiagonal
 
 VALUES = st.lists(st.floats(0.0, 1e3, width=32), min_size=1, max_size=20)
 

@@ -42,7 +42,7 @@ class RecordingCollator(ImageCollator):
     def __call__(self, items: list[ImageItem]) -> dict[str, Tensor]:  # type: ignore[override]
         """A batch, as ever."""
         batch = super().__call__(items)
-        if self.augmentation.mixes:
+        if self.augmentation.uses_soft_labels:
             SEEN.append((items[0].epoch, batch["pixel_values"].sum().item()))
         return batch
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from hf_adafisher import AdaFisher, AdaFisherW
-from hf_adafisher.optimizers.update import update_parameter
+from hf_adafisher.optimizers.update import Block, adafisher_update_, step_coefficients
 from tests.cases import CASES, Case, mlp, regression
 from tests.model_zoo import family
 
@@ -76,10 +76,8 @@ def test_one_update_by_hand() -> None:
         param, exp_avg = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
         term = (torch.full((1, 1), 0.5, dtype=torch.float64), torch.full((1, 1), 0.4, dtype=torch.float64))
         grad = torch.full((1, 1), 2.0, dtype=torch.float64)
-        update_parameter(
-            param, grad, exp_avg, [term],
-            step=1, lr=0.1, beta=0.9, damping=0.05, weight_decay=0.3, decoupled=decoupled,
-        )  # fmt: skip
+        group = {"lr": 0.1, "beta": 0.9, "damping": 0.05, "weight_decay": 0.3}
+        adafisher_update_([Block(param, grad, exp_avg, [term])], step_coefficients(group, 1, decoupled))
         assert_close(param.item(), expected)
         assert_close(grad.item(), 2.0)
 
@@ -376,7 +374,7 @@ def test_momentum_in_float32_updates_bfloat16_weights_as_float32_ones() -> None:
         q.grad = p.grad.float()
     for optimizer in optimizers:
         for p in optimizer.param_groups[0]["params"]:
-            optimizer._statistics._terms[id(p)] = [(torch.full(p.shape, 0.5),)]
+            optimizer._statistics.entry_of(p).terms = [(torch.full(p.shape, 0.5),)]
         optimizer._refresh = lambda: None
         optimizer.step()
     for p, q in zip(low.parameters(), high.parameters(), strict=True):

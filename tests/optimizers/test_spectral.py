@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher import SpectralAdaFisher
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
-from hf_adafisher.optimizers import spectral, spectral_update
+from hf_adafisher.optimizers import spectral, update
 from hf_adafisher.optimizers.polar import COEFFICIENTS
 from tests.cases import CASES, Case, TinyLanguageModel, mlp, regression
 from tests.model_zoo import family
@@ -203,7 +203,7 @@ def rescaled_cosines(largest: float, **options: Any) -> list[float]:
     return [cosine(*pair) for pair in list(zip(updates, back, strict=True))[:-1]]  # the last is a head
 
 
-@pytest.mark.parametrize("polar_factor", [svd_polar, spectral_update.polar_factor], ids=["exact", "iterated"])
+@pytest.mark.parametrize("polar_factor", [svd_polar, update.polar_factor], ids=["exact", "iterated"])
 def test_spectral_steps_do_not_depend_on_the_units_of_channels(
     polar_factor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +212,7 @@ def test_spectral_steps_do_not_depend_on_the_units_of_channels(
     In units of 1/2 to 2 cosines are 0.94 to 0.98, Muon's 0.71 to 0.78; in units of 1/4 to 4, 0.67 to 0.88, Muon's 0.31
     to 0.44: mean squares below a tenth of the average are not whitened.
     """
-    monkeypatch.setattr(spectral_update, "polar_factor", polar_factor)
+    monkeypatch.setattr(update, "polar_factor", polar_factor)
     for cosine_of_layer in rescaled_cosines(4.0, relative_damping=1e-12):
         assert cosine_of_layer == pytest.approx(1.0, abs=1e-9)
     for largest, least, most in ((2.0, 0.93, 0.8), (4.0, 0.65, 0.45)):
@@ -228,7 +228,7 @@ def test_spectral_steps_are_the_steepest_under_their_norm(monkeypatch: pytest.Mo
 
     The largest is the nuclear norm of ``S^-1/2 M H^-1/2``, as that norm's dual.
     """
-    monkeypatch.setattr(spectral_update, "polar_factor", svd_polar)
+    monkeypatch.setattr(update, "polar_factor", svd_polar)
     model = mlp(5, 7, 6, 3).double()
     optimizer = SpectralAdaFisher(model, lr=0.1, beta=0.0, relative_damping=1e-13)
     before = [model[i].weight.detach().clone() for i in (0, 2)]
@@ -444,8 +444,9 @@ def test_spectral_steps_in_the_precision_asked_for() -> None:
 @pytest.mark.parametrize("most", [0.03, 1e-4])
 @pytest.mark.parametrize("size", [1.0, 1e-2, 0.0])
 def test_spectral_steps_are_bounded_by_the_size_of_the_weights(size: float, most: float) -> None:
-    """No table or matrix moves by more than that part of its norm (of a root mean square of 0.02 at least), and in
-    the direction it would without the bound; smaller steps, vectors and the decay stay as they are.
+    """No table or matrix moves by more than that part of its norm (of a root mean square of 0.02 at least).
+
+    It moves in the direction it would without the bound; smaller steps, vectors and the decay stay as they are.
     """
     ends, lr, weight_decay = [], 0.02, 0.3
     for bound in (None, most):

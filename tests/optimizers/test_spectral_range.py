@@ -9,11 +9,10 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hf_adafisher import SpectralAdaFisher
-from hf_adafisher.fisher.diagonals import GradientDiagonal
-from hf_adafisher.fisher.parameter_uses import ParameterUse, gradient_estimate
+from hf_adafisher.fisher.gradient import GradientDiagonal, gradient_estimate
 from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.polar import polar_factor
-from hf_adafisher.optimizers.spectral_update import diagonal_direction
+from hf_adafisher.optimizers.update import diagonal_direction
 
 
 def draw(*shape: int) -> Tensor:
@@ -44,9 +43,9 @@ def test_spectral_weights_stay_finite_while_momentum_fades() -> None:
 @pytest.mark.parametrize("axes", [2, 3, 4, 5])
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
 def test_spectral_estimates_of_parameters_without_a_rule_scale_as_gradients_squared(axes: int, scale: float) -> None:
-    uses, grad = (ParameterUse(GradientDiagonal(), None),), draw(*range(2, 2 + axes))
+    grad = draw(*range(2, 2 + axes))
     product = torch.ones(())
-    for factor in gradient_estimate(uses, grad * scale):
+    for factor in gradient_estimate(GradientDiagonal(), grad * scale):
         product = product * factor
     expected = torch.ones((), dtype=torch.float64)
     square = grad.double().square()

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW, OptimizerFactory
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.cases import mlp
 from tests.equivalence import assert_same_training
@@ -293,12 +294,22 @@ def test_stale_statistics_are_an_error_in_a_loop_without_a_stance(part: str) -> 
         optimizer.step()
 
 
-def test_what_a_compiled_function_hides_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    """torch does not tell which models a compiled function calls: a warning, and the averages stay."""
+def test_what_a_compiled_function_hides_is_an_error() -> None:
+    """torch does not tell which models a compiled function calls, but no layer at all has recorded anything."""
     torch.manual_seed(0)
     model = Blocks()
     optimizer = resumed_in_an_interval(model, torch.compile(lambda x: model(x), backend="eager"))
-    before = {p: optimizer.fisher_diagonal(p).clone() for p in model.parameters()}
+    with pytest.raises(RuntimeError, match=r"compiled Blocks recorded anything.*eager_if_due.*set_stance"):
+        optimizer.step()
+
+
+def test_what_a_compiled_function_hides_of_a_model_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """It calls one block only, and the other records: a warning, and the averages of the first stay."""
+    torch.manual_seed(0)
+    model = Blocks()
+    first = torch.compile(lambda x: model.first(x), backend="eager")
+    optimizer = resumed_in_an_interval(model, lambda x: model.second(first(x)))
+    before = {p: optimizer.fisher_diagonal(p).clone() for p in model.first.parameters()}
     optimizer.step()
     optimizer.step()
     assert caplog.text.count("recorded nothing") == 1 and "their averages stay as they are" in caplog.text
@@ -306,19 +317,46 @@ def test_what_a_compiled_function_hides_is_said(caplog: pytest.LogCaptureFixture
         assert_close(optimizer.fisher_diagonal(p), diagonal, rtol=0, atol=0)
 
 
-def test_another_model_that_is_compiled_makes_no_error_of_layers_that_are_not_called(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """The layers record nothing because they are used without being called, beside a model that is compiled."""
+def test_layers_that_are_not_called_beside_a_compiled_model(caplog: pytest.LogCaptureFixture) -> None:
+    """The layers record nothing because they are used without being called; ``eager_if_due`` rules compilation out."""
     other = torch.compile(nn.Linear(4, 4), backend="eager")
     other(torch.randn(1, 4))
     assert counters["stats"]["unique_graphs"] == 1
+
+    def loss(model: nn.Sequential) -> torch.Tensor:
+        return nn.functional.linear(torch.randn(5, 4), model[0].weight, model[0].bias).sum()
+
     model = nn.Sequential(nn.Linear(4, 3))
     optimizer = AdaFisherW(model)
-    nn.functional.linear(torch.randn(5, 4), model[0].weight, model[0].bias).sum().backward()
+    loss(model).backward()
+    with pytest.raises(RuntimeError, match="eager_if_due"):
+        optimizer.step()
+    with optimizer.eager_if_due():
+        loss(model).backward()
     optimizer.step()
     assert {row.rule for row in optimizer.coverage()} == {"gradient factors"}
     assert caplog.text.count("recorded nothing") == 1 and "gradient factors are used instead" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [AdaFisherW, KFAC])
+def test_eager_if_due_equals_eager_training(kind: type[HookedOptimizer]) -> None:
+    torch.manual_seed(0)
+    model, twin = mlp(4, 6, 3), mlp(4, 6, 3)
+    twin.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend="aot_eager")
+    options: Any = {"lr": 0.02, "update_interval": 3} | ({"inverse_interval": 3} if kind is KFAC else {})
+    optimizers = kind(model, **options), kind(twin, **options)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(7):
+        x = torch.randn(5, 4, generator=generator)
+        with optimizers[0].eager_if_due():
+            compiled(x).square().mean().backward()
+        twin(x).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_close(model.state_dict(), twin.state_dict())
 
 
 def test_compiling_every_step_away_is_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -151,7 +151,8 @@ def test_update_rms_is_the_difference_that_the_step_made(kind: type[AdaFisher], 
             momentum = root_mean_square(optimizer.state[p]["exp_avg"] / (1 - 0.9**4))
             assert_close(found[name]["update_rms"], moved, rtol=1e-9, atol=0)
             assert_close(found[name]["step_gain"], moved / (0.1 * momentum), rtol=1e-9, atol=0)
-            assert 1 / found[name]["fisher_max"] <= found[name]["step_gain"] <= 1 / found[name]["fisher_min"]
+            low, high = 1 / found[name]["fisher_max"], 1 / found[name]["fisher_min"]
+            assert low * (1 - 1e-12) <= found[name]["step_gain"] <= high * (1 + 1e-12)
 
 
 def test_before_the_first_step_there_is_nothing_and_a_low_precision_momentum_is_looked_at_in_float32() -> None:
@@ -336,6 +337,33 @@ def test_a_stock_trainer_records_too(tmp_path: Path) -> None:
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 4, 7]
 
 
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_stock_trainer_reports_once_it_is_attached(
+    attached: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    heard: list[int] = []
+
+    class Integration(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            heard.extend([state.global_step] if any(key.startswith("curvature/") for key in logs) else [])
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stub", Integration)
+    callback = CurvatureCallback()
+    trainer = Trainer(
+        RECORD.build(),
+        TrainingArguments(str(tmp_path), report_to=["stub"], save_strategy="no", **OPTIONS),
+        train_dataset=RECORD.dataset(16),
+        optimizer_cls_and_kwargs=(OptimizerFactory, {"name": "adafisherw", "lr": 0.05, "update_interval": 3}),
+        callbacks=[callback],
+    )
+    if attached:
+        callback.attach(trainer)
+    trainer.train()
+    assert heard == ([1, 4, 7] if attached else [])
+    assert ("call callback.attach(trainer) before train()" in caplog.text) != attached
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 4, 7]
+
+
 @pytest.mark.parametrize("optim", ["adamw", "kfac"])
 def test_another_optimizer_is_said_once_and_leaves_no_file(
     optim: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -357,7 +385,7 @@ def test_only_process_zero_writes_and_a_number_that_is_not_finite_is_null(
     for zero in (False, True):
         callback = CurvatureCallback()
         state = SimpleNamespace(is_world_process_zero=zero, global_step=0, epoch=0.0)
-        events: Any = (SimpleNamespace(output_dir=str(tmp_path / "new")), state, None)
+        events: Any = (SimpleNamespace(output_dir=str(tmp_path / "new"), report_to=[]), state, None)
         callback.on_train_begin(*events, optimizer=optimizer)
         for group in optimizer.param_groups:
             group["refreshes"] = 5
@@ -399,7 +427,7 @@ def test_the_device_is_waited_for_on_both_sides_of_the_record(tmp_path: Path, mo
     monkeypatch.setattr(callback_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     callback = CurvatureCallback()
     state = SimpleNamespace(is_world_process_zero=True, global_step=0, epoch=0.0)
-    events: Any = (SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    events: Any = (SimpleNamespace(output_dir=str(tmp_path), report_to=[]), state, None)
     callback.on_train_begin(*events, optimizer=optimizer)
     callback._refreshes -= 1
     callback.on_optimizer_step(*events, optimizer=optimizer)

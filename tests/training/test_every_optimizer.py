@@ -102,7 +102,7 @@ def test_the_model_card_shows_all_options_of_kfac(tmp_path: Path) -> None:
     run.train()
     run.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "update_interval=10, inverse_interval=100, weight_decay=0.0, kl_clip=None, max_factor_dim=8192" in card
+    assert "update_interval=10, inverse_interval=100, weight_decay=0.01, kl_clip=None, max_factor_dim=8192" in card
     assert "Trained with" not in card and run.args.optim_args == "kl_clip=none"
 
 

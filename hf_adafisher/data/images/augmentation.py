@@ -1,8 +1,6 @@
-"""Augmentation of batches of images, in the workers of a DataLoader.
+"""Augmentation of image batches in the workers of a DataLoader.
 
-Crop, flip and RandAugment are those of torchvision (`transforms.v2`) where it can be imported, else of kornia. Cutout,
-Mixup and CutMix are written out here, because the libraries differ from the papers and from each other: kornia's
-erasing stays inside the image and its Mixup knows no alpha; torchvision mixes each image with its neighbour.
+Crop, flip and RandAugment come from torchvision (``transforms.v2``) if it can be imported, else from kornia.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_adafisher.data.images.dataset import ImageItem, batch_seed
+from hf_adafisher.data.images.mixing import cutmix, cutout, mixup
 from hf_adafisher.data.images.normalization import Normalization
 
 logger = logging.getLogger(__name__)
@@ -27,17 +26,22 @@ LIBRARIES = ("auto", "kornia", "torchvision")
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images; by default nothing.
+    """Augmentation settings for training images; the defaults turn everything off.
 
     Attributes:
-        crop_padding: zero pixels added on each side before a random part of the old size is cut out; CIFAR's is 4.
-        flip: probability of mirroring left and right, in [0, 1].
-        randaugment_ops: operations of RandAugment per image; 0 turns it off.
-        randaugment_magnitude: strength of these operations, in 1..29.
-        cutout: side of a square that is set to the mean colour, anywhere, cut at the borders; 0 turns it off.
-        mixup: alpha of Mixup's Beta distribution, >= 0; 0 turns it off.
-        cutmix: alpha of CutMix's Beta distribution, >= 0; 0 turns it off. With both, each batch takes one of them.
-        library: which one crops, flips and runs RandAugment. Default "auto": torchvision if it works, else kornia.
+        crop_padding: Zero padding on each side before a random crop of the original size, in pixels; usually 4 for
+            CIFAR.
+        flip: Probability of a horizontal flip, in [0, 1].
+        randaugment_ops: RandAugment operations per image; 0 turns it off.
+        randaugment_magnitude: Strength of these operations, in 1..29. Default 9.
+        cutout: Side of a square of the mean colour, in pixels; 0 turns it off.
+        mixup: Alpha of Mixup's Beta distribution, >= 0; 0 turns it off.
+        cutmix: Alpha of CutMix's Beta distribution, >= 0; 0 turns it off. With Mixup too, each batch uses one of them.
+        library: Library for crop, flip and RandAugment: "torchvision", "kornia", or "auto" for torchvision if it can be
+            imported, else kornia. Default "auto".
+
+    Raises:
+        ValueError: A value is outside its range.
     """
 
     crop_padding: int = 0
@@ -50,7 +54,7 @@ class Augmentation:
     library: Library = "auto"
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a value outside its range."""
+
         for name in ("crop_padding", "randaugment_ops", "cutout", "mixup", "cutmix"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 (off) or more")
@@ -63,26 +67,30 @@ class Augmentation:
 
     @property
     def needs_library(self) -> bool:
-        """Whether anything is asked for that kornia or torchvision does."""
+        """True if crop, flip or RandAugment is on, which need torchvision or kornia."""
         return bool(self.crop_padding or self.flip or self.randaugment_ops)
 
     @property
-    def mixes(self) -> bool:
-        """Whether labels become class shares."""
+    def uses_soft_labels(self) -> bool:
+        """True if Mixup or CutMix is on, so that labels become class probabilities."""
         return bool(self.mixup or self.cutmix)
 
 
 class Transforms(Protocol):
-    """Crop, flip and RandAugment, different for each image; random numbers are torch's global ones."""
+    """Crop, flip and RandAugment, drawn anew for each image from torch's global generator."""
 
     library: str
 
     def __call__(self, images: Tensor) -> Tensor:
-        """From uint8 (batch, 3, side, side) to float32 in [0, 1] of the same shape."""
+        """Transform uint8 images of shape (batch, 3, side, side) to float32 in [0, 1] of that shape."""
 
 
 class KorniaTransforms:
-    """Kornia's random transforms."""
+    """Random transforms of kornia.
+
+    Raises:
+        ImportError: Kornia is not installed.
+    """
 
     library = "kornia"
 
@@ -95,18 +103,18 @@ class KorniaTransforms:
                 "augmentation needs kornia or a working torchvision: pip install 'hf_adafisher[vision]', "
                 "or leave out crop, flip and RandAugment"
             ) from error
-        self.batch: list[Any] = []
+        self.transforms: list[Any] = []
         if settings.crop_padding:
-            self.batch.append(kornia.RandomCrop((image_size, image_size), padding=settings.crop_padding))
+            self.transforms.append(kornia.RandomCrop((image_size, image_size), padding=settings.crop_padding))
         if settings.flip:
-            self.batch.append(kornia.RandomHorizontalFlip(p=settings.flip))
+            self.transforms.append(kornia.RandomHorizontalFlip(p=settings.flip))
         ops, magnitude = settings.randaugment_ops, settings.randaugment_magnitude
         self.randaugment = auto.RandAugment(n=ops, m=magnitude) if ops else None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See `Transforms`."""
+        """Apply the transforms; see ``Transforms``."""
         images = images.float() / 255
-        for transform in self.batch:
+        for transform in self.transforms:
             images = transform(images)
         if self.randaugment is not None:  # it draws one set of operations per call
             images = torch.cat([self.randaugment(image[None]) for image in images]).clamp(0, 1)
@@ -114,34 +122,33 @@ class KorniaTransforms:
 
 
 class TorchvisionTransforms:
-    """The random transforms of torchvision.transforms.v2."""
+    """Random transforms of ``torchvision.transforms.v2``."""
 
     library = "torchvision"
 
     def __init__(self, settings: Augmentation, image_size: int) -> None:
         v2 = import_module("torchvision.transforms.v2")
-        parts: list[Any] = []
+        self.transforms: list[Any] = []
         if settings.crop_padding:
-            parts.append(v2.RandomCrop(image_size, padding=settings.crop_padding))
+            self.transforms.append(v2.RandomCrop(image_size, padding=settings.crop_padding))
         if settings.flip:
-            parts.append(v2.RandomHorizontalFlip(p=settings.flip))
+            self.transforms.append(v2.RandomHorizontalFlip(p=settings.flip))
         if settings.randaugment_ops:
-            parts.append(v2.RandAugment(settings.randaugment_ops, settings.randaugment_magnitude))
-        self.parts = parts
+            self.transforms.append(v2.RandAugment(settings.randaugment_ops, settings.randaugment_magnitude))
 
     def __call__(self, images: Tensor) -> Tensor:
-        """See `Transforms`."""
-        changed = []
+        """Apply the transforms; see ``Transforms``."""
+        transformed = []
         for image in images:  # a transform draws once per call
-            for part in self.parts:
-                image = part(image)
-            changed.append(image)
-        return torch.stack(changed).float() / 255
+            for transform in self.transforms:
+                image = transform(image)
+            transformed.append(image)
+        return torch.stack(transformed).float() / 255
 
 
 def torchvision_works() -> bool:
-    """Whether torchvision's transforms can be imported: a build for another torch raises RuntimeError."""
-    try:
+    """Check that torchvision's transforms can be imported."""
+    try:  # a build for another version of torch raises RuntimeError
         import_module("torchvision.transforms.v2")
     except (ImportError, RuntimeError, AttributeError):
         return False
@@ -149,10 +156,17 @@ def torchvision_works() -> bool:
 
 
 def make_transforms(settings: Augmentation, image_size: int) -> Transforms | None:
-    """Returns the library's part of the augmentation, or None if nothing is asked of it.
+    """Create the transforms of a library: crop, flip and RandAugment.
+
+    Args:
+        settings: The augmentation.
+        image_size: Side of the images, in pixels.
+
+    Returns:
+        The transforms, or None if the settings use none of them.
 
     Raises:
-        ImportError: the library asked for, or for "auto" both, cannot be imported.
+        ImportError: The requested library, or with "auto" both, cannot be imported.
     """
     if not settings.needs_library:
         return None
@@ -166,21 +180,21 @@ def make_transforms(settings: Augmentation, image_size: int) -> Transforms | Non
 
 
 class ImageCollator:
-    """Makes a batch of `pixel_values` and `labels` from the items of an `ImageDataset`, augmented for training.
+    """Collate items of an ``ImageDataset`` into a batch of ``pixel_values`` and ``labels``, with augmentation.
 
-    The random numbers of a batch depend on the seed, the epoch and the indices of its images only: the number of
-    workers changes nothing, nor does resuming a run. Torch's global generator is left as it was.
+    The random numbers of a batch depend on the seed, the epoch and the indices of its images only, so neither the
+    number of workers nor a resume changes them. Torch's global generator is left unchanged.
 
     Args:
-        normalization: applied after crop, flip and RandAugment.
-        num_classes: number of classes.
-        image_size: side of the images.
-        augmentation: what to do to the images. Default: nothing, as for evaluation.
-        seed: of the random numbers.
+        normalization: Normalisation, applied after crop, flip and RandAugment.
+        num_classes: Number of classes.
+        image_size: Side of the images, in pixels.
+        augmentation: Augmentation settings. Default: no augmentation, as for evaluation.
+        seed: Seed of the random numbers. Default 0.
 
     Raises:
-        ImportError: the augmentation needs a library that is not installed.
-        ValueError: a Cutout square or a padding that is larger than the image.
+        ImportError: The augmentation needs a library that is not installed.
+        ValueError: The Cutout square or the padding is larger than the image.
     """
 
     def __init__(
@@ -204,9 +218,11 @@ class ImageCollator:
         self.transforms = make_transforms(self.augmentation, image_size)
 
     def __call__(self, items: Sequence[ImageItem]) -> dict[str, Tensor]:
-        """Returns pixel_values, float32 (batch, 3, side, side), and labels.
+        """Collate one batch.
 
-        Labels are class numbers, int64 (batch,), or with Mixup or CutMix class shares, float32 (batch, classes).
+        Returns:
+            ``pixel_values``, float32 of shape (batch, 3, side, side), and ``labels``: class numbers, int64 of shape
+            (batch,), or with Mixup or CutMix class probabilities, float32 of shape (batch, classes).
         """
         images = torch.stack([item.image for item in items])
         labels = torch.tensor([item.label for item in items])
@@ -216,69 +232,11 @@ class ImageCollator:
             pixels = self.normalization(pixels)
             if self.augmentation.cutout:
                 pixels = cutout(pixels, self.augmentation.cutout)
-            if self.augmentation.mixes:
+            if self.augmentation.uses_soft_labels:
                 pixels, labels = self._mix(pixels, torch.nn.functional.one_hot(labels, self.num_classes).float())
         return {"pixel_values": pixels, "labels": labels}
 
-    def _mix(self, pixels: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, pixels: Tensor, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         alphas = (self.augmentation.mixup, self.augmentation.cutmix)
-        second = not alphas[0] or (bool(alphas[1]) and bool(torch.rand(()) < 0.5))
-        return (cutmix if second else mixup)(pixels, shares, alphas[second])
-
-
-def cutout(pixels: Tensor, side: int) -> Tensor:
-    """Sets one square of each image to 0, which after normalisation is the mean colour (DeVries and Taylor 2017).
-
-    Its centre is anywhere in the image, so part of the square may lie outside.
-
-    Args:
-        pixels: shape (batch, channels, height, width).
-        side: of the square, in pixels.
-    """
-    batch, _, height, width = pixels.shape
-    top, left = (torch.randint(length, (batch, 1)) - side // 2 for length in (height, width))
-    rows, columns = torch.arange(height), torch.arange(width)
-    inside_rows, inside_columns = (rows >= top) & (rows < top + side), (columns >= left) & (columns < left + side)
-    hole = inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
-    return pixels.masked_fill(hole, 0.0)
-
-
-def mixup(pixels: Tensor, shares: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Mixes each image, and its class shares alike, with another of the batch (Zhang et al. 2018, arXiv 1710.09412).
-
-    Args:
-        pixels: shape (batch, channels, height, width).
-        shares: class shares, shape (batch, classes).
-        alpha: the weight of the first image is drawn, once per batch, from Beta(alpha, alpha).
-    """
-    weight = _beta(alpha)
-    other = torch.randperm(len(pixels))
-    return weight * pixels + (1 - weight) * pixels[other], weight * shares + (1 - weight) * shares[other]
-
-
-def cutmix(pixels: Tensor, shares: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Replaces a rectangle of each image by that of another; shares go by area (Yun et al. 2019, arXiv 1905.04899).
-
-    Args:
-        pixels: shape (batch, channels, height, width).
-        shares: class shares, shape (batch, classes).
-        alpha: the rectangle's area is 1 - weight of the image, before it is cut at the borders, the weight drawn once
-            per batch from Beta(alpha, alpha); it has the image's proportions and its centre is anywhere.
-    """
-    height, width = pixels.shape[-2:]
-    scale = (1 - _beta(alpha)) ** 0.5
-    other = torch.randperm(len(pixels))
-    (top, bottom), (left, right) = (_interval(length, round(length * scale)) for length in (height, width))
-    mixed = pixels.clone()
-    mixed[..., top:bottom, left:right] = pixels[other][..., top:bottom, left:right]
-    weight = 1 - (bottom - top) * (right - left) / (height * width)
-    return mixed, weight * shares + (1 - weight) * shares[other]
-
-
-def _interval(length: int, side: int) -> tuple[int, int]:
-    start = int(torch.randint(length, ())) - side // 2
-    return max(start, 0), min(start + side, length)
-
-
-def _beta(alpha: float) -> float:
-    return float(torch.distributions.Beta(alpha, alpha).sample())
+        use_cutmix = not alphas[0] or (bool(alphas[1]) and bool(torch.rand(()) < 0.5))
+        return (cutmix if use_cutmix else mixup)(pixels, probabilities, alphas[use_cutmix])

@@ -1,7 +1,7 @@
-"""Labelled images: by name from the Hugging Face Hub, from local files, or scikit-learn's embedded digits.
+"""Image corpora from the Hugging Face Hub, from local files, or from scikit-learn.
 
-A corpus is three splits with one list of class names. Labels are read at once, images when they are needed, so that
-the workers of a DataLoader decode them.
+A corpus has three splits and one list of class names. Labels are read at once, images on demand, so that the workers
+of a DataLoader decode them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_adafisher.data.images.files import ArraySource, ImageSource, broken_images
-from hf_adafisher.data.images.tables import HUB_IMAGES, FoundImages, HubImages, read_folder, read_hub
+from hf_adafisher.data.images.hub import HUB_IMAGES, HubImages
+from hf_adafisher.data.images.sampling import held_out_positions, stratified_positions
+from hf_adafisher.data.images.tables import LabelledImages, read_folder, read_hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,18 +28,18 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_IMAGES = "digits"
 HELD_OUT_FRACTION = 0.1
-"""Share of each class's training images that is held out where there is no validation split."""
+"""Share of each class's training images that is held out in the absence of a validation split."""
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """Images of one split, undecoded, and their classes.
+    """Undecoded images of one split, and their classes.
 
     Attributes:
-        source: where the images are.
-        indices: which images of the source, int64, shape (number,).
-        labels: their class numbers, int64, shape (number,).
+        source: Source of the images.
+        indices: Indices of the split's images in the source, int64, shape (number,).
+        labels: Class numbers, int64, shape (number,).
     """
 
     source: ImageSource
@@ -49,19 +51,23 @@ class ImageSplit:
         return len(self.indices)
 
     def name(self, position: int) -> str:
-        """What to call an image in an error."""
+        """Name of an image for error messages."""
         return self.source.name(int(self.indices[position]))
 
     def image(self, position: int) -> Image:
-        """Decodes an image to RGB. Raises BrokenImageError."""
+        """Decode an image to RGB.
+
+        Raises:
+            BrokenImageError: The image cannot be opened or decoded.
+        """
         return self.source.read(int(self.indices[position]))
 
     def select(self, positions: np.ndarray) -> ImageSplit:
-        """The split reduced to these positions, in their order."""
+        """Subset of the split at the given positions, in their order."""
         return ImageSplit(self.source, self.indices[positions], self.labels[positions])
 
     def sample(self, count: int, seed: int = 0) -> ImageSplit:
-        """At most `count` images with the classes in proportion, the same ones for the same seed."""
+        """Stratified sample of at most ``count`` images, deterministic for a seed."""
         return self if count >= len(self) else self.select(stratified_positions(self.labels, count, seed))
 
 
@@ -70,13 +76,13 @@ class ImageCorpus:
     """Three splits of labelled images.
 
     Attributes:
-        name: corpus name, or "local files".
-        train: never empty.
-        validation: never empty; held out from `train` where the data has none.
-        test: empty if the corpus has no labelled test split.
-        class_names: by class number.
-        source: where exactly the images come from, for the records.
-        skipped: names of broken images that were left out, with the reason.
+        name: Corpus name, or "local files".
+        train: Training images, at least one.
+        validation: Validation images, at least one; held out from ``train`` if the data has none.
+        test: Test images; empty if the corpus has no labelled test split.
+        class_names: Names by class number.
+        source: Provenance of the images, for the records.
+        skipped: Reasons by the names of broken images that were left out.
     """
 
     name: str
@@ -89,7 +95,7 @@ class ImageCorpus:
 
 
 def available_images() -> list[str]:
-    """Returns every name that `load_images` takes: the embedded default first, then those on the Hub."""
+    """List the names that ``load_images`` accepts, the embedded default first."""
     return [DEFAULT_IMAGES, *HUB_IMAGES]
 
 
@@ -103,26 +109,30 @@ def load_images(
     skip_broken: bool = False,
     seed: int = 0,
 ) -> ImageCorpus:
-    """Loads labelled images by name or from local files; never both.
+    """Load labelled images by name or from local files.
 
     Args:
-        name: one of `available_images()`, or the id ("owner/name") of another data set on the Hub. Default, if no
-            folder is given either: "digits", which needs no network.
-        data_dir: a folder of class folders, or of train, validation and test folders with class folders; a folder of
-            parquet files, or one such file; or what `datasets` wrote with `save_to_disk`.
-        image_column: column of the images. Default: the only one of that type.
-        label_column: column of the class numbers. Default: the one called "label", or the only one with class names.
-        validation_fraction: share of each class's training images that becomes the validation split where the data
-            has none, in (0, 1). Default 0.1.
-        skip_broken: leave out images that cannot be decoded, and say how many. All images are decoded once for this.
-            Otherwise local files are checked quickly (see `find_damage`), and a broken one is an error.
-        seed: of the held-out images.
+        name: One of ``available_images()``, or the id ("owner/name") of another data set on the Hub. Default without
+            ``data_dir``: "digits", which needs no network.
+        data_dir: Folder of class folders, or of train, validation and test folders with class folders; folder of
+            parquet files, or one such file; or folder written by ``save_to_disk`` of ``datasets``.
+        image_column: Column of the images. Default: the only one of that type.
+        label_column: Column of the class numbers. Default: "label", or the only column with class names.
+        validation_fraction: Share of each class's training images, in (0, 1), that is held out for validation if the
+            data has no validation split. Default 0.1.
+        skip_broken: Leave out images that cannot be decoded. All images are decoded once for this. With False, the
+            default, local files are checked quickly (see ``find_damage``), and a broken one is an error.
+        seed: Seed of the choice of held-out images. Default 0.
+
+    Returns:
+        The corpus.
 
     Raises:
-        ValueError: an unknown name, name and folder together, no images, broken images, a label column that is
-            missing or holds no class numbers, one class only, a class in validation or test that training lacks.
-        FileNotFoundError: `data_dir` does not exist.
-        ConnectionError: a data set of the Hub that is neither cached nor reachable.
+        ValueError: The name is unknown, name and folder are both given, there are no images, images are broken, the
+            label column is missing or holds no class numbers, there is only one class, or validation or test has a
+            class without a training image.
+        FileNotFoundError: ``data_dir`` does not exist.
+        ConnectionError: A data set of the Hub is neither cached nor reachable.
         ImportError: scikit-learn (for "digits") or pillow is not installed.
     """
     if not 0.0 < validation_fraction < 1.0:
@@ -130,17 +140,17 @@ def load_images(
     if data_dir is not None:
         if name is not None:
             raise ValueError(f"give either a data set's name (got {name!r}) or data_dir, not both")
-        found = read_folder(Path(data_dir), image_column, label_column)
+        images = read_folder(Path(data_dir), image_column, label_column)
         title, check = "local files", True
     else:
         title = DEFAULT_IMAGES if name is None else name
-        found, check = _by_name(title, image_column, label_column), False
-    splits = {key: ImageSplit(src, np.arange(len(labels)), labels) for key, (src, labels) in found.splits.items()}
+        images, check = _by_name(title, image_column, label_column), False
+    splits = {key: ImageSplit(src, np.arange(len(labels)), labels) for key, (src, labels) in images.splits.items()}
     skipped: dict[str, str] = {}
     if check or skip_broken:
         splits, skipped = _without_broken(splits, skip_broken)
-    check_classes(splits, found.class_names)
-    source = found.source
+    check_classes(splits, images.class_names)
+    source = images.source
     if "validation" not in splits:
         train = splits["train"]
         held_out = held_out_positions(train.labels, validation_fraction, seed)
@@ -152,55 +162,16 @@ def load_images(
         logger.warning("no labelled test split: results will have none")
         splits["test"] = splits["train"].select(np.arange(0))
     train, validation, test = (splits[key] for key in SPLITS)
-    return ImageCorpus(title, train, validation, test, found.class_names, source, skipped)
-
-
-def stratified_positions(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Chooses `count` positions with each class in proportion, to within one image; sorted, the same for a seed.
-
-    Classes get the whole part of their share; what is missing goes to those with the largest fractions, ties to the
-    lower class number.
-
-    Args:
-        labels: class numbers, shape (number,).
-        count: from 0 to the number of labels.
-        seed: of the choice within each class.
-    """
-    if not 0 <= count <= len(labels):
-        raise ValueError(f"cannot choose {count} of {len(labels)} images")
-    classes, sizes = np.unique(labels, return_counts=True)
-    whole, rest = np.divmod(sizes * count, max(1, len(labels)))
-    whole[np.argsort(-rest, kind="stable")[: count - whole.sum()]] += 1
-    generator = np.random.default_rng(seed)
-    chosen = [
-        generator.permutation(np.flatnonzero(labels == label))[:size]
-        for label, size in zip(classes, whole, strict=True)
-    ]
-    return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *chosen]))
-
-
-def held_out_positions(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Chooses about `fraction` of the positions, stratified, but never the last image of a class; at least one.
-
-    Raises:
-        ValueError: every class has one image only.
-    """
-    chosen = stratified_positions(labels, min(len(labels), max(1, round(len(labels) * fraction))), seed)
-    _, sizes = np.unique(labels, return_counts=True)
-    if sizes.max(initial=0) < 2:
-        raise ValueError(
-            f"cannot hold out a validation split from {len(labels)} images of as many classes: "
-            "give a validation split, or more images"
-        )
-    classes = [chosen[labels[chosen] == label] for label in np.unique(labels)]
-    kept = [found[: min(len(found), size - 1)] for found, size in zip(classes, sizes, strict=True)]
-    if not any(map(len, kept)):
-        kept = [np.flatnonzero(labels == np.unique(labels)[sizes.argmax()])[:1]]
-    return np.sort(np.concatenate(kept))
+    return ImageCorpus(title, train, validation, test, images.class_names, source, skipped)
 
 
 def check_classes(splits: dict[str, ImageSplit], class_names: Sequence[str]) -> None:
-    """Raises ValueError if a classifier cannot be trained and tested on these labels."""
+    """Check that a classifier can be trained and tested on the labels of the splits.
+
+    Raises:
+        ValueError: Training has fewer than 2 classes, a split is empty, or validation or test has a class without a
+            training image.
+    """
     present = np.unique(splits["train"].labels)
     if len(present) < 2:
         only = f"only the class {class_names[present[0]]!r}" if len(present) else "no images"
@@ -238,7 +209,7 @@ def _without_broken(splits: dict[str, ImageSplit], skip: bool) -> tuple[dict[str
     return kept, reasons
 
 
-def _by_name(name: str, image_column: str | None, label_column: str | None) -> FoundImages:
+def _by_name(name: str, image_column: str | None, label_column: str | None) -> LabelledImages:
     if name == DEFAULT_IMAGES:
         return _digits()
     if name in HUB_IMAGES or name.count("/") == 1:
@@ -251,7 +222,7 @@ def _by_name(name: str, image_column: str | None, label_column: str | None) -> F
     )
 
 
-def _digits() -> FoundImages:
+def _digits() -> LabelledImages:
     try:
         from sklearn import __version__, datasets
     except ImportError as error:
@@ -263,13 +234,15 @@ def _digits() -> FoundImages:
     source, labels = ArraySource(images, DEFAULT_IMAGES), digits.target.astype(np.int64)
     held_out = stratified_positions(labels, round(0.2 * len(labels)), 0)
     test = held_out[stratified_positions(labels[held_out], len(held_out) // 2, 0)]
-    parts = {
+    positions = {
         "train": np.setdiff1d(np.arange(len(labels)), held_out),
         "validation": np.setdiff1d(held_out, test),
         "test": test,
     }
-    splits = {key: (ArraySource(images[rows], f"{DEFAULT_IMAGES} {key}"), labels[rows]) for key, rows in parts.items()}
-    return FoundImages(
+    splits = {
+        key: (ArraySource(images[rows], f"{DEFAULT_IMAGES} {key}"), labels[rows]) for key, rows in positions.items()
+    }
+    return LabelledImages(
         splits,
         tuple(str(name) for name in digits.target_names),
         f"load_digits of scikit-learn {__version__}, {len(source)} images of 8x8, split 80 / 10 / 10, stratified",

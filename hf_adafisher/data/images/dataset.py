@@ -1,4 +1,4 @@
-"""From a split of images to the items of a DataLoader: decoded, cut to one size, in its workers."""
+"""Data set of decoded square images for a DataLoader."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _CROP_TRIES = 10
 
 
 class ImageItem(NamedTuple):
-    """One image of a batch. Not a dict, so that Trainer leaves it alone (`remove_unused_columns`).
+    """One image of a batch; no dict, so that Trainer's ``remove_unused_columns`` leaves it alone.
 
     Attributes:
-        image: uint8, shape (3, size, size).
-        label: class number.
-        position: in the data set; with `epoch`, decides the random numbers of its batch.
-        epoch: as `ImageDataset.set_epoch` was last told.
+        image: Pixels, uint8, shape (3, size, size).
+        label: Class number.
+        position: Index in the data set; part of the seed of the batch.
+        epoch: Epoch by ``ImageDataset.set_epoch``; part of the seed of the batch.
     """
 
     image: Tensor
@@ -38,19 +38,19 @@ class ImageItem(NamedTuple):
 
 
 class ImageDataset(Dataset[ImageItem]):
-    """Images of one size, decoded when they are asked for.
+    """Square images of one size, decoded on access.
 
     Args:
-        split: the images.
-        image_size: side of the square images to return, in pixels. Images are scaled (bilinear, antialiased) until
-            the shorter side has `image_size / crop_ratio` pixels, and the centre is cut out.
-        crop_ratio: in (0, 1]. ImageNet's customary 224 of 256 pixels is 0.875; default 1.
-        random_resized_crop: for training on ImageNet: a random part of 8 to 100 % of the area and 3:4 to 4:3 in shape
-            is scaled to the size instead.
-        seed: of the random parts. They depend on it, the epoch and the batch's own indices only.
+        split: The images.
+        image_size: Side of the returned images, in pixels. Images are resized (bilinear, antialiased) so that the
+            shorter side has ``image_size / crop_ratio`` pixels; then the centre is cropped.
+        crop_ratio: Value in (0, 1]; 0.875 is 224 of 256 pixels, as usual for ImageNet. Default 1.
+        random_resized_crop: Resize a random crop of 8 to 100 % of the area and an aspect ratio of 3:4 to 4:3 instead,
+            as usual for training on ImageNet. Default False.
+        seed: Seed of the random crops. They depend on it, on the epoch and on the indices of the batch only.
 
     Raises:
-        ValueError: an `image_size` or `crop_ratio` outside its range.
+        ValueError: ``image_size`` or ``crop_ratio`` is outside its range.
     """
 
     def __init__(
@@ -78,22 +78,30 @@ class ImageDataset(Dataset[ImageItem]):
         return len(self.split)
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the random numbers those of another epoch; under Trainer, the callback `DatasetEpochs` calls it."""
+        """Set the epoch that the random crops depend on; under Trainer, the callback ``DatasetEpochs`` calls it."""
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> ImageItem:
-        """Decodes one image. Raises BrokenImageError, which names it."""
+        """Decode one image.
+
+        Raises:
+            BrokenImageError: The image cannot be read; the message names it.
+        """
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[ImageItem]:
-        """Decodes the images of a batch."""
+        """Decode the images of a batch.
+
+        Raises:
+            BrokenImageError: An image cannot be read; the message names it.
+        """
         epoch = int(self._epoch)
         generator = np.random.default_rng(batch_seed(self.seed, epoch, indices))
         items = []
         for index in indices:
             image = self.split.image(index)
             if self.random_resized_crop:
-                image = _random_part(image, self.image_size, generator)
+                image = _random_resized_crop(image, self.image_size, generator)
             else:
                 image = fit_square(image, self.image_size, self.crop_ratio)
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
@@ -102,16 +110,24 @@ class ImageDataset(Dataset[ImageItem]):
 
 
 def batch_seed(seed: int, epoch: int, indices: Sequence[int]) -> int:
-    """Returns the seed of a batch's random numbers: the same wherever, and in whichever worker, the batch is made.
+    """Seed of the random numbers of a batch, independent of the worker that makes it.
 
-    So the number of workers changes nothing, and a resumed run sees the images that the uninterrupted one sees.
+    So the number of workers changes nothing, and a resumed run sees the images of the uninterrupted one.
+
+    Args:
+        seed: Seed of the run, >= 0.
+        epoch: Number of the epoch, from 0.
+        indices: Indices of the examples in the batch.
+
+    Returns:
+        A non-negative integer of 63 bits.
     """
     words = np.random.SeedSequence([seed, epoch, *map(int, indices)]).generate_state(2)
     return int(words[0]) << 31 | int(words[1]) >> 1
 
 
 def fit_square(image: Image, size: int, crop_ratio: float = 1.0) -> Image:
-    """Scales the shorter side to `size / crop_ratio` pixels and cuts out the centre square of `size`."""
+    """Resize the shorter side to ``size / crop_ratio`` pixels and crop the centre square of side ``size``."""
     from PIL.Image import Resampling
 
     width, height = image.size
@@ -122,7 +138,7 @@ def fit_square(image: Image, size: int, crop_ratio: float = 1.0) -> Image:
     return image.resize((size, size), Resampling.BILINEAR, box=(left, top, left + side, top + side))
 
 
-def _random_part(image: Image, size: int, generator: np.random.Generator) -> Image:
+def _random_resized_crop(image: Image, size: int, generator: np.random.Generator) -> Image:
     from PIL.Image import Resampling
 
     width, height = image.size

@@ -1,4 +1,4 @@
-"""Telling a data set which epoch it is, in resumed and distributed runs too."""
+"""Trainer callback that passes the epoch to the training data set."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class DatasetEpochs(TrainerCallback):
-    """Calls `set_epoch` of the training data set at the start of every epoch.
+    """Call ``set_epoch`` of the training data set at the start of every epoch.
 
-    Accelerate's data loader does so by itself, but not after a resume in the middle of an epoch, nor with several
-    processes: it then finds a sampler to tell and stops there.
+    Accelerate's data loader does not do so after a resume in the middle of an epoch. With several processes it calls
+    the sampler's ``set_epoch`` only.
     """
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Before the first batch of an epoch, or the first one after a resume in the middle of it."""
+        """Set the epoch before its first batch, or before the first batch after a resume."""
         dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
         set_epoch = getattr(dataset, "set_epoch", None)
         if set_epoch is not None:

@@ -1,4 +1,4 @@
-"""Where images come from, one at a time and undecoded: folders, tables of the datasets library, arrays."""
+"""Sources of undecoded images (files, tables, arrays), and their decoding."""
 
 from __future__ import annotations
 
@@ -20,30 +20,42 @@ _TAIL = 4096  # some writers pad their files with zeros
 
 
 class BrokenImageError(ValueError):
-    """An image that cannot be decoded; the message names it."""
+    """Image that cannot be decoded; the message names it."""
 
 
 class ImageSource(Protocol):
-    """Images that are read when they are needed; small enough to be sent to every worker."""
+    """Images that are read on demand, in the workers of a DataLoader."""
 
     def __len__(self) -> int:
         """Number of images."""
 
     def name(self, index: int) -> str:
-        """What to call an image in an error: its path, or the table and row."""
+        """Name of an image for error messages: its path, or its table and row."""
 
     def open(self, index: int) -> BinaryIO:
-        """The encoded file. Raises OSError if it cannot be read."""
+        """Open the encoded image.
+
+        Raises:
+            OSError: The image cannot be opened.
+        """
 
     def read(self, index: int) -> Image:
-        """The image as RGB. Raises BrokenImageError."""
+        """Decode an image to RGB.
+
+        Raises:
+            BrokenImageError: The image cannot be opened or decoded.
+        """
 
 
 class EncodedSource:
-    """What all sources of encoded files share: decoding."""
+    """Base class of sources of encoded images."""
 
     def read(self, index: int) -> Image:
-        """The image as RGB. Raises BrokenImageError."""
+        """Decode an image to RGB.
+
+        Raises:
+            BrokenImageError: The image cannot be opened or decoded.
+        """
         try:
             with self.open(index) as file:
                 return decode(file)
@@ -53,16 +65,20 @@ class EncodedSource:
             raise BrokenImageError(f"image {self.name(index)!r} cannot be opened: {error}") from error
 
     def name(self, index: int) -> str:
-        """What to call an image in an error."""
+        """Name of an image for error messages."""
         raise NotImplementedError
 
     def open(self, index: int) -> BinaryIO:
-        """The encoded file."""
+        """Open the encoded image."""
         raise NotImplementedError
 
 
 class FileSource(EncodedSource):
-    """Image files on disk."""
+    """Image files on disk.
+
+    Args:
+        paths: Paths of the files.
+    """
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = [str(path) for path in paths]
@@ -72,16 +88,22 @@ class FileSource(EncodedSource):
         return len(self.paths)
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """Path of the file."""
         return self.paths[index]
 
     def open(self, index: int) -> BinaryIO:
-        """The file."""
+        """Open the file."""
         return open(self.paths[index], "rb")
 
 
 class TableSource(EncodedSource):
-    """A column of images of a `datasets.Dataset`."""
+    """Image column of a ``datasets.Dataset``.
+
+    Args:
+        table: The data set.
+        column: Name of the column.
+        title: Name of the table in error messages.
+    """
 
     def __init__(self, table: Any, column: str, title: str) -> None:
         from datasets import Image as ImageFeature
@@ -95,12 +117,16 @@ class TableSource(EncodedSource):
         return len(self.table)
 
     def name(self, index: int) -> str:
-        """The table, the row, and the file's name where the table has one."""
+        """Title, row and, if the table has one, file name."""
         path = (self.table[int(index)][self.column] or {}).get("path")
         return f"{self.title}, row {index}" + (f" ({path})" if path else "")
 
     def open(self, index: int) -> BinaryIO:
-        """The encoded image: its bytes, or the file that the row names."""
+        """Open the bytes in the cell, or the file that it names.
+
+        Raises:
+            OSError: The cell is empty, or the file cannot be opened.
+        """
         cell = self.table[int(index)][self.column]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise OSError("the cell is empty")
@@ -108,7 +134,12 @@ class TableSource(EncodedSource):
 
 
 class ArraySource:
-    """Images in memory, uint8: (number, height, width) for grey ones, or (number, height, width, 3)."""
+    """Images in memory.
+
+    Args:
+        images: uint8, shape (number, height, width) for grey images or (number, height, width, 3).
+        title: Name of the array in error messages.
+    """
 
     def __init__(self, images: np.ndarray, title: str) -> None:
         self.images = images
@@ -119,31 +150,31 @@ class ArraySource:
         return len(self.images)
 
     def name(self, index: int) -> str:
-        """The array's title and the image's number."""
+        """Title and position of the image."""
         return f"{self.title}, number {index}"
 
     def open(self, index: int) -> BinaryIO:
-        """The image as a PNG file."""
+        """Encode the image as a PNG file in memory."""
         file = io.BytesIO()
         self.read(index).save(file, "PNG")
         file.seek(0)
         return file
 
     def read(self, index: int) -> Image:
-        """The image as RGB."""
+        """Convert the image to RGB."""
         from PIL import Image
 
         return Image.fromarray(self.images[index]).convert("RGB")
 
 
 def decode(file: BinaryIO) -> Image:
-    """Decodes an image file of any mode to RGB, upright.
+    """Decode an image file of any mode to RGB, with the EXIF orientation applied.
 
-    What is transparent becomes white: the colours below an alpha of 0 are arbitrary. 16-bit grey is scaled to 8 bits;
-    of an animation, the first frame is taken.
+    Transparent pixels become white, since colours under an alpha of 0 are arbitrary. 16-bit grey is scaled to 8 bits.
+    An animation gives its first frame.
 
     Raises:
-        BrokenImageError: a file of zero bytes, no image, or damaged.
+        BrokenImageError: The file is empty, no image, or damaged.
     """
     from PIL import Image, ImageOps
 
@@ -160,7 +191,7 @@ def decode(file: BinaryIO) -> Image:
 
 
 def to_rgb(image: Image) -> Image:
-    """Converts an image of any mode to RGB, on white where it is transparent."""
+    """Convert an image of any mode to RGB, on a white background."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -175,10 +206,13 @@ def to_rgb(image: Image) -> Image:
 
 
 def find_damage(file: BinaryIO) -> str | None:
-    """Says what is wrong with an image file from its first and last bytes, or None; fast enough for a whole data set.
+    """Check an image file by its first and last bytes, fast enough for a complete data set.
 
-    Finds files of zero bytes, files that are no images, and truncated ones. Damage in the middle of a file is found
-    only by `decode`.
+    It finds empty files, files that are no images, and truncated ones. Damage in the middle is found by ``decode``
+    only.
+
+    Returns:
+        The damage in words, or None.
     """
     from PIL import Image
 
@@ -206,12 +240,15 @@ def _tail(file: BinaryIO) -> bytes:
 
 
 def broken_images(source: ImageSource, indices: Iterable[int], *, decode_all: bool) -> dict[int, str]:
-    """Returns the images that cannot be read, by index, with the reason.
+    """Find images that cannot be read.
 
     Args:
-        source: the images.
-        indices: which of them to look at.
-        decode_all: decode every image, which finds all damage, instead of looking at both ends of the file.
+        source: The images.
+        indices: Indices of the images to check.
+        decode_all: Decode every image, which finds all damage, instead of checking both ends of the file.
+
+    Returns:
+        Reasons by index.
     """
 
     def damage(index: int) -> str | None:
@@ -226,5 +263,5 @@ def broken_images(source: ImageSource, indices: Iterable[int], *, decode_all: bo
 
     indices = [int(index) for index in indices]
     with ThreadPoolExecutor() as pool:  # reading and decoding leave Python's lock
-        found = pool.map(damage, indices)
-        return {index: reason for index, reason in zip(indices, found, strict=True) if reason is not None}
+        reasons = pool.map(damage, indices)
+        return {index: reason for index, reason in zip(indices, reasons, strict=True) if reason is not None}

@@ -1,150 +1,100 @@
-"""Accuracy and confusion matrix of classifiers, with the interface of `evaluate`'s modules, offline.
-
-`evaluate.load("accuracy")` fetches a script from the Hub; these are the same things as classes:
-
-    >>> from hf_adafisher.data.images.metrics import Accuracy
-    >>> Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 0])
-    {'accuracy': 0.6666666666666666}
-"""
+"""Accuracy, top-k accuracy and confusion matrix of image classifiers."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
 from typing import Any
 
-import datasets
-import evaluate
 import numpy as np
 
 TOP_K = 5
 
-_CLASSES = datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")})
-_SCORES = datasets.Features(
-    {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
-)
 
+def top_k_accuracy(scores: Any, labels: Any, k: int = 1) -> float:
+    """Return the share of examples whose class is among the ``k`` with the highest scores.
 
-class _ImageMetric(evaluate.Metric):
-    """Takes class numbers or scores. Examples are kept in memory, unless `cache_dir` or several processes say no."""
-
-    accepts: tuple[datasets.Features, ...] = (_CLASSES, _SCORES)
-    title = ""
-
-    def __init__(self, **options: Any) -> None:
-        # evaluate makes the folder even where everything stays in memory; a read-only home must not matter.
-        options.setdefault("keep_in_memory", options.get("num_process", 1) == 1 and "cache_dir" not in options)
-        if options["keep_in_memory"]:
-            options.setdefault("cache_dir", tempfile.gettempdir())
-        super().__init__(**options)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.title, citation="", inputs_description=self.title, features=list(self.accepts)
-        )
-
-
-class Accuracy(_ImageMetric):
-    """Top-1 accuracy: predictions are class numbers, or one list of scores per example."""
-
-    title = "Share of examples whose class is predicted."
-
-    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": top_k_accuracy(_as_scores_or_classes(predictions), references, 1)}
-
-
-class TopKAccuracy(_ImageMetric):
-    """Top-k accuracy, 5 by default: predictions are one list of scores per example."""
-
-    accepts = (_SCORES,)
-    title = "Share of examples whose class is among the k with the highest scores."
-
-    def _compute(self, predictions: Any, references: Any, k: int = TOP_K) -> dict[str, float]:
-        return {f"top{k}_accuracy": top_k_accuracy(_as_scores_or_classes(predictions), references, k)}
-
-
-class ConfusionMatrix(_ImageMetric):
-    """Confusion matrix: rows are true classes, columns predicted ones."""
-
-    title = "How often each class (row) is taken for each class (column)."
-
-    def _compute(self, predictions: Any, references: Any, num_classes: int | None = None) -> dict[str, np.ndarray]:
-        return {"confusion_matrix": confusion_matrix(_as_scores_or_classes(predictions), references, num_classes)}
-
-
-def top_k_accuracy(predictions: Any, references: Any, k: int = 1) -> float:
-    """Returns the share of examples whose class is among the `k` with the highest scores.
+    Of equal scores the lower class number counts as higher, as in ``argmax``; an example with nan is wrong. The scores
+    of a diverging model are not finite, which scikit-learn's ``top_k_accuracy_score`` refuses.
 
     Args:
-        predictions: scores, shape (examples, classes); or class numbers, shape (examples,), for k = 1. Of equal scores
-            the lower class number counts as higher. A row with nan is wrong.
-        references: class numbers, shape (examples,).
-        k: at least 1.
+        scores: Shape (examples, classes).
+        labels: Class numbers, shape (examples,).
+        k: At least 1.
 
     Raises:
-        ValueError: shapes that do not fit, no example, or a class number that has no score.
+        ValueError: Shapes that do not fit, no example, a class number without a score, or ``k`` below 1.
     """
-    values, labels = _checked(predictions, references)
-    if k < 1 or (values.ndim == 1 and k != 1):
-        raise ValueError(f"k is {k}; it must be at least 1, and 1 for predicted class numbers")
-    if values.ndim == 1:
-        return float(np.mean(values == labels))
-    own = np.take_along_axis(values, labels[:, None], axis=1)
-    earlier = np.arange(values.shape[1]) < labels[:, None]
-    rank = ((values > own) | ((values == own) & earlier)).sum(axis=1)
-    return float(np.mean((rank < k) & ~np.isnan(values).any(axis=1)))
+    scores, labels = _checked(scores, labels)
+    if k < 1:
+        raise ValueError(f"k is {k}; it must be at least 1")
+    highest = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    correct = (highest == labels[:, None]).any(axis=1) & ~np.isnan(scores).any(axis=1)
+    return float(correct.mean())
 
 
-def confusion_matrix(predictions: Any, references: Any, num_classes: int | None = None) -> np.ndarray:
-    """Returns how often class i (row) was taken for class j (column), int64, shape (classes, classes).
+def confusion_matrix(scores: Any, labels: Any) -> np.ndarray:
+    """Count examples by true class (row) and predicted class (column).
 
     Args:
-        predictions: scores, shape (examples, classes), or class numbers, shape (examples,).
-        references: class numbers, shape (examples,).
-        num_classes: default: as many as there are scores, or the highest class number plus 1.
+        scores: Shape (examples, classes).
+        labels: Class numbers, shape (examples,).
+
+    Returns:
+        int64, shape (classes, classes).
 
     Raises:
-        ValueError: shapes that do not fit, no example, or a class number outside 0..num_classes - 1.
+        ImportError: scikit-learn is not installed; see ``require_scikit_learn``.
+        ValueError: Shapes that do not fit, no example, or a class number without a score.
     """
-    values, labels = _checked(predictions, references)
-    classes = values.argmax(axis=1) if values.ndim == 2 else values.astype(np.int64)
-    if num_classes is None:
-        num_classes = values.shape[1] if values.ndim == 2 else int(max(classes.max(), labels.max())) + 1
-    for name, numbers in (("predictions", classes), ("references", labels)):
-        if numbers.min() < 0 or numbers.max() >= num_classes:
-            raise ValueError(f"{name} reach from {numbers.min()} to {numbers.max()}; classes are 0..{num_classes - 1}")
-    counts = np.bincount(labels * num_classes + classes, minlength=num_classes**2)
-    return counts.reshape(num_classes, num_classes)
+    require_scikit_learn()
+    from sklearn import metrics
+
+    scores, labels = _checked(scores, labels)
+    return metrics.confusion_matrix(labels, scores.argmax(axis=1), labels=np.arange(scores.shape[1]))
+
+
+def require_scikit_learn() -> None:
+    """Check for scikit-learn, before the training whose result it evaluates.
+
+    Raises:
+        ImportError: It is not installed; the message says how to install it.
+    """
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "image classifiers are evaluated by scikit-learn: pip install 'hf_adafisher[vision]'"
+        ) from error
+
+
+def accuracies(scores: Any, labels: Any) -> dict[str, float]:
+    """Return the accuracy, and with more than 5 classes the top-5 accuracy; see ``top_k_accuracy``."""
+    result = {"accuracy": top_k_accuracy(scores, labels)}
+    if np.shape(scores)[1] > TOP_K:
+        result[f"top{TOP_K}_accuracy"] = top_k_accuracy(scores, labels, TOP_K)
+    return result
+
+
+def logits_and_labels(prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Unpack transformers' EvalPrediction or PredictionOutput; of several outputs the logits are the first."""
+    logits = prediction.predictions
+    return np.asarray(logits[0] if isinstance(logits, tuple) else logits), np.asarray(prediction.label_ids)
 
 
 def image_metrics(prediction: Any) -> dict[str, float]:
-    """A `compute_metrics` for Trainer: accuracy, and top-5 accuracy where there are more than 5 classes.
-
-    Args:
-        prediction: transformers' EvalPrediction; predictions are logits, or a tuple that starts with them.
-    """
-    scores = prediction.predictions
-    scores = scores[0] if isinstance(scores, tuple) else scores
-    metrics = {"accuracy": top_k_accuracy(scores, prediction.label_ids, 1)}
-    if np.shape(scores)[1] > TOP_K:
-        metrics[f"top{TOP_K}_accuracy"] = top_k_accuracy(scores, prediction.label_ids, TOP_K)
-    return metrics
+    """Return the ``accuracies`` of transformers' EvalPrediction: a ``compute_metrics`` of Trainer."""
+    return accuracies(*logits_and_labels(prediction))
 
 
-def _checked(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
-    values, labels = np.asarray(predictions), np.asarray(references)
-    if labels.ndim != 1 or values.ndim not in (1, 2) or len(values) != len(labels) or not len(labels):
+def _checked(scores: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if labels.ndim != 1 or scores.ndim != 2 or len(scores) != len(labels) or not len(labels):
         raise ValueError(
-            f"predictions of shape {values.shape} and references of shape {labels.shape} do not fit: "
-            "(examples,) or (examples, classes), and (examples,), at least one example"
+            f"scores of shape {scores.shape} and labels of shape {labels.shape} do not fit: "
+            "(examples, classes) and (examples,), at least one example"
         )
     labels = labels.astype(np.int64)
-    if values.ndim == 2 and (labels.min() < 0 or labels.max() >= values.shape[1]):
+    if labels.min() < 0 or labels.max() >= scores.shape[1]:
         raise ValueError(
-            f"references reach from {labels.min()} to {labels.max()}; there are scores for {values.shape[1]} classes"
+            f"labels reach from {labels.min()} to {labels.max()}; there are scores for {scores.shape[1]} classes"
         )
-    return values, labels
-
-
-def _as_scores_or_classes(predictions: Sequence[Any]) -> np.ndarray:
-    return np.asarray(predictions)
+    return scores, labels

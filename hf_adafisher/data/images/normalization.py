@@ -1,4 +1,4 @@
-"""The mean and standard deviation that images are normalised with."""
+"""Normalisation of images: channel mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -15,23 +15,31 @@ from hf_adafisher.data.images.corpora import ImageCorpus, ImageSplit
 logger = logging.getLogger(__name__)
 
 STATISTICS_SAMPLE = 2000
-"""Images that the statistics of a data set are taken from, at most."""
+"""Largest number of images from which statistics of a data set are computed."""
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """Mean and standard deviation of each channel, for values in [0, 1]."""
+    """Mean and standard deviation of each channel, for values in [0, 1].
+
+    Attributes:
+        mean: One value per channel.
+        std: One positive value per channel.
+
+    Raises:
+        ValueError: A standard deviation is not positive, or the lengths differ.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        """Raises ValueError for a standard deviation that is not positive."""
+
         if len(self.mean) != len(self.std) or not all(value > 0 for value in self.std):
             raise ValueError(f"mean is {self.mean} and std {self.std}: one positive std is needed for each mean")
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalises images of shape (..., channels, height, width)."""
+        """Normalise images of shape (..., channels, height, width)."""
         mean, std = (torch.tensor(values, dtype=images.dtype).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
@@ -40,10 +48,13 @@ IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def pretrained_normalization(name_or_path: str) -> Normalization:
-    """Returns the normalisation of a pretrained model, from its image processor's file; ImageNet's where it has none.
+    """Normalisation of a pretrained model, from its image processor or timm configuration.
 
     Args:
-        name_or_path: a model id of the Hub or a folder.
+        name_or_path: Model id on the Hub, or a folder.
+
+    Returns:
+        The model's normalisation, or with a warning that of ImageNet if the model has none.
     """
     from transformers import PreTrainedConfig
     from transformers.image_processing_base import ImageProcessingMixin
@@ -65,14 +76,14 @@ def pretrained_normalization(name_or_path: str) -> Normalization:
 
 
 def corpus_normalization(corpus: ImageCorpus, seed: int = 0) -> Normalization:
-    """Returns the mean and standard deviation of the training images, of at most 2,000 of them."""
+    """Normalisation by the statistics of a corpus, over a sample of at most 2,000 training images."""
     return channel_statistics(corpus.train.sample(STATISTICS_SAMPLE, seed))
 
 
 def channel_statistics(split: ImageSplit) -> Normalization:
-    """Returns mean and standard deviation over all pixels of all images, per channel, for values in [0, 1].
+    """Mean and standard deviation of each channel over all pixels of a split, for values in [0, 1].
 
-    A channel without any variation gets a standard deviation of 1.
+    A constant channel gets a standard deviation of 1.
     """
     count, total, squares = 0, np.zeros(3), np.zeros(3)
     for position in range(len(split)):
@@ -86,9 +97,16 @@ def channel_statistics(split: ImageSplit) -> Normalization:
 
 
 def image_processor(normalization: Normalization, image_size: int) -> Any:
-    """Returns an image processor that prepares square images as training did, to be saved beside the model.
+    """Image processor of transformers to save with a model, equal to the evaluation transform on square images.
 
-    Images of other shapes it squeezes to a square, where `ImageDataset` cuts out the centre.
+    It squeezes other images to a square, whereas ``ImageDataset`` crops the centre.
+
+    Args:
+        normalization: Normalisation of the training images.
+        image_size: Side of the images, in pixels.
+
+    Returns:
+        A ``ViTImageProcessor``.
     """
     from transformers import ViTImageProcessor
 

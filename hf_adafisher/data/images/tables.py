@@ -1,4 +1,4 @@
-"""Finding images and labels: on the Hub, in parquet files, in what `save_to_disk` wrote, and in image folders."""
+"""Readers of labelled images: Hub data sets, parquet files, ``save_to_disk`` folders, and image folders."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from hf_adafisher.data.images.files import IMAGE_SUFFIXES, FileSource, ImageSource, TableSource
+from hf_adafisher.data.images.hub import HubImages
 
 logger = logging.getLogger(__name__)
 
+_ENCODED = ("binary", "large_binary", "string")  # bytes of files, or their paths
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -22,70 +24,41 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class FoundImages:
-    """What a reader found: per split the images and their class numbers; class names; a line for the records."""
+class LabelledImages:
+    """Images and labels as a reader returns them, before missing splits are made.
+
+    Attributes:
+        splits: Images and class numbers (int64) by split; "train" is always there.
+        class_names: Names by class number.
+        source: Provenance of the images, for the records.
+    """
 
     splits: Mapping[str, tuple[ImageSource, np.ndarray]]
     class_names: tuple[str, ...]
     source: str
 
 
-@dataclass(frozen=True)
-class HubImages:
-    """A data set on the Hugging Face Hub.
+def read_hub(name: str, record: HubImages, image_column: str | None, label_column: str | None) -> LabelledImages:
+    """Read a data set from the Hub or its local cache.
 
-    Attributes:
-        path: data set id.
-        splits: our name of each split that has labels: its name there. Default: by their names.
-        image_column: column of the images. Default: the only one of that type.
-        label_column: column of the class numbers. Default: the one called "label", or the only one with class names.
-        licence: what its data set card states.
-        note: what a reader of results must know.
+    Args:
+        name: Name in error messages.
+        record: The data set.
+        image_column: Column of the images, instead of the record's.
+        label_column: Column of the class numbers, instead of the record's.
+
+    Returns:
+        The images of the splits with labels.
+
+    Raises:
+        ConnectionError: The data set is neither cached nor reachable.
+        ValueError: A column is missing or has the wrong type, a label is out of range, or there is no training split.
     """
-
-    path: str
-    splits: tuple[tuple[str, str], ...] | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    licence: str = ""
-    note: str = ""
-
-    def describe(self) -> str:
-        """Returns one line that identifies the images."""
-        return self.path + "".join(f", {part}" for part in (self.licence, self.note) if part)
-
-
-_ENCODED = ("binary", "large_binary", "string")  # bytes of files, or their paths
-_TRAIN_TEST = (("train", "train"), ("test", "test"))
-HUB_IMAGES: dict[str, HubImages] = {
-    "cifar10": HubImages("uoft-cs/cifar10", _TRAIN_TEST, "img", "label", "research use"),
-    "cifar100": HubImages("uoft-cs/cifar100", _TRAIN_TEST, "img", "fine_label", "research use", "the 100 fine classes"),
-    "imagenet-1k": HubImages(
-        "ILSVRC/imagenet-1k",
-        (("train", "train"), ("validation", "validation")),
-        "image",
-        "label",
-        "ImageNet terms, to be accepted on the Hub",
-        "its test split has no labels: results are those of its validation split",
-    ),
-    "tiny-imagenet": HubImages(
-        "zh-plus/tiny-imagenet",
-        (("train", "train"), ("validation", "valid")),
-        "image",
-        "label",
-        "ImageNet terms",
-        "200 classes of 64x64; results are those of its validation split",
-    ),
-}
-
-
-def read_hub(name: str, record: HubImages, image_column: str | None, label_column: str | None) -> FoundImages:
-    """Loads a data set of the Hub, or of its cache. Raises ConnectionError if neither has it."""
     from datasets import load_dataset
 
     try:
         tables = load_dataset(record.path)
-    # The libraries below raise a dozen unrelated types here, and for all of them the way out is the same.
+    # datasets and its dependencies raise a dozen unrelated types here. The advice is the same for all of them.
     except Exception as error:
         raise ConnectionError(
             f"could not load the data set {name!r}, which is {record.describe()} on the Hugging Face Hub: it is not in "
@@ -99,12 +72,12 @@ def read_hub(name: str, record: HubImages, image_column: str | None, label_colum
     return _from_tables(_by_split(tables), *columns, record.describe())
 
 
-def read_folder(path: Path, image_column: str | None, label_column: str | None) -> FoundImages:
-    """Reads local images: see `load_images`.
+def read_folder(path: Path, image_column: str | None, label_column: str | None) -> LabelledImages:
+    """Read local images in any layout that ``load_images`` accepts as ``data_dir``.
 
     Raises:
-        FileNotFoundError: `path` does not exist.
-        ValueError: nothing in it is understood, or it holds no images.
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: The layout is unknown, a file cannot be read, or there are no images.
     """
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist; give a folder of images or of parquet files")
@@ -146,7 +119,7 @@ def _parquet(files: list[Path]) -> dict[str, Any]:
 
 
 def _split_of(name: str) -> str | None:
-    """Which split a name means by its first word: train, train-00000-of-00001, validation_2."""
+    """Split by the first word of a name, such as train, train-00000-of-00001 or validation_2; None if unknown."""
     word = "".join(c if c.isalpha() else " " for c in name.lower()).split()[:1]
     return next((split for split, words in SPLIT_WORDS.items() if word and word[0] in words), None)
 
@@ -154,89 +127,95 @@ def _split_of(name: str) -> str | None:
 def _by_split(tables: Any) -> dict[str, Any]:
     if not isinstance(tables, Mapping):
         return {"train": tables}
-    found: dict[str, Any] = {}
+    by_split: dict[str, Any] = {}
     for key, table in tables.items():
         split = _split_of(str(key))
         if split is None:
             logger.warning("split %r is not used: it is none of train, validation and test", key)
         else:
-            found.setdefault(split, table)
-    return found
+            by_split.setdefault(split, table)
+    return by_split
 
 
 def _from_tables(
     tables: dict[str, Any], image_column: str | None, label_column: str | None, source: str
-) -> FoundImages:
+) -> LabelledImages:
     if "train" not in tables:
         raise ValueError(f"{source} has no training split (found: {', '.join(tables) or 'none'})")
     names: list[str] | None = None
     splits: dict[str, tuple[ImageSource, np.ndarray]] = {}
     for split, table in tables.items():
-        where = f"{source}, {split}"
-        image = _image_column(table.features, image_column, where)
-        label = _label_column(table.features, label_column, where)
-        own = getattr(table.features[label], "names", None)
-        if names is not None and own is not None and list(own) != names:
-            raise ValueError(f"{where}: its class names {own[:5]} are not those of the training split, {names[:5]}")
-        names = list(own) if own is not None else names
+        location = f"{source}, {split}"
+        image = _image_column(table.features, image_column, location)
+        label = _label_column(table.features, label_column, location)
+        split_names = getattr(table.features[label], "names", None)
+        if names is not None and split_names is not None and list(split_names) != names:
+            raise ValueError(
+                f"{location}: its class names {split_names[:5]} are not those of the training split, {names[:5]}"
+            )
+        names = list(split_names) if split_names is not None else names
         labels = np.asarray([-1 if value is None else value for value in table.with_format(None)[label][:]], np.int64)
         if split != "train" and len(labels) and (labels == -1).all():
-            logger.warning("%s has no labels (all are missing or -1) and is not used", where)
+            logger.warning("%s has no labels (all are missing or -1) and is not used", location)
             continue
-        _check_labels(labels, where, names)
-        splits[split] = (TableSource(table, image, where), labels)
+        _check_labels(labels, location, names)
+        splits[split] = (TableSource(table, image, location), labels)
     highest = max((int(labels.max()) for _, labels in splits.values() if len(labels)), default=-1)
-    return FoundImages(splits, tuple(names or map(str, range(highest + 1))), source)
+    return LabelledImages(splits, tuple(names or map(str, range(highest + 1))), source)
 
 
-def _image_column(features: Mapping[str, Any], wanted: str | None, where: str) -> str:
+def _image_column(features: Mapping[str, Any], requested: str | None, location: str) -> str:
     from datasets import Image, Value
 
-    if wanted is not None and wanted not in features:
-        raise ValueError(f"{where} has no column {wanted!r}; its columns: {', '.join(features)}")
+    if requested is not None and requested not in features:
+        raise ValueError(f"{location} has no column {requested!r}; its columns: {', '.join(features)}")
     typed = [key for key, kind in features.items() if isinstance(kind, Image)]
     named = [key for key in ("image", "img", "pixel_values") if key in features]
-    column = wanted or (typed[0] if len(typed) == 1 else named[0] if named else None)
+    column = requested or (typed[0] if len(typed) == 1 else named[0] if named else None)
     if column is None:
-        raise ValueError(f"{where}: which column has the images? Give --image_column; columns: {', '.join(features)}")
+        raise ValueError(
+            f"{location}: which column has the images? Give --image_column; columns: {', '.join(features)}"
+        )
     kind = features[column]
     encoded = isinstance(kind, Image) or (isinstance(kind, Value) and kind.dtype in _ENCODED)
     if not encoded and not (isinstance(kind, dict) and set(kind) == {"bytes", "path"}):
-        raise ValueError(f"{where}: column {column!r} has the type {kind}, which is no image; give --image_column")
+        raise ValueError(f"{location}: column {column!r} has the type {kind}, which is no image; give --image_column")
     return column
 
 
-def _label_column(features: Mapping[str, Any], wanted: str | None, where: str) -> str:
+def _label_column(features: Mapping[str, Any], requested: str | None, location: str) -> str:
     from datasets import ClassLabel, Value
 
-    if wanted is not None and wanted not in features:
-        raise ValueError(f"{where} has no label column {wanted!r}; its columns: {', '.join(features)}")
+    if requested is not None and requested not in features:
+        raise ValueError(f"{location} has no label column {requested!r}; its columns: {', '.join(features)}")
     classes = [key for key, kind in features.items() if isinstance(kind, ClassLabel)]
     named = [key for key in ("label", "labels") if key in features]
-    column = wanted or (named[0] if named else classes[0] if len(classes) == 1 else None)
+    column = requested or (named[0] if named else classes[0] if len(classes) == 1 else None)
     if column is None:
         raise ValueError(
-            f"{where} has no column 'label'; give the label column with --label_column: {', '.join(features)}"
+            f"{location} has no column 'label'; give the label column with --label_column: {', '.join(features)}"
         )
     kind = features[column]
     integer = isinstance(kind, Value) and kind.dtype.lstrip("u").startswith("int")
     if not integer and not isinstance(kind, ClassLabel):
         raise ValueError(
-            f"{where}: label column {column!r} has the type {getattr(kind, 'dtype', kind)}; it must hold class numbers "
-            "(integers or ClassLabel). Text becomes so with datasets' class_encode_column"
+            f"{location}: label column {column!r} has the type {getattr(kind, 'dtype', kind)}; it must hold "
+            "class numbers (integers or ClassLabel). Text becomes so with datasets' class_encode_column"
         )
     return column
 
 
-def _check_labels(labels: np.ndarray, where: str, names: list[str] | None) -> None:
+def _check_labels(labels: np.ndarray, location: str, names: list[str] | None) -> None:
     bad = np.flatnonzero((labels < 0) | (labels >= (len(names) if names else np.inf)))
     if len(bad):
         label = "no label" if labels[bad[0]] == -1 else f"the label {labels[bad[0]]}"
         allowed = f"0 to {len(names) - 1}" if names else "0 or more"
-        raise ValueError(f"{where}: row {bad[0]} has {label} ({len(bad)} such rows); class numbers must be {allowed}")
+        raise ValueError(
+            f"{location}: row {bad[0]} has {label} ({len(bad)} such rows); class numbers must be {allowed}"
+        )
 
 
-def _image_folder(path: Path) -> FoundImages:
+def _image_folder(path: Path) -> LabelledImages:
     children = sorted(child for child in path.iterdir() if child.is_dir() and not child.name.startswith("."))
     roots = {split: child for child in children for split, words in SPLIT_WORDS.items() if child.name.lower() in words}
     if "train" not in roots:
@@ -254,25 +233,25 @@ def _image_folder(path: Path) -> FoundImages:
                 f"{', '.join(map(repr, foreign[:5]))}"
             )
         labels = [names.index(name) for name, paths in by_class.items() for _ in paths]
-        paths = [file for found in by_class.values() for file in found]
-        splits[split] = (FileSource(paths), np.asarray(labels, dtype=np.int64))
-    return FoundImages(splits, names, f"{path} (image folder)")
+        files_of_split = [file for class_files in by_class.values() for file in class_files]
+        splits[split] = (FileSource(files_of_split), np.asarray(labels, dtype=np.int64))
+    return LabelledImages(splits, names, f"{path} (image folder)")
 
 
 def _class_files(root: Path) -> dict[str, list[Path]]:
     folders = sorted(child for child in root.iterdir() if child.is_dir() and not child.name.startswith("."))
-    found = {folder.name: sorted(file for file in folder.rglob("*") if _is_image(file)) for folder in folders}
-    if not any(found.values()):
+    by_class = {folder.name: sorted(file for file in folder.rglob("*") if _is_image(file)) for folder in folders}
+    if not any(by_class.values()):
         loose = sum(map(_is_image, root.iterdir()))
         hint = f" (its {loose} images are in no class folder)" if loose else ""
         raise ValueError(
             f"{str(root)!r} holds no images in class folders{hint}; expected CLASS/IMAGE files with one of the endings "
             f"{', '.join(sorted(IMAGE_SUFFIXES))}, or parquet files"
         )
-    empty = [folder for folder in folders if not found[folder.name]]
+    empty = [folder for folder in folders if not by_class[folder.name]]
     if empty:
         raise ValueError(f"class folder {str(empty[0])!r} holds no images; fill it or delete it")
-    return found
+    return by_class
 
 
 def _is_image(path: Path) -> bool:

@@ -1,8 +1,8 @@
-"""Text corpora: by name from the Hugging Face Hub, from local files, or embedded in CPython.
+"""Text corpora from the Hugging Face Hub, from local files, or embedded in CPython.
 
-A corpus is three lists of lines. A line has no newline; the text of a split is every line followed by one
-newline, and each line end counts as one word (`count_words`), as in the published perplexities on Penn
-Treebank and WikiText.
+A corpus has three splits, each a list of lines without newlines. The text of a split is every line followed by one
+newline. Each line end counts as one word (``count_words``), as in the published perplexities on Penn Treebank and
+WikiText.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ class TextCorpus:
     """Three splits of text.
 
     Attributes:
-        name: corpus name, or "local files".
-        train: lines without their newline.
-        validation: lines without their newline.
-        test: lines without their newline; empty if the corpus has no test split.
-        source: where exactly the text comes from (Hub id, config and revision; paths; Python version), for
-            the records.
+        name: Corpus name, or "local files".
+        train: Lines without their newline.
+        validation: Lines without their newline.
+        test: Lines without their newline; empty if the corpus has no test split.
+        source: Provenance for the records: Hub id, configuration and revision, or paths, or Python version.
     """
 
     name: str
@@ -51,14 +50,13 @@ class HubCorpus:
     """A corpus on the Hugging Face Hub.
 
     Attributes:
-        path: dataset id.
-        config: configuration of that dataset.
-        revision: commit or branch, pinned so that everybody measures on the same text.
-        column: column that holds one line of text per row.
-        licence: licence as its dataset card states it.
-        note: what a reader of results must know about this version of the text.
-        parquet: read the parquet files of that revision directly (for datasets whose main branch is a loading
-            script).
+        path: Dataset id.
+        config: Configuration of the dataset.
+        revision: Commit or branch, pinned so that all results are on the same text.
+        column: Column with one line of text per row.
+        licence: Licence stated on the dataset card.
+        note: Remark for readers of results about this version of the text.
+        parquet: Read the parquet files of the revision directly, for datasets whose main branch is a loading script.
     """
 
     path: str
@@ -70,7 +68,7 @@ class HubCorpus:
     parquet: bool = False
 
     def describe(self) -> str:
-        """Returns one line that identifies the text."""
+        """Describe the text in one line: path, configuration, revision, licence and note."""
         note = f", {self.note}" if self.note else ""
         return f"{self.path} ({self.config}, revision {self.revision}, licence {self.licence}{note})"
 
@@ -87,8 +85,7 @@ HUB_CORPORA: dict[str, HubCorpus] = {
     "wikitext-2-v1": _wikitext("wikitext-2-v1", _PROCESSED),
     "wikitext-103": _wikitext("wikitext-103-raw-v1", _RAW),
     "wikitext-103-v1": _wikitext("wikitext-103-v1", _PROCESSED),
-    # The main branch is a loading script, which datasets no longer runs; this branch is the Hub's own
-    # conversion of it.
+    # The main branch is a loading script, which datasets no longer runs. This branch is the Hub's conversion of it.
     "ptb": HubCorpus(
         "ptb-text-only/ptb_text_only",
         "penn_treebank",
@@ -102,15 +99,14 @@ HUB_CORPORA: dict[str, HubCorpus] = {
 
 
 def available_corpora() -> list[str]:
-    """Returns every name that `load_corpus` takes: the embedded default first, then those on the Hub."""
+    """List the names that ``load_corpus`` accepts, the embedded default first."""
     return [DEFAULT_CORPUS, *HUB_CORPORA]
 
 
 def count_words(lines: Iterable[str]) -> int:
-    """Returns the number of words: what white space separates, plus one end-of-line for each line.
+    """Count words separated by white space, plus one end-of-line word per line.
 
-    It depends on the text only, never on a tokenizer, so perplexities per word can be compared between
-    tokenizers.
+    The count does not depend on a tokenizer, so perplexities per word can be compared between tokenizers.
     """
     return sum(len(line.split()) + 1 for line in lines)
 
@@ -122,21 +118,22 @@ def load_corpus(
     validation_files: Paths | None = None,
     test_files: Paths | None = None,
 ) -> TextCorpus:
-    """Loads a corpus by name or from local UTF-8 text files; never both.
+    """Load a corpus by name or from local UTF-8 text files.
 
     Args:
-        name: one of `available_corpora()`. Default, if no file is given either: "python-docs", which needs no
-            network.
-        train_files: one path or several, read one after the other.
-        validation_files: the same. Without it, the last 5 % of the training lines become the validation split
-            and are no longer trained on.
-        test_files: the same. Without it, the corpus has no test split.
+        name: One of ``available_corpora()``. Default without files: "python-docs", which needs no network.
+        train_files: Path or paths, concatenated in order.
+        validation_files: Path or paths. Without it, the last 5 % of the training lines are held out for validation.
+        test_files: Path or paths. Without it, the test split is empty.
+
+    Returns:
+        The corpus.
 
     Raises:
-        ValueError: unknown name, name and files together, an empty or undecodable file, too few lines to
-            split.
-        FileNotFoundError: a file does not exist.
-        ConnectionError: a corpus of the Hub that is neither cached nor reachable.
+        ValueError: The name is unknown, name and files are both given, a file is empty or not UTF-8, or there are too
+            few lines to split.
+        FileNotFoundError: A file does not exist.
+        ConnectionError: A corpus of the Hub is neither cached nor reachable.
     """
     files = (train_files, validation_files, test_files)
     if any(paths is not None for paths in files):
@@ -170,7 +167,7 @@ def _load_hub(name: str, corpus: HubCorpus) -> TextCorpus:
             data = load_dataset("parquet", data_files={split: f"{root}/{split}/*.parquet" for split in splits})
         else:
             data = load_dataset(corpus.path, corpus.config, revision=corpus.revision)
-    # The libraries below raise a dozen unrelated types here, and for all of them the way out is the same.
+    # datasets and its dependencies raise a dozen unrelated types here. The advice is the same for all of them.
     except Exception as error:
         raise ConnectionError(
             f"could not load the corpus {name!r}, which is {corpus.describe()} on the Hugging Face Hub: "

@@ -1,4 +1,4 @@
-"""The two perplexities, defined once, and their exact evaluation."""
+"""Token and word perplexity, and their exact evaluation."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ from hf_adafisher.data.text.tokens import TokenWindows
 
 
 def token_perplexity(total_nll: float, num_tokens: int) -> float:
-    """Returns exp(total negative log-likelihood / number of tokens).
+    """Perplexity per token, ``exp(total_nll / num_tokens)``.
 
     It depends on the tokenizer: compare it only between models that share one.
 
     Args:
-        total_nll: in nats, summed over all tokens of the text.
-        num_tokens: tokens that were predicted, more than 0.
+        total_nll: Negative log-likelihood summed over all tokens of the text, in nats.
+        num_tokens: Number of predicted tokens, > 0.
 
     Returns:
-        At least 1; infinity where the exponential overflows; nan if `total_nll` is nan.
+        A value >= 1; infinity where the exponential overflows; nan if ``total_nll`` is nan.
+
+    Raises:
+        ValueError: ``num_tokens`` is not positive.
     """
     return _exp_mean(total_nll, num_tokens)
 
 
 def word_perplexity(total_nll: float, num_words: int) -> float:
-    """Returns exp(total negative log-likelihood / number of words, each line end being one word).
+    """Perplexity per word, ``exp(total_nll / num_words)``, where each line end is a word.
 
-    The likelihood of the whole text and its number of words are the same whatever its pieces are called, so
-    this one compares models with different tokenizers, and is the one that papers on Penn Treebank and
-    WikiText report.
+    Neither argument depends on the tokenizer, so it compares models with different ones. Papers on Penn Treebank and
+    WikiText report this perplexity.
 
     Args:
-        total_nll: in nats, summed over all tokens of the text, however it was tokenized.
-        num_words: see `hf_adafisher.data.text.corpora.count_words`, more than 0.
+        total_nll: Negative log-likelihood summed over all tokens of the text, in nats.
+        num_words: Number of words by ``count_words``, > 0.
 
     Returns:
-        At least 1; infinity where the exponential overflows; nan if `total_nll` is nan.
+        A value >= 1; infinity where the exponential overflows; nan if ``total_nll`` is nan.
+
+    Raises:
+        ValueError: ``num_words`` is not positive.
     """
     return _exp_mean(total_nll, num_words)
 
@@ -56,12 +61,12 @@ def _exp_mean(total: float, count: int) -> float:
 
 @dataclass(frozen=True)
 class PerplexityResult:
-    """What an exact evaluation found.
+    """Result of an exact evaluation.
 
     Attributes:
-        total_nll: negative log-likelihood of the text, nats.
-        num_tokens: tokens predicted: all of the text.
-        num_words: words of the text, line ends included.
+        total_nll: Negative log-likelihood of the text, in nats.
+        num_tokens: Number of tokens of the text, all of which are predicted.
+        num_words: Number of words of the text, line ends included.
     """
 
     total_nll: float
@@ -70,21 +75,21 @@ class PerplexityResult:
 
     @property
     def mean_loss(self) -> float:
-        """Nats per token: what Transformers calls eval_loss."""
+        """Mean negative log-likelihood per token in nats, ``eval_loss`` in transformers."""
         return self.total_nll / self.num_tokens
 
     @property
     def token_perplexity(self) -> float:
-        """See the function of this name."""
+        """Perplexity per token."""
         return token_perplexity(self.total_nll, self.num_tokens)
 
     @property
     def word_perplexity(self) -> float:
-        """See the function of this name."""
+        """Perplexity per word."""
         return word_perplexity(self.total_nll, self.num_words)
 
     def as_dict(self) -> dict[str, float]:
-        """Returns the counts, the mean loss and both perplexities."""
+        """Dictionary of the mean loss, both perplexities, the total and the counts."""
         return {
             "loss": self.mean_loss,
             "token_perplexity": self.token_perplexity,
@@ -106,25 +111,27 @@ def evaluate_perplexity(
     progress: bool = True,
     description: str = "perplexity",
 ) -> PerplexityResult:
-    """Sums the negative log-likelihood of every token of a stream, each predicted once.
+    """Evaluate the perplexity of a token stream exactly: every token is predicted once.
 
-    The windows are those of `TokenWindows`, the last and shorter one included: a token sees between 1 and
-    `block_size - 1` tokens before it. Losses are computed in float32 (or the model's own precision, if
-    higher) and summed in float64.
+    The windows are those of ``TokenWindows`` with the shorter last one, so a token sees between 1 and
+    ``block_size - 1`` tokens before it. Losses are computed in float32, or the model's precision if that is higher, and
+    summed in float64. The model is evaluated in eval mode; the mode of every module is restored.
 
     Args:
-        model: called as `model(input_ids=ids, attention_mask=ones)`, both of shape (batch, block_size); its
-            output has `logits` of shape (batch, block_size, vocabulary). Evaluated in eval mode; every
-            module's mode is restored.
-        stream: ids, shape (1 + number of tokens,), start token first; see `encode_lines`.
-        num_words: words of the same text, from `count_words`.
-        block_size: ids per window, at least 2.
-        batch_size: windows per forward pass (default 16).
-        progress: show a progress bar.
-        description: its label.
+        model: Called as ``model(input_ids=ids, attention_mask=ones)`` with both of shape (batch, block_size). Its
+            output has ``logits`` of shape (batch, block_size, vocabulary).
+        stream: Token ids, shape (1 + tokens,), start token first; see ``encode_lines``.
+        num_words: Number of words of the text, from ``count_words``.
+        block_size: Ids per window, >= 2.
+        batch_size: Windows per forward pass. Default 16.
+        progress: Show a progress bar. Default True.
+        description: Label of the progress bar.
+
+    Returns:
+        The total negative log-likelihood with both counts.
 
     Raises:
-        ValueError: `block_size` below 2, `batch_size` or `num_words` below 1, a stream without a token to
+        ValueError: ``block_size`` is below 2, ``batch_size`` or ``num_words`` is below 1, or the stream has no token to
             predict.
     """
     for name, value in (("batch_size", batch_size), ("num_words", num_words)):
@@ -149,7 +156,7 @@ def evaluate_perplexity(
 
 
 def _batches(windows: TokenWindows, batch_size: int) -> Iterator[Tensor]:
-    """Yields (batch, length) ids; the last window, if shorter, alone: no padding, so no mask is needed."""
+    """Yield ids of shape (batch, length). A shorter last window is a batch of its own, so nothing is padded."""
     items = [windows[index]["input_ids"] for index in range(len(windows))]
     short = [items.pop()] if len(items[-1]) < windows.block_size else []
     for start in range(0, len(items), batch_size):

@@ -1,8 +1,7 @@
-"""The embedded corpus: the Python language reference that ships inside CPython.
+"""Embedded text corpus: the Python language reference that CPython ships.
 
-`pydoc_data.topics` is the text behind `help("if")`: about 465 kB of English prose, grammar and code in 79
-topics, present wherever CPython is, so a language model can be trained with no network and nothing to
-download. The text changes a little with the Python version; for one version the splits are always the same.
+``pydoc_data.topics`` is the text behind ``help("if")``: about 465 kB of English prose, grammar and code in 79 topics.
+It needs no network. The text differs slightly between Python versions; for one version the splits are fixed.
 """
 
 from __future__ import annotations
@@ -10,16 +9,19 @@ from __future__ import annotations
 import re
 
 BLOCK_CHARACTERS = 4000
-"""A block ends with the paragraph that takes it to this many characters."""
+"""Number of characters at which a block ends, after the current paragraph."""
 
 _BLANK_LINES = re.compile(r"\n[ \t]*(?:\n[ \t]*)*\n")
 
 
 def read_topics() -> dict[str, str]:
-    """Returns CPython's help topics, name to text.
+    """Read CPython's help topics.
+
+    Returns:
+        Texts by topic name.
 
     Raises:
-        FileNotFoundError: this Python comes without `pydoc_data` (some minimal distributions leave it out).
+        FileNotFoundError: This Python has no ``pydoc_data``, as in some minimal distributions.
     """
     try:
         from pydoc_data.topics import topics
@@ -32,12 +34,17 @@ def read_topics() -> dict[str, str]:
 
 
 def unique_paragraphs(topics: dict[str, str]) -> list[str]:
-    """Returns all paragraphs (separated by blank lines), each text once, in a fixed order.
+    """Split topics into paragraphs and drop duplicates, longest topic first.
 
-    Many topics are sections of a longer one (`if`, `for` and `with` are all inside `compound`): a fifth of
-    the text stands there twice. Kept, it would put the same sentences into the training and the test split.
-    Longest topic first, so that a chapter stays whole and its excerpts are what disappears. Two paragraphs
-    are the same if they differ in white space only.
+    Many topics are sections of a longer one (``if``, ``for`` and ``with`` are inside ``compound``), which duplicates a
+    fifth of the text. Duplicates would put the same sentences into the training and the test split. The longest topic
+    comes first, so that chapters stay complete and their excerpts are dropped. White space is ignored in comparisons.
+
+    Args:
+        topics: Texts by name; blank lines separate paragraphs.
+
+    Returns:
+        Unique paragraphs in an order that depends on the topics alone.
     """
     seen: set[str] = set()
     paragraphs = []
@@ -53,18 +60,17 @@ def unique_paragraphs(topics: dict[str, str]) -> list[str]:
 def split_paragraphs(
     paragraphs: list[str], block_characters: int = BLOCK_CHARACTERS
 ) -> tuple[list[str], list[str], list[str]]:
-    """Splits paragraphs into training, validation and test lines, about 80 / 10 / 10 by characters.
+    """Split paragraphs into training, validation and test lines, about 80 / 10 / 10 by characters.
 
-    The text is cut into contiguous blocks of whole paragraphs; of every ten blocks the first eight are for
-    training, the ninth for validation and the tenth for test. So all three splits come from the whole book,
-    and none from one chapter only. A blank line follows each paragraph.
+    Paragraphs are grouped into contiguous blocks. Of every ten blocks, the first eight are for training, the ninth for
+    validation and the tenth for test, so every split samples the whole text. A blank line follows each paragraph.
 
     Args:
-        paragraphs: texts without surrounding newlines.
-        block_characters: length at which a block is closed, in characters (default 4000).
+        paragraphs: Texts without surrounding newlines.
+        block_characters: Length at which a block ends, in characters. Default 4000.
 
     Returns:
-        (train, validation, test), each a list of lines without newlines.
+        The three splits ``(train, validation, test)``, each a list of lines without newlines.
     """
     blocks: list[list[str]] = [[]]
     size = 0
@@ -74,7 +80,7 @@ def split_paragraphs(
             size = 0
         blocks[-1] += [*paragraph.split("\n"), ""]
         size += len(paragraph)
-    parts: tuple[list[str], list[str], list[str]] = ([], [], [])
+    splits: tuple[list[str], list[str], list[str]] = ([], [], [])
     for index, block in enumerate(blocks):
-        parts[max(index % 10 - 7, 0)].extend(block)
-    return parts
+        splits[max(index % 10 - 7, 0)].extend(block)
+    return splits

@@ -1,4 +1,4 @@
-"""From lines to token ids to windows in which every token is predicted exactly once."""
+"""Tokenizer training, encoding of lines, and windows in which every token is predicted exactly once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257
-"""256 bytes and the end-of-text token: with these any text can be written."""
+"""Smallest byte-level vocabulary: 256 bytes and the end-of-text token."""
 
 GPT1_NEWLINE = "\n</w>"
 
@@ -29,18 +29,17 @@ def _chunks(lines: Sequence[str]) -> Iterator[str]:
 
 
 def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains a byte-level BPE tokenizer, GPT-2's kind; the same lines always give the same tokenizer.
+    """Train a byte-level BPE tokenizer as GPT-2 uses; deterministic.
 
     Args:
-        lines: training text, lines without their newline.
-        vocab_size: number of tokens wanted, at least 257. A small corpus may yield fewer: use
-            `len(tokenizer)`.
+        lines: Training text, lines without their newline.
+        vocab_size: Largest vocabulary, >= 257. A small corpus may give fewer tokens; see ``len(tokenizer)``.
 
     Returns:
-        A tokenizer whose only special token, `<|endoftext|>` (id 0), is bos, eos, pad and unk.
+        A tokenizer with one special token, ``<|endoftext|>`` (id 0), as bos, eos, pad and unk.
 
     Raises:
-        ValueError: `vocab_size` below 257.
+        ValueError: ``vocab_size`` is below 257.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -65,10 +64,13 @@ def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def line_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the id to put after each line where a tokenizer drops newlines but has a token for them.
+    """Id to append to each line where a tokenizer drops newlines although its vocabulary has one.
 
-    GPT-1's does: its vocabulary has a newline, its pre-tokenizer splits at white space. Without it, line ends would not
-    be predicted, and a perplexity per word that counts them would be too low. None for any other tokenizer.
+    GPT-1's tokenizer does so: its pre-tokenizer splits at white space. Without the id, line ends would not be
+    predicted, and a word perplexity that counts them would be too low.
+
+    Returns:
+        The id of the newline token, or None for any other tokenizer.
     """
     if tokenizer.encode("a\n", add_special_tokens=False) != tokenizer.encode("a", add_special_tokens=False):
         return None
@@ -76,12 +78,12 @@ def line_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 
 def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Returns the id that stands before a text, so that its first token is predicted too.
+    """Id to prepend to a text, so that its first token is predicted too.
 
-    It is bos, or else eos, or else the newline of GPT-1's tokenizer, which has neither (`line_end_id`).
+    It is bos, else eos, else the newline of GPT-1's tokenizer, which has neither (``line_end_id``).
 
     Raises:
-        ValueError: the tokenizer has none of them.
+        ValueError: The tokenizer has none of them.
     """
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id, line_end_id(tokenizer)):
         if token_id is not None:
@@ -93,20 +95,19 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Tensor:
-    """Turns a split into one stream of ids.
+    """Encode lines as one stream of token ids.
 
-    Every line is followed by its newline, so line ends are tokens like any other and are predicted like any
-    other.
+    Every line is followed by its newline, so line ends are predicted like any other token.
 
     Args:
-        tokenizer: any tokenizer of Transformers; no special tokens are added between lines.
-        lines: the split's lines without their newline.
+        tokenizer: Tokenizer of transformers. No special tokens are added between lines.
+        lines: Lines without their newline.
 
     Returns:
-        int64 tensor, shape (1 + number of tokens,): a start token, which is never predicted, then the text.
+        Token ids, int64, shape (1 + tokens,): a start token, which is never predicted, then the text.
 
     Raises:
-        ValueError: the tokenizer has no start token.
+        ValueError: The tokenizer has no start token.
     """
     ids, line_end = [start_token_id(tokenizer)], line_end_id(tokenizer)
     if line_end is None:
@@ -121,25 +122,25 @@ def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Te
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
-    """Windows over a stream of ids; each id after the first is a target in exactly one of them.
+    """Data set of windows over a token stream; each id after the first is a target in exactly one window.
 
-    Window k holds `stream[k * (block_size - 1) : k * (block_size - 1) + block_size]`: neighbours share one
-    id, the last target of one being the first input of the next, because a causal model of Transformers
-    shifts its labels and so never predicts the first id of a window. An item has `input_ids`,
-    `attention_mask` (all ones) and `labels`, int64 of shape (block_size,). The labels are the ids, but for
-    the first: it is -100, which changes no model's loss and makes Trainer's count of predicted tokens right
-    (it divides by the labels that are not -100, and for some models, GPT-2 among them, counts the first one
-    too: its loss would come out (block_size - 1) / block_size of what it is).
+    Window k is ``stream[k * (block_size - 1) : k * (block_size - 1) + block_size]``. Neighbours share one id, since a
+    causal model of transformers shifts its labels and never predicts the first id of a window.
+
+    An item has ``input_ids``, ``attention_mask`` (all ones) and ``labels``, each int64 of shape (block_size,). Labels
+    are the ids, but the first one is -100. That changes no model's loss, and it corrects Trainer's count of predicted
+    tokens, which otherwise includes the first label for some models such as GPT-2 and scales their loss by
+    (block_size - 1) / block_size.
 
     Args:
-        stream: ids, shape (1 + number of tokens,), start token first; see `encode_lines`.
-        block_size: ids per window, at least 2.
-        drop_last: leave out the last, shorter window (default). Exact evaluation must keep it.
-        name: what to call the stream in an error.
+        stream: Token ids, shape (1 + tokens,), start token first; see ``encode_lines``.
+        block_size: Ids per window, >= 2.
+        drop_last: Leave out a shorter last window. Default True; exact evaluation needs False.
+        name: Name of the stream in error messages.
 
     Raises:
-        ValueError: `block_size` below 2, or a stream that does not fill one window (with `drop_last`) or has
-            no target.
+        ValueError: ``block_size`` is below 2, or the stream does not fill one window (with ``drop_last``) or has no
+            target.
     """
 
     def __init__(self, stream: Tensor, block_size: int, *, drop_last: bool = True, name: str = "text") -> None:
@@ -158,11 +159,15 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         self.count = targets // stride if drop_last else -(-targets // stride)
 
     def __len__(self) -> int:
-        """Returns the number of windows."""
+        """Number of windows."""
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Returns window `index`; negative indices count from the end."""
+        """Window at ``index``; negative indices count from the end.
+
+        Raises:
+            IndexError: There is no such window.
+        """
         if not -self.count <= index < self.count:
             raise IndexError(f"window {index} of {self.count}")
         start = (index % self.count) * (self.block_size - 1)

@@ -1,1 +1,1 @@
-"""Comparisons: cells, budgets, and their execution."""
+"""Comparisons of optimizers: cells, budgets and their execution."""

@@ -1,4 +1,4 @@
-"""Running one cell: a process of its own in a folder of its own, whose result is one JSON file."""
+"""One cell as a process of its own, in a folder of its own, with its result in one JSON file."""
 
 from __future__ import annotations
 
@@ -20,21 +20,37 @@ LOG_FILE = "log.txt"
 COMMAND_FILE = "command.json"
 _LOCK_FILE = ".lock"
 
+Job = tuple[Cell, Path]
+"""A cell and its folder."""
 Started = Callable[["subprocess.Popen[bytes]"], None]
 
 
-def load_result(folder: Path) -> dict[str, Any]:
-    """The result of one finished cell."""
-    return json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
+def available_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_for(jobs: int) -> int:
+    """Return the threads of each of ``jobs`` runs side by side. Raise ValueError for ``jobs`` below 1."""
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    return max(available_cores() // jobs, 1)
+
+
+def load_result(folder: Path) -> dict[str, Any] | None:
+    """Load the result of a cell, or None if it has none."""
+    path = folder / RESULTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def is_done(cell: Cell, folder: Path, retry_failed: bool = False) -> bool:
-    """Whether a cell has a result.
+    """Check that a cell has a result, made with the same arguments.
 
     Raises:
-        ValueError: It has one that was made with other arguments.
+        ValueError: The result was made with other arguments.
     """
-    if not (folder / RESULTS_FILE).is_file():
+    result = load_result(folder)
+    if result is None:
         return False
     command = folder / COMMAND_FILE
     if command.is_file() and json.loads(command.read_text(encoding="utf-8")) != cell.arguments():
@@ -42,26 +58,26 @@ def is_done(cell: Cell, folder: Path, retry_failed: bool = False) -> bool:
             f"{folder} holds a result made with other arguments ({command} lists them): use another output "
             "directory, or delete the folder to run it again"
         )
-    return not (retry_failed and load_result(folder)["status"] == "failed")
+    return not (retry_failed and result["status"] == "failed")
 
 
 def run_cell(
     cell: Cell, program: Path, folder: Path, threads: int, verbose: bool = False, started: Started | None = None
 ) -> str | None:
-    """Run one cell to its end, whatever it is.
+    """Run one cell to its end, successful or not.
 
     Its folder gets the run's files, its output (``log.txt``) and its command. A run that ends with an error has a
     result too: ``status`` is ``failed``, ``reason`` the last line of its output. One that a signal kills has none.
-    Where another process is running the same cell (a comparison that was killed leaves its runs behind, two may
-    share a folder), it is waited for.
+    If another process is running the same cell (a comparison that was killed leaves its runs behind, two may share a
+    folder), it is waited for.
 
     Args:
-        cell: What to run.
+        cell: Of a comparison.
         program: The script that runs it.
         folder: Of this cell.
-        threads: For torch.
+        threads: Of torch.
         verbose: Show the run's own output instead of keeping it in ``log.txt``.
-        started: Gets the process, for whoever wants to stop it.
+        started: Called with the process, which it may ``stop``.
 
     Returns:
         A message if it failed or was killed, else None.
@@ -79,15 +95,14 @@ def run_cell(
         return None
     if code < 0:
         return f"{cell.name}: killed by {signal.Signals(-code).name} after {seconds:.0f} s, it has no result"
-    where = "" if verbose else f", see {folder / LOG_FILE}"
-    reason = _last_line(folder / LOG_FILE) if not verbose else None
-    reason = reason or f"exit status {code}"
+    hint = "" if verbose else f", see {folder / LOG_FILE}"
+    reason = (None if verbose else _last_line(folder / LOG_FILE)) or f"exit status {code}"
     write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason, "exit_status": code, "seconds": seconds})
-    return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s: {reason}{where}"
+    return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s: {reason}{hint}"
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a run and what it started: gently, and after five seconds by force."""
+    """Stop a run and its children: by SIGTERM, and after five seconds by SIGKILL."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
@@ -122,7 +137,7 @@ def _execute(command: list[str], folder: Path, threads: int, verbose: bool, lock
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[tuple[int, bool]]:
-    """Holds a lock that the run inherits, so that it ends with the last of both; gives it, and whether it waited."""
+    """Hold a lock that the run inherits, so that it ends with the last of both; yield it, and True if it waited."""
     import fcntl
 
     with path.open("a") as file:

@@ -1,4 +1,4 @@
-"""What a comparison consists of: its configuration, and the cells (optimizer, settings, seed) that it stands for."""
+"""Cells (optimizer, settings, seed) of a comparison, and its configuration."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Cell:
     """One run of a comparison.
 
     Attributes:
-        settings: Arguments of the run that make it this cell, ``optim`` among them.
+        settings: Arguments of this cell, ``optim`` among them.
         common: Arguments that all cells of the comparison share.
-        label: Folder name, where it is not to follow from the settings.
-        planned_seconds: Training time that the budget gives it, if the budget is one of time.
+        label: Folder name; None: it follows from the settings.
+        planned_seconds: Training time of a budget of time.
     """
 
     settings: Mapping[str, Any]
@@ -46,25 +46,30 @@ class Cell:
         rest = [f"{key}={value}" for key, value in self.settings.items() if key != "optim"]
         return self.label or ",".join([self.optim, *rest])
 
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """Shared and own arguments; its own count."""
+        return {**self.common, **self.settings}
+
     def arguments(self) -> list[str]:
-        """Command line arguments of the run, without the program and the output directory."""
+        """Return the command line arguments of the run, without the program and the output directory."""
         pairs = []
-        for key, value in {**self.common, **self.settings}.items():
+        for key, value in self.all_settings.items():
             values = value if isinstance(value, list) else [value]
             pairs += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
         return pairs
 
     def command(self, program: Path, folder: Path) -> list[str]:
-        """The command that runs it."""
+        """Return the command that runs it."""
         return [sys.executable, str(program), *self.arguments(), "--output_dir", str(folder)]
 
     def shell_line(self, program: Path, folder: Path, threads: int) -> str:
-        """The same for a shell or a scheduler, with the number of threads."""
+        """Return the command for a shell or a scheduler, with the number of threads."""
         return f"OMP_NUM_THREADS={threads} TOKENIZERS_PARALLELISM=false {shlex.join(self.command(program, folder))}"
 
 
 def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
-    """The cells of a configuration.
+    """Expand a configuration into its cells.
 
     Args:
         config: ``{"common": {argument: value}, "cells": [{"optim": name, argument: value or list of values}]}``;
@@ -105,7 +110,7 @@ def _check(config: Mapping[str, Any]) -> None:
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
-    """The task of a configuration, ``clm`` if it names none. Raises ValueError if it is unknown."""
+    """Return the task of a configuration, ``clm`` if it names none. Raise ValueError if it is unknown."""
     name = config.get("task", "clm")
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; available: {', '.join(TASKS)}")
@@ -113,7 +118,7 @@ def task_of(config: Mapping[str, Any]) -> Task:
 
 
 def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, Any]:
-    """The same configuration with other shared arguments.
+    """Override shared arguments of a configuration.
 
     Args:
         config: Of a comparison.
@@ -121,7 +126,7 @@ def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, 
             argument out.
 
     Raises:
-        ValueError: Not of this form, or an argument that is the cells' own, or the comparison's.
+        ValueError: Not of this form, or an argument that belongs to the cells or to the comparison.
     """
     common = dict(config.get("common", {}))
     for pair in pairs:
@@ -151,7 +156,7 @@ def _check_settable(key: str, config: Mapping[str, Any]) -> None:
 
 
 def select_optimizers(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The same configuration with the entries of these optimizers only.
+    """Keep the entries of these optimizers only.
 
     Raises:
         ValueError: One of them has no entry.
@@ -166,7 +171,7 @@ def select_optimizers(config: Mapping[str, Any], names: Sequence[str]) -> dict[s
 
 
 def local_files(folder: Path) -> dict[str, str]:
-    """Arguments that read a corpus from ``train.txt``, ``valid.txt`` and ``test.txt`` in a folder.
+    """Return the arguments that read a corpus from ``train.txt``, ``valid.txt`` and ``test.txt`` in a folder.
 
     Penn Treebank's files may keep their names, ``ptb.train.txt`` and so on.
 
@@ -182,7 +187,7 @@ def local_files(folder: Path) -> dict[str, str]:
 
 
 def local_images(folder: Path) -> dict[str, str]:
-    """Arguments that read images from a folder. Raises FileNotFoundError if it does not exist."""
+    """Return the arguments that read images from a folder. Raise FileNotFoundError if it does not exist."""
     if not folder.exists():
         raise FileNotFoundError(
             f"{folder} does not exist: give a folder of images, of parquet files, or a saved data set"
@@ -191,7 +196,7 @@ def local_images(folder: Path) -> dict[str, str]:
 
 
 def use_local_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The same configuration with data from a folder instead of a data set by name."""
+    """Replace the data set of a configuration by data from a folder."""
     read = {"clm": local_files, "image": local_images}[config.get("task", "clm")]
     common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
     return {**config, "common": {**common, **read(folder)}}

@@ -1,4 +1,4 @@
-"""What a comparison is going to take: how many cells, and about how long."""
+"""Forecast of a comparison: its cells, and the time that is left."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from hf_adafisher.experiments.comparison.budget import StepTime, seconds_of_epoc
 from hf_adafisher.experiments.comparison.cell_process import is_done, load_result
 from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.protocol import Comparison
-from hf_adafisher.experiments.runs.run import RESULTS_FILE
 
 
 def forecast(comparison: Comparison) -> str:
-    """Names of all cells, then their number, how many are finished, and about how long the others take."""
-    planned = {cell.name: cell for cell in comparison.plan()}
-    cells = [planned.get(cell.name, cell) for cell in comparison.cells]
+    """Format the names of all cells, their number, the number of finished ones, and the time of the others."""
+    cells = comparison.cells_as_planned()
     open_cells = [cell for cell in cells if not is_done(cell, comparison.output_dir / cell.name)]
     times, source = _times(comparison)
     lines = [*(cell.name for cell in cells), ""]
@@ -31,7 +29,7 @@ def forecast(comparison: Comparison) -> str:
         return "\n".join(lines)
     overhead = float(comparison.config.get("overhead_seconds", 0))
     total = (sum(known) + overhead * len(known)) / comparison.jobs
-    text = f"about {duration(total)} for the {len(known)} cells left"
+    text = f"about {format_duration(total)} for the {len(known)} cells left"
     if known:
         kinds = f"training by {source}" if source else "training as the budget says"
         extra = f"{overhead:.0f} s a cell for start and evaluation" if overhead else "start and evaluation come on top"
@@ -40,15 +38,15 @@ def forecast(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def duration(seconds: float) -> str:
-    """For people: ``45 s``, ``12 min``, ``3.4 h``."""
+def format_duration(seconds: float) -> str:
+    """Format a duration: ``45 s``, ``12 min``, ``3.4 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _times(comparison: Comparison) -> tuple[dict[str, StepTime], str]:
-    """Step times from the best source there is, and that source in words."""
+    """Return step times from the best source there is, and that source in words."""
     times: dict[str, StepTime] = {}
     given, examples = comparison.config.get("step_seconds", {}), comparison.config.get("train_examples")
     for cell in comparison.cells:
@@ -67,8 +65,8 @@ def _times(comparison: Comparison) -> tuple[dict[str, StepTime], str]:
 
 
 def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
-    """As one process has them; None where the configuration does not say what a step or an epoch is."""
-    arguments = {**cell.common, **cell.settings}
+    """Steps of an epoch on one process; None if the configuration has no batch size or number of examples."""
+    arguments = cell.all_settings
     batch = arguments.get("per_device_train_batch_size")
     if examples is None or batch is None:
         return None
@@ -78,12 +76,10 @@ def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
 def _from_finished(comparison: Comparison) -> dict[str, StepTime]:
     seen: dict[str, list[tuple[float, int | None]]] = {}
     for cell in comparison.cells:
-        folder = comparison.output_dir / cell.name
-        if (folder / RESULTS_FILE).is_file():
-            result = load_result(folder)
-            mean = (result.get("step_time") or {}).get("mean_ms")
-            if mean:
-                seen.setdefault(timing_cell(cell).name, []).append((mean / 1000, result.get("steps_per_epoch")))
+        result = load_result(comparison.output_dir / cell.name) or {}
+        mean = (result.get("step_time") or {}).get("mean_ms")
+        if mean:
+            seen.setdefault(timing_cell(cell).name, []).append((mean / 1000, result.get("steps_per_epoch")))
     return {
         name: StepTime(statistics.median(seconds for seconds, _ in found), found[0][1]) for name, found in seen.items()
     }
@@ -96,16 +92,15 @@ def _training_seconds(comparison: Comparison, cell: Cell, times: Mapping[str, St
     if budget is not None and budget.kind == "seconds":
         return budget.amount
     if budget is not None and budget.kind == "like":
-        return seconds_of_epochs(
-            budget, None if comparison.like is None else times.get(timing_cell(comparison.like).name)
-        )
+        reference = comparison.reference
+        return seconds_of_epochs(budget, None if reference is None else times.get(timing_cell(reference).name))
     steps = budget.amount if budget is not None else _own_steps(cell, time)
     return None if time is None or time.seconds is None or steps is None else steps * time.seconds
 
 
 def _own_steps(cell: Cell, time: StepTime | None) -> float | None:
-    """Steps of a cell without a budget: its ``max_steps``, or its epochs where their length is known."""
-    arguments = {**cell.common, **cell.settings}
+    """Steps of a cell without a budget: its ``max_steps``, or its epochs if their length is known."""
+    arguments = cell.all_settings
     epochs, length = arguments.get("num_train_epochs"), None if time is None else time.steps_per_epoch
     if arguments.get("max_steps") is not None or epochs is None or length is None:
         return arguments.get("max_steps")

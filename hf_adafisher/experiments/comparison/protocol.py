@@ -1,4 +1,4 @@
-"""A comparison from its configuration to its cells: measured step times, the budget, and what is left to do."""
+"""A comparison: its configuration, measured step times, planned cells and their execution."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from hf_adafisher.experiments.comparison.budget import (
     Budget,
     StepTime,
-    like_cell,
     plan_cell,
     read_step_time,
+    reference_cell,
     timing_cell,
-    window,
+    work_period,
 )
-from hf_adafisher.experiments.comparison.cell_process import is_done, load_result
+from hf_adafisher.experiments.comparison.cell_process import is_done, load_result, threads_for
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, select_optimizers, task_of
-from hf_adafisher.experiments.comparison.execution import run_cells, threads_for
+from hf_adafisher.experiments.comparison.execution import run_cells
+from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.comparison.tasks import Task
 from hf_adafisher.experiments.outputs import write_json
-from hf_adafisher.experiments.report.published import read_paper
 from hf_adafisher.experiments.runs.run import RESULTS_FILE
 
 logger = logging.getLogger(__name__)
@@ -33,13 +33,13 @@ _NOT_MEASURED = "step time not measured"
 
 @dataclass(frozen=True)
 class Comparison:
-    """Cells, their budget, and where they run.
+    """Cells, their budget, and their place of execution.
 
     Attributes:
-        config: The configuration, with what the command line overrides.
+        config: The configuration, with the overrides of the command line.
         cells: All cells, not yet planned.
-        budget: Of every cell, or None: then the configuration says itself how long they train.
-        like: A cell of the optimizer whose epochs are the budget, for such a budget.
+        budget: Of every cell, or None: the steps or epochs stand in the configuration.
+        reference: A cell of the optimizer whose epochs are the budget, for such a budget.
         program: The script that runs one cell.
         output_dir: Folder of the comparison.
         jobs: Cells at a time.
@@ -49,7 +49,7 @@ class Comparison:
     config: Mapping[str, Any]
     cells: Sequence[Cell]
     budget: Budget | None
-    like: Cell | None
+    reference: Cell | None
     program: Path
     output_dir: Path
     jobs: int = 1
@@ -57,22 +57,22 @@ class Comparison:
 
     @property
     def task(self) -> Task:
-        """What is measured."""
+        """The task of the configuration."""
         return task_of(self.config)
 
     def step_times(self) -> dict[str, StepTime]:
-        """What has been measured so far, by the name of the measurement."""
+        """Read the step times measured so far, by the name of the measurement."""
         times = {}
         for cell in self._timing_cells():
-            folders = [self._times / copy.name for copy in self._copies(cell)]
-            results = [load_result(folder) for folder in folders if (folder / RESULTS_FILE).is_file()]
-            if len(results) == len(folders):
-                times[cell.name] = read_step_time(results, window(cell))
+            copies = self._copies(cell)
+            results = [found for copy in copies if (found := load_result(self._times / copy.name)) is not None]
+            if len(results) == len(copies):
+                times[cell.name] = read_step_time(results, work_period(cell))
                 _warn_of_threads(cell, results[0], threads_for(self.jobs))
         return times
 
     def measure(self, retry_failed: bool = False) -> list[str]:
-        """Measure the step time of each optimizer, unless it has been; returns messages of failures.
+        """Measure the step time of each optimizer, unless it has been; return messages of failures.
 
         A measurement runs under the conditions of the cells: with ``jobs`` copies of itself side by side.
         """
@@ -87,39 +87,42 @@ class Comparison:
         return failures
 
     def plan(self) -> list[Cell]:
-        """The cells with their steps, as far as these are known; those whose step time failed are left out."""
-        if self.budget is None:
-            return list(self.cells)
-        times = self.step_times() if self.budget.needs_times else {}
-        like = times.get(timing_cell(self.like).name) if self.like is not None else None
-        planned = []
-        for cell in self.cells:
-            time = times.get(timing_cell(cell).name)
-            known = time is not None and time.seconds is not None and (self.like is None or _seconds(like) is not None)
-            if known or not self.budget.needs_times:
-                planned.append(plan_cell(cell, self.budget, time, like))
-        return planned
+        """Return the cells with their steps; those without a step time are left out."""
+        return [plan for plan in self._plans().values() if isinstance(plan, Cell)]
 
     def unplanned(self) -> dict[str, str]:
-        """Cells that ``plan`` leaves out, by name, and why."""
-        if self.budget is None or not self.budget.needs_times:
-            return {}
-        names, times = {cell.name for cell in self.plan()}, self.step_times()
-        like = times.get(timing_cell(self.like).name) if self.like is not None else None
-        reasons = {}
+        """Return the reasons of the cells that ``plan`` leaves out, by name."""
+        return {name: plan for name, plan in self._plans().items() if isinstance(plan, str)}
+
+    def cells_as_planned(self) -> list[Cell]:
+        """Return all cells, with their steps if these are known."""
+        plans = self._plans()
+        return [plan if isinstance(plan := plans[cell.name], Cell) else cell for cell in self.cells]
+
+    def _plans(self) -> dict[str, Cell | str]:
+        """Each cell with its steps, or the reason why there are none, by name."""
+        if self.budget is None:
+            return {cell.name: cell for cell in self.cells}
+        times = self.step_times() if self.budget.needs_times else {}
+        reference = times.get(timing_cell(self.reference).name) if self.reference is not None else None
+        plans: dict[str, Cell | str] = {}
         for cell in self.cells:
-            if cell.name not in names:
-                time = times.get(timing_cell(cell).name)
-                failed = next((one.reason for one in (time, like) if one is not None and one.reason), "")
-                reasons[cell.name] = f"step time: {failed}" if failed else _NOT_MEASURED
-        return reasons
+            time = times.get(timing_cell(cell).name)
+            needed = [time, reference] if self.reference is not None else [time]
+            missing = [one for one in needed if one is None or one.seconds is None]
+            if self.budget.needs_times and missing:
+                failure = next((one.reason for one in missing if one is not None), None)
+                plans[cell.name] = f"step time: {failure}" if failure else _NOT_MEASURED
+            else:
+                plans[cell.name] = plan_cell(cell, self.budget, time, reference)
+        return plans
 
     def run(self, verbose: bool = False, retry_failed: bool = False) -> list[str]:
-        """Measure what the budget needs, then run every cell without a result; returns messages of failures."""
+        """Measure step times if the budget needs them, run every cell without a result; return messages of failures."""
         failures = self.measure(retry_failed) if self.budget is not None and self.budget.needs_times else []
         for name, reason in self.unplanned().items():
             folder = self.output_dir / name
-            if reason != _NOT_MEASURED and not (folder / RESULTS_FILE).is_file():
+            if reason != _NOT_MEASURED and load_result(folder) is None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason})
         return failures + run_cells(
@@ -134,7 +137,7 @@ class Comparison:
         )
 
     def commands(self) -> list[str]:
-        """One shell line for each cell that has no result.
+        """Return a shell line for each cell that has no result.
 
         Raises:
             ValueError: The steps of a cell are not known yet.
@@ -151,7 +154,7 @@ class Comparison:
         return self.output_dir / TIMES_FOLDER
 
     def _timing_cells(self) -> list[Cell]:
-        cells = [*([self.like] if self.like is not None else []), *self.cells]
+        cells = [*([self.reference] if self.reference is not None else []), *self.cells]
         return list({cell.name: cell for cell in map(timing_cell, cells)}.values())
 
     def _copies(self, cell: Cell) -> list[Cell]:
@@ -169,42 +172,38 @@ def create_comparison(
     jobs: int = 1,
     backend: str = "local",
 ) -> Comparison:
-    """Reads a configuration; ``optimizers``, ``seeds`` and ``budget`` override what it says.
+    """Create a comparison from a configuration, which ``optimizers``, ``seeds`` and ``budget`` override.
 
     Args:
         config: See ``hf_adafisher.experiments.comparison.cells.expand_cells``; besides, ``budget`` and ``paper``
-            (see ``hf_adafisher.experiments.report.published.read_paper``).
+            (see ``hf_adafisher.experiments.comparison.published.read_published_results``).
         scripts: Folder of the scripts that run cells.
         output_dir: Folder of the comparison.
         optimizers: Only these.
-        seeds: Instead of the configuration's.
-        budget: Instead of the configuration's.
+        seeds: Instead of those of the configuration.
+        budget: Instead of that of the configuration.
         jobs: Cells at a time, >= 1.
         backend: ``local`` or ``ray``.
 
     Raises:
-        ValueError: The configuration, or what overrides it, makes no sense.
+        ValueError: A configuration or an override that is not valid.
     """
     threads_for(jobs)
-    whole = {**config, **({"budget": budget} if budget else {})}
+    full = {**config, **({"budget": budget} if budget else {})}
     if seeds:
         entries = [{**entry, "seeds": list(seeds)} if "seeds" in entry else entry for entry in config.get("cells", [])]
-        whole |= {"seeds": list(seeds), "cells": entries}
-    selected = select_optimizers(whole, optimizers) if optimizers else whole
+        full |= {"seeds": list(seeds), "cells": entries}
+    selected = select_optimizers(full, optimizers) if optimizers else full
     cells = expand_cells(selected)
-    parsed = Budget.parse(whole["budget"]) if whole.get("budget") else None
-    like = None
+    parsed = Budget.parse(full["budget"]) if full.get("budget") else None
+    reference = None
     if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
-        like = like_cell(expand_cells(select_optimizers(whole, [parsed.optim])))
-    if read_paper(whole) is None and "paper" in whole:
-        by = whole["paper"].get("by")
-        value = whole.get("common", {}).get(by, "not given")
+        reference = reference_cell(expand_cells(select_optimizers(full, [parsed.optim])))
+    if read_published_results(full) is None and "paper" in full:
+        by = full["paper"].get("by")
+        value = full.get("common", {}).get(by, "not given")
         logger.warning("there are no published numbers for this comparison (%s: %s): no column for them", by, value)
-    return Comparison(selected, cells, parsed, like, scripts / task_of(whole).program, output_dir, jobs, backend)
-
-
-def _seconds(time: StepTime | None) -> float | None:
-    return None if time is None else time.seconds
+    return Comparison(selected, cells, parsed, reference, scripts / task_of(full).script, output_dir, jobs, backend)
 
 
 def _warn_of_threads(cell: Cell, result: Mapping[str, Any], threads: int) -> None:

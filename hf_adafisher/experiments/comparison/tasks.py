@@ -1,4 +1,4 @@
-"""What each task of a comparison measures: its script, the numbers of its results, and which of them decides."""
+"""Tasks of comparisons: the script of a cell, the metrics of its results, and the one that selects settings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def _as_it_is(value: float) -> float:
+def _identity(value: float) -> float:
     return value
 
 
@@ -21,145 +21,155 @@ def _error(accuracy: float) -> float:
 
 
 @dataclass(frozen=True)
-class Measure:
+class Metric:
     """A number of a run.
 
     Attributes:
         name: Title of its column.
-        split: Part of ``results.json`` that holds it: ``validation`` or ``test``.
+        split: Entry of ``results.json`` that holds it: ``validation`` or ``test``.
         key: Its name there.
-        digits: Shown after the point.
-        convert: From the number there to the one shown.
+        digits: Decimals shown.
+        convert: Maps the number there to the one shown.
     """
 
     name: str
     split: str
     key: str
     digits: int
-    convert: Callable[[float], float] = _as_it_is
+    convert: Callable[[float], float] = _identity
 
     def read(self, result: Mapping[str, Any]) -> float | None:
-        """The number, or None where the run has none."""
+        """Return the number of a run, or None if it has none."""
         value = (result.get(self.split) or {}).get(self.key)
         return None if value is None else self.convert(value)
 
-    def shown(self, value: float | None) -> str:
-        """The number as text."""
-        return "-" if value is None else f"{value:.{self.digits}f}"
+    def format(self, value: float | None) -> str:
+        """Format the number with its digits; ``-`` for None."""
+        return format_number(value, self.digits)
+
+
+def format_number(value: float | None, digits: int, group: str = "") -> str:
+    """Format a number with so many decimals, thousands separated by ``group``; ``-`` for None and nan."""
+    return "-" if value is None or math.isnan(value) else f"{value:{group}.{digits}f}"
 
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between the tasks of a comparison.
+    """The task-specific part of a comparison.
 
     Attributes:
-        program: The script, beside ``compare_optimizers.py``, that runs one cell.
-        measures: Numbers of a run beside steps, seconds and bytes, which every task has.
-        best: Names of those in the table of the best settings.
-        cells: Names of those in the table of all runs.
-        decides: Name of the one that chooses each optimizer's setting, by its mean over the seeds.
-        cost: From that number to one of which less is better: what curves and valleys show.
-        tie: Name of the one that chooses between equals; less of it is better.
-        rule: The choice in words.
-        axis: The cost in words, with its unit.
-        limit: Argument that bounds what is evaluated at the end.
-        extent: In words, what the numbers are taken over; with the limit, and without it.
+        script: File name of the script, beside ``compare_optimizers.py``, that runs one cell.
+        metrics: Metrics of a run beside steps, seconds and bytes, which every task has.
+        setting_columns: Names of those in the table of the best settings.
+        cell_columns: Names of those in the table of all runs.
+        selection_metric: Name of the one that selects each optimizer's setting, by its mean over the seeds.
+        to_cost: Maps it to a cost (lower is better), which curves and learning rate sweeps show.
+        tie_breaker: Name of the metric, lower is better, that decides between equals.
+        selection_rule: The selection in words.
+        cost_label: Axis label of the cost, with its unit.
+        eval_limit: Name of the argument that limits the evaluation at the end.
+        eval_extent: Sentence on the data evaluated; with the limit, and without it.
     """
 
-    program: str
-    measures: tuple[Measure, ...]
-    best: tuple[str, ...]
-    cells: tuple[str, ...]
-    decides: str
-    cost: Callable[[float], float]
-    tie: str
-    rule: str
-    axis: str
-    limit: str
-    extent: tuple[str, str]
+    script: str
+    metrics: tuple[Metric, ...]
+    setting_columns: tuple[str, ...]
+    cell_columns: tuple[str, ...]
+    selection_metric: str
+    to_cost: Callable[[float], float]
+    tie_breaker: str
+    selection_rule: str
+    cost_label: str
+    eval_limit: str
+    eval_extent: tuple[str, str]
 
-    def measure(self, name: str) -> Measure:
-        """One of the measures."""
-        return next(measure for measure in self.measures if measure.name == name)
+    @property
+    def more_is_better(self) -> bool:
+        """True for a selection metric like accuracy, False for one like loss."""
+        return self.to_cost(1.0) < self.to_cost(0.0)
 
-    def cost_of(self, values: Mapping[str, float | None]) -> float:
-        """What decides, less being better; infinite without a value."""
-        value = values[self.decides]
-        return math.inf if value is None else self.cost(value)
+    def metric(self, name: str) -> Metric:
+        """Return the metric of this name."""
+        return next(metric for metric in self.metrics if metric.name == name)
+
+    def cost(self, values: Mapping[str, float | None]) -> float:
+        """Selection metric as a cost, lower is better; infinite without a value."""
+        value = values[self.selection_metric]
+        return math.inf if value is None else self.to_cost(value)
 
     def logged_cost(self, entry: Mapping[str, Any]) -> float | None:
-        """The cost in an entry of Trainer's log, or None if it is no evaluation."""
-        measure = self.measure(self.decides)
-        value = entry.get(f"eval_{measure.key}")
-        return None if value is None else self.cost(measure.convert(value))
+        """Return the cost in an entry of Trainer's log, or None if it is no evaluation."""
+        metric = self.metric(self.selection_metric)
+        value = entry.get(f"eval_{metric.key}")
+        return None if value is None else self.to_cost(metric.convert(value))
 
     def headline(self, result: Mapping[str, Any]) -> str | None:
-        """What decides, in words: ``validation loss 4.1250``; None if a run has no such number."""
-        measure = self.measure(self.decides)
-        value = measure.read(result)
+        """Format the selection metric, ``validation loss 4.1250``; None if a run has none."""
+        metric = self.metric(self.selection_metric)
+        value = metric.read(result)
         if value is None:
             return None
-        name = measure.name.removesuffix(" %")
-        return f"{name} {measure.shown(value)}{measure.name.removeprefix(name)}"
+        name = metric.name.removesuffix(" %")
+        return f"{name} {metric.format(value)}{metric.name.removeprefix(name)}"
 
-    def describe(self, arguments: Iterable[Mapping[str, Any]]) -> str:
-        """What the numbers are taken over, in words.
+    def describe_extent(self, arguments: Iterable[Mapping[str, Any]]) -> str:
+        """Describe the data evaluated.
 
         Args:
             arguments: Of every run.
         """
-        limits = {given.get(self.limit) for given in arguments} or {None}
-        limited, whole = self.extent
+        limits = {given.get(self.eval_limit) for given in arguments} or {None}
+        limited, unlimited = self.eval_extent
         if limits == {None}:
-            return whole
-        if len(limits) == 1:
-            return limited.format(limits.pop())
-        return limited.format(f"{self.limit} (see each run)")
+            return unlimited
+        return limited.format(limits.pop() if len(limits) == 1 else f"{self.eval_limit} (see each run)")
 
 
 TASKS = {
     "clm": Task(
-        program="run_clm.py",
-        measures=(
-            Measure("validation loss", "validation", "loss", 4),
-            Measure("token perplexity", "validation", "token_perplexity", 1),
-            Measure("word perplexity", "validation", "word_perplexity", 1),
-            Measure("test loss", "test", "loss", 4),
-            Measure("test token perplexity", "test", "token_perplexity", 1),
-            Measure("test word perplexity", "test", "word_perplexity", 1),
+        script="run_clm.py",
+        metrics=(
+            Metric("validation loss", "validation", "loss", 4),
+            Metric("token perplexity", "validation", "token_perplexity", 1),
+            Metric("word perplexity", "validation", "word_perplexity", 1),
+            Metric("test loss", "test", "loss", 4),
+            Metric("test token perplexity", "test", "token_perplexity", 1),
+            Metric("test word perplexity", "test", "word_perplexity", 1),
         ),
-        best=("validation loss", "test loss", "test token perplexity", "test word perplexity"),
-        cells=("validation loss", "token perplexity", "word perplexity", "test loss"),
-        decides="validation loss",
-        cost=_as_it_is,
-        tie="validation loss",
-        rule="lowest mean validation loss over the seeds",
-        axis="validation loss (nats per token)",
-        limit="max_eval_lines",
-        extent=(
+        setting_columns=("validation loss", "test loss", "test token perplexity", "test word perplexity"),
+        cell_columns=("validation loss", "token perplexity", "word perplexity", "test loss"),
+        selection_metric="validation loss",
+        to_cost=_identity,
+        tie_breaker="validation loss",
+        selection_rule="lowest mean validation loss over the seeds",
+        cost_label="validation loss (nats per token)",
+        eval_limit="max_eval_lines",
+        eval_extent=(
             "Losses are in nats per token over the first {} lines of the text",
             "Losses are in nats per token over the whole text",
         ),
     ),
     "image": Task(
-        program="run_image_classification.py",
-        measures=(
-            Measure("validation accuracy %", "validation", "accuracy", 2, _percent),
-            Measure("validation top-5 %", "validation", "top5_accuracy", 2, _percent),
-            Measure("validation loss", "validation", "loss", 4),
-            Measure("test accuracy %", "test", "accuracy", 2, _percent),
-            Measure("test top-5 %", "test", "top5_accuracy", 2, _percent),
-            Measure("test loss", "test", "loss", 4),
+        script="run_image_classification.py",
+        metrics=(
+            Metric("validation accuracy %", "validation", "accuracy", 2, _percent),
+            Metric("validation top-5 %", "validation", "top5_accuracy", 2, _percent),
+            Metric("validation loss", "validation", "loss", 4),
+            Metric("test accuracy %", "test", "accuracy", 2, _percent),
+            Metric("test top-5 %", "test", "top5_accuracy", 2, _percent),
+            Metric("test loss", "test", "loss", 4),
         ),
-        best=("validation accuracy %", "validation loss", "test accuracy %", "test top-5 %", "test loss"),
-        cells=("validation accuracy %", "validation top-5 %", "validation loss", "test accuracy %", "test loss"),
-        decides="validation accuracy %",
-        cost=_error,
-        tie="validation loss",
-        rule="highest mean validation accuracy over the seeds (of equal ones, that with the lower validation loss)",
-        axis="validation error (% of the images)",
-        limit="max_eval_samples",
-        extent=(
+        setting_columns=("validation accuracy %", "validation loss", "test accuracy %", "test top-5 %", "test loss"),
+        cell_columns=("validation accuracy %", "validation top-5 %", "validation loss", "test accuracy %", "test loss"),
+        selection_metric="validation accuracy %",
+        to_cost=_error,
+        tie_breaker="validation loss",
+        selection_rule=(
+            "highest mean validation accuracy over the seeds (of equal ones, that with the lower validation loss)"
+        ),
+        cost_label="validation error (% of the images)",
+        eval_limit="max_eval_samples",
+        eval_extent=(
             "Accuracies are in per cent, losses in nats per image, over at most {} images of each split, every class "
             "in proportion",
             "Accuracies are in per cent, losses in nats per image, over all images of each split",

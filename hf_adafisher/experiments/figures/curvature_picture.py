@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, save_figure
-from hf_adafisher.experiments.outputs import empty_figure
+from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, empty_figure, save_figure
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
 

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from hf_adafisher.experiments.drawing import COLOURS, Style, new_figure, save_figure
+from hf_adafisher.experiments.drawing import COLOURS, Style, empty_figure, new_figure, save_figure
 from hf_adafisher.experiments.figures.dominance import Dominance
 from hf_adafisher.experiments.figures.dominance_study import DrawnFactor, FactorStudy, MeasuredLayer
 from hf_adafisher.experiments.figures.full_factors import SIDES, SYMBOLS
-from hf_adafisher.experiments.outputs import empty_figure
 from hf_adafisher.experiments.report.tables import Table
 from hf_adafisher.fisher.diagonals import INPUT
 

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafisher.experiments.drawing import DASHES, SEQUENTIAL, Style, line_style
-from hf_adafisher.experiments.outputs import empty_figure
+from hf_adafisher.experiments.drawing import DASHES, SEQUENTIAL, Style, empty_figure, line_style
 
 COLOUR_MAP = f"{SEQUENTIAL}_r"
 """Low losses are light, so that the lines, which end there, stand out."""

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_adafisher.data.images.dataset import ImageDataset
+from hf_adafisher.experiments.drawing import require_matplotlib
 from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decided
-from hf_adafisher.experiments.outputs import require_matplotlib
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.optimizers.validation.environment import unwrapped
@@ -149,12 +149,12 @@ def prepare_run(
 
 def _prepare(task: str, arguments: Sequence[str]) -> PreparedRun:
     if task == "clm":
-        of_text = clm_arguments.parse_arguments(arguments)
+        of_text = clm_arguments.parse_clm_arguments(arguments)
         _check_alone(of_text[-1])
-        return clm_setup.prepare(*of_text)
-    of_images = image_arguments.parse_arguments(arguments)
+        return clm_setup.prepare_clm_run(*of_text)
+    of_images = image_arguments.parse_image_arguments(arguments)
     _check_alone(of_images[-1])
-    return image_setup.prepare(*of_images)
+    return image_setup.prepare_image_run(*of_images)
 
 
 def _check_alone(training: TrainingArguments) -> None:

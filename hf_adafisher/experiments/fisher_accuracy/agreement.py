@@ -136,7 +136,8 @@ def compare_layers(
 
 def measured(known: Mapping[str, Tensor], exact: Tensor, even: Tensor, odd: Tensor) -> Agreement:
     """The measures of every estimate against the exact diagonal, of its halves against each other, and of two
-    estimates against the control that averages exact diagonals."""
+    estimates against the control that averages exact diagonals.
+    """
     pairs = {name: (known[name], exact) for name in (*ESTIMATES, *CONTROLS) if name in known} | {HALVES: (even, odd)}
     if WINDOW in known:
         against = {key: name for key, (name, _) in AGAINST_WINDOW.items() if name in known}

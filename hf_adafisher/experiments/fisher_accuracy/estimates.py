@@ -59,7 +59,8 @@ class KroneckerFactors:
 
     def refresh(self, terms: int) -> bool:
         """Takes in what a step recorded, whose loss was the mean of so many terms; False, and nothing, if it is not
-        finite."""
+        finite.
+        """
         sample = self.recorder.flush()
         if sample.non_finite:
             return False

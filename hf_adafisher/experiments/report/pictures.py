@@ -1,73 +1,106 @@
-"""The pictures of a comparison."""
+"""Pictures of a comparison: curves of the best settings, and cost against the learning rate."""
 
 from __future__ import annotations
 
 import logging
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from hf_adafisher.experiments.comparison.tasks import Task
-from hf_adafisher.experiments.drawing import DASHES, MARKERS, Style, line_style, new_figure, save_figure
-from hf_adafisher.experiments.report.results import Row, Setting
+from hf_adafisher.experiments.drawing import (
+    DASHES,
+    MARKERS,
+    Style,
+    line_style,
+    new_figure,
+    require_matplotlib,
+    save_figure,
+)
+from hf_adafisher.experiments.report.results import COST, CellResult, SettingResults
 
 logger = logging.getLogger(__name__)
 
 TRAINING_AXIS = "training loss (nats)"
-Point = tuple[int, float, float]
-Curves = dict[str, list[list[Point]]]
-Sweep = dict[str, list[tuple[float, Setting]]]
+RATE_TITLE = "learning rate"
+Curve = dict[str, Any]
+Curves = dict[str, Curve]
+Sweep = dict[str, pd.DataFrame]
+"""Lines of one optimizer, by the arguments beside the learning rate."""
 _Read = Callable[[Task, Mapping[str, Any]], float | None]
 
 
-def draw_pictures(folder: Path, settings: Sequence[Setting], best: Sequence[Setting]) -> dict[Path, str]:
-    """Draws what there is to draw: curves against steps and against seconds (the paper's Figure 5), learning rates.
+def draw_pictures(folder: Path, settings: Sequence[SettingResults], best: Sequence[SettingResults]) -> dict[Path, str]:
+    """Draw curves against steps and against seconds (the paper's Figure 5), and sweeps of the learning rate.
 
-    The curves are the training loss and what decides (a validation loss or error), of each optimizer at its best
-    setting. Beside each PNG stand an SVG and a JSON file with the numbers.
+    The curves are the training loss and the cost (a validation loss or error), of each optimizer at its best setting.
+    Beside each PNG stand an SVG and a JSON file with the numbers.
 
     Returns:
         The PNG files and their captions; empty, with a warning, if matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        require_matplotlib()
     except ImportError:
         logger.warning("matplotlib is not installed, so the report has no pictures: pip install matplotlib")
         return {}
     styles = optimizer_styles(settings)
-    axis_title = settings[0].task.axis if settings else ""
-    what = axis_title.split(" (")[0].capitalize()
-    panels = {TRAINING_AXIS: _all_curves(best, _training_loss), axis_title: _all_curves(best, Task.logged_cost)}
+    cost_label = settings[0].task.cost_label if settings else ""
+    panels = {TRAINING_AXIS: _curves(best, _training_loss), cost_label: _curves(best, Task.logged_cost)}
     panels = {title: curves for title, curves in panels.items() if curves}
     pictures = {}
-    for name, axis, label in (("curves", 0, "optimizer steps"), ("curves_by_seconds", 1, "training seconds")):
+    for name, x, label in (
+        ("curves", "steps", "optimizer steps"),
+        ("curves_by_seconds", "seconds", "training seconds"),
+    ):
         if panels:
             path = folder / f"{name}.png"
-            _draw_curves(path, panels, styles, axis, label, {setting.optim: setting.name for setting in best})
+            _draw_curves(path, panels, styles, x, label)
             pictures[path] = _caption(panels, label)
-    sweeps = {optim: lines for optim in styles if (lines := _sweep([s for s in settings if s.optim == optim]))}
-    if any(len(points) > 1 for lines in sweeps.values() for points in lines.values()):
+    sweeps = _sweeps(settings)
+    if any(len(line) > 1 for lines in sweeps.values() for line in lines.values()):
         path = folder / "learning_rates.png"
-        _draw_sweeps(path, sweeps, styles, axis_title)
+        _draw_sweeps(path, sweeps, styles, cost_label)
         pictures[path] = (
-            f"{what} at the end against the learning rate; bars span the seeds, a cross at the top is a "
-            "setting of which a run diverged, failed, or lies above the frame. The dotted line is the best of all "
-            "optimizers. A wide valley forgives a wrong learning rate."
+            f"{cost_label.split(' (')[0].capitalize()} at the end against the learning rate; bars span the seeds, a "
+            "cross at the top is a setting of which a run diverged, failed, or lies above the frame. The dotted line "
+            "is the best of all optimizers. A wide valley forgives a wrong learning rate."
         )
     return pictures
 
 
-def optimizer_styles(settings: Sequence[Setting]) -> dict[str, Style]:
-    """The look of each optimizer, by its name, the same in all pictures of a comparison."""
+def optimizer_styles(settings: Sequence[SettingResults]) -> dict[str, Style]:
+    """Return the style of each optimizer, by its name, the same in all pictures of a comparison."""
     optimizers = dict.fromkeys(setting.optim for setting in settings)
     return {optim: line_style(index) for index, optim in enumerate(optimizers)}
 
 
+def draw_with_range(axes: Any, x: str, line: pd.DataFrame, style: Style, edge: float) -> None:
+    """Draw means, and bars from "low" to "high".
+
+    Args:
+        axes: With its final limits.
+        x: Column of ``line``.
+        line: One point a row; a mean that is missing, or outside the limits, is a cross.
+        style: Of the line.
+        edge: Ordinate of the crosses.
+    """
+    inside = line["mean"].between(*axes.get_ylim())
+    abscissae, mean, low, high = line.loc[inside, [x, "mean", "low", "high"]].to_numpy().T
+    # The mean of equal numbers may miss them by a rounding error; a bar must not be negative.
+    axes.errorbar(abscissae, mean, yerr=np.maximum([mean - low, high - mean], 0.0), capsize=2, **style)
+    lost = line.loc[~inside, x].to_numpy()
+    for crosses in axes.plot(lost, [edge] * len(lost), "x", color=style["color"], clip_on=False, markersize=7):
+        crosses.set_in_layout(False)
+
+
 def _caption(panels: Mapping[str, Curves], label: str) -> str:
     names = [title.split(" (")[0] for title in panels]
-    bands = any(len(runs) > 1 for curves in panels.values() for runs in curves.values())
+    bands = any(curve["seeds"] > 1 for curves in panels.values() for curve in curves.values())
     parts = [
         f"{' and '.join(reversed(names)).capitalize()} against {label}, each optimizer at its best setting"
         + ("; lines are means over the seeds, the band spans them." if bands else ".")
@@ -87,141 +120,107 @@ def _training_loss(task: Task, entry: Mapping[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
-def _all_curves(best: Sequence[Setting], read: _Read) -> Curves:
-    return {setting.optim: runs for setting in best if (runs := _curves(setting, read))}
+def _curves(best: Sequence[SettingResults], read: _Read) -> Curves:
+    return {setting.optim: curve for setting in best if (curve := _curve(setting, read))}
 
 
-def _curves(setting: Setting, read: _Read = Task.logged_cost) -> list[list[Point]]:
-    """Per seed with any: (step, training seconds, loss or error) at the steps that all these seeds have."""
-    runs = [points for row in setting.rows if (points := _points(row, read))]
-    steps = sorted(set.intersection(*map(set, runs))) if runs else []
-    return [[points[step] for step in steps] for points in runs] if steps else []
+def _curve(setting: SettingResults, read: _Read) -> Curve:
+    """Mean and range over the seeds with any point, at the steps that all of them have; empty without a step."""
+    runs = [points for result in setting.cells if len(points := _logged(result, read))]
+    if not runs:
+        return {}
+    steps = pd.concat(runs).groupby("steps")
+    value = steps["value"]
+    curve = pd.DataFrame(
+        {"seconds": steps["seconds"].mean(), "mean": value.mean(), "low": value.min(), "high": value.max()}
+    )
+    curve = curve[value.size() == len(runs)].reset_index()
+    return {"setting": setting.name, "seeds": len(runs), **curve.to_dict("list")} if len(curve) else {}
 
 
-def _points(row: Row, read: _Read) -> dict[int, Point]:
-    return {
-        entry["step"]: (entry["step"], entry.get("train_seconds", math.nan), value)
-        for entry in row.history
-        if (value := read(row.task, entry)) is not None
-    }
+def _logged(result: CellResult, read: _Read) -> pd.DataFrame:
+    points = [
+        (entry["step"], entry.get("train_seconds", math.nan), value)
+        for entry in result.history
+        if (value := read(result.task, entry)) is not None
+    ]
+    return pd.DataFrame(points, columns=["steps", "seconds", "value"]).drop_duplicates("steps", keep="last")
 
 
-def _draw_curves(
-    path: Path,
-    panels: Mapping[str, Curves],
-    styles: Mapping[str, Style],
-    axis: int,
-    label: str,
-    settings: Mapping[str, str],
-) -> None:
-    """A panel for each of ``panels`` (curves by optimizer, by the title of their axis), side by side."""
+def _draw_curves(path: Path, panels: Mapping[str, Curves], styles: Mapping[str, Style], x: str, label: str) -> None:
+    """Draw a panel for each of ``panels`` (curves by optimizer, by the label of their axis), side by side."""
     figure, all_axes = new_figure(1, len(panels), (5.6 * len(panels) + 0.4, 5.2), sharey=False)
-    numbers: dict[str, Any] = {}
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
-        lines = {optim: _mean_curve(runs) for optim, runs in curves.items()}
-        for optim, line in lines.items():
-            _draw_line(axes, line[("steps", "seconds")[axis]], line, {**styles[optim], "label": optim})
-        ends = [value for line in lines.values() for value in (line["mean"][0], min(line["mean"]))]
+        for optim, curve in curves.items():
+            every = max(math.ceil(len(curve[x]) / 10), 1)  # so many marks that the line between them can be seen
+            axes.plot(curve[x], curve["mean"], markevery=every, **styles[optim], label=optim)
+            if curve["low"] != curve["high"]:
+                colour = styles[optim]["color"]
+                axes.fill_between(curve[x], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
+        ends = [value for curve in curves.values() for value in (curve["mean"][0], min(curve["mean"]))]
         bottom, top = min(ends), max(ends)
         room = 0.05 * (top - bottom) or 0.5
         axes.set(xlabel=label, ylabel=title, xlim=(0, None), ylim=(bottom - room, top + room))
-        numbers[title] = {
-            optim: {"setting": settings[optim], "seeds": len(curves[optim]), **line} for optim, line in lines.items()
-        }
     shown = {optim: line for axes in all_axes for line, optim in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9)
-    save_figure(figure, path, {"picture": f"against {label}; low and high span the seeds", "panels": numbers})
+    save_figure(figure, path, {"picture": f"against {label}; low and high span the seeds", "panels": panels})
 
 
-def _mean_curve(runs: Sequence[Sequence[Point]]) -> dict[str, list[float]]:
-    columns = list(zip(*runs, strict=True))
-    values = [[point[2] for point in column] for column in columns]
+def _sweeps(settings: Sequence[SettingResults]) -> dict[str, Sweep]:
+    """Cost by learning rate (infinite if a run diverged or failed), a line for each of the other arguments."""
+    lines: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for setting in settings:
+        others = setting.others
+        rate = others.pop("learning_rate", None)
+        if rate is not None:
+            label = ", ".join(f"{key}={value}" for key, value in others.items())
+            costs = setting.values[COST]
+            point = {RATE_TITLE: float(rate), "mean": setting.cost, "low": costs.min(), "high": costs.max()}
+            lines.setdefault(setting.optim, {}).setdefault(label, []).append(point)
     return {
-        "steps": [column[0][0] for column in columns],
-        "seconds": [statistics.fmean(point[1] for point in column) for column in columns],
-        "mean": [statistics.fmean(column) for column in values],
-        "low": [min(column) for column in values],
-        "high": [max(column) for column in values],
+        optim: {label: pd.DataFrame(points).sort_values(RATE_TITLE) for label, points in by_label.items()}
+        for optim, by_label in lines.items()
     }
 
 
-def _draw_line(axes: Any, x: Sequence[float], line: Mapping[str, Sequence[float]], style: Style) -> None:
-    every = max(math.ceil(len(x) / 10), 1)  # so many marks that the line between them can be seen
-    axes.plot(x, line["mean"], markevery=every, **style)
-    if line["low"] != line["high"]:
-        axes.fill_between(x, line["low"], line["high"], color=style["color"], alpha=0.15, linewidth=0)
-
-
-def _sweep(settings: Sequence[Setting]) -> Sweep:
-    """Settings of one optimizer by learning rate, a line for each of its other settings."""
-    lines: Sweep = {}
-    for setting in settings:
-        if "learning_rate" in setting.others:
-            rest = ", ".join(f"{key}={value}" for key, value in setting.others.items() if key != "learning_rate")
-            lines.setdefault(rest, []).append((float(setting.others["learning_rate"]), setting))
-    return {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
-
-
-def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], styles: Mapping[str, Style], axis_title: str) -> None:
+def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], styles: Mapping[str, Style], cost_label: str) -> None:
     columns = min(len(sweeps), 4)
     rows = math.ceil(len(sweeps) / columns)
     figure, panels = new_figure(rows, columns, (max(2.9 * columns, 4.5), 2.7 * rows + 0.4))
-    costs = [[s.cost for points in lines.values() for _, s in points if s.cost < math.inf] for lines in sweeps.values()]
+    costs = pd.concat({optim: pd.concat(lines.values())["mean"] for optim, lines in sweeps.items()})
+    costs = costs[np.isfinite(costs)]
     bottom, top = _frame(costs)
     for (optim, lines), axes in zip(sweeps.items(), panels, strict=False):
         axes.set(title=optim, xscale="log", ylim=(bottom, top))
         axes.title.set_fontsize(10)
-        axes.axhline(min(map(min, filter(None, costs)), default=0.0), color="0.5", linewidth=0.8, linestyle=":")
-        for index, (label, points) in enumerate(lines.items()):
+        axes.axhline(costs.min() if len(costs) else 0.0, color="0.5", linewidth=0.8, linestyle=":")
+        for index, (label, line) in enumerate(lines.items()):
             look = {"linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)]}
-            _draw_sweep(axes, points, top, {**styles[optim], **look, "label": label or None})
-        rates = sorted({rate for points in lines.values() for rate, _ in points})
+            draw_with_range(axes, RATE_TITLE, line, {**styles[optim], **look, "label": label or None}, top)
+        rates = sorted({rate for line in lines.values() for rate in line[RATE_TITLE]})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=45)
         axes.minorticks_off()
         if any(lines):
             axes.legend(fontsize=7).set_in_layout(False)
     for axes in panels[len(sweeps) :]:
         axes.set_visible(False)
-    figure.supxlabel("learning rate", fontsize=10)
-    figure.supylabel(axis_title, fontsize=10)
+    figure.supxlabel(RATE_TITLE, fontsize=10)
+    figure.supylabel(cost_label, fontsize=10)
     numbers = {
-        optim: {label or "all": _sweep_numbers(line) for label, line in s.items()} for optim, s in sweeps.items()
+        optim: {label or "all": line.to_dict("list") for label, line in lines.items()}
+        for optim, lines in sweeps.items()
     }
-    save_figure(figure, path, {"picture": f"{axis_title}; low and high span the seeds", "optimizers": numbers})
+    save_figure(figure, path, {"picture": f"{cost_label}; low and high span the seeds", "optimizers": numbers})
 
 
-def _sweep_numbers(points: Sequence[tuple[float, Setting]]) -> dict[str, list[float]]:
-    """What a line of ``learning_rates.png`` shows: cost (infinite if a run did not end well) by learning rate."""
-    costs = [[row.cost for row in setting.rows] for _, setting in points]
-    return {
-        "learning rate": [rate for rate, _ in points],
-        "mean": [setting.cost for _, setting in points],
-        "low": [min(values) for values in costs],
-        "high": [max(values) for values in costs],
-    }
-
-
-def _draw_sweep(axes: Any, points: Sequence[tuple[float, Setting]], top: float, style: Style) -> None:
-    good = [(rate, setting) for rate, setting in points if setting.cost <= top]
-    mean = [setting.cost for _, setting in good]
-    seeds = [[row.cost for row in setting.rows] for _, setting in good]
-    # The mean of equal numbers may miss them by a rounding error; a bar must not be negative.
-    down = [max(value - min(values), 0.0) for value, values in zip(mean, seeds, strict=True)]
-    up = [max(max(values) - value, 0.0) for value, values in zip(mean, seeds, strict=True)]
-    axes.errorbar([rate for rate, _ in good], mean, yerr=[down, up], capsize=2, **style)
-    lost = [rate for rate, setting in points if not setting.cost <= top]
-    for line in axes.plot(lost, [top] * len(lost), "x", color=style["color"], clip_on=False, markersize=7):
-        line.set_in_layout(False)
-
-
-def _frame(costs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Limits that show three quarters of all settings and the best of every optimizer.
+def _frame(costs: pd.Series) -> tuple[float, float]:
+    """Limits that show three quarters of all settings and the best of every optimizer (the index).
 
     One hopeless setting must not flatten the valleys.
     """
-    every = sorted(cost for group in costs for cost in group)
-    if not every:
+    if costs.empty:
         return 0.0, 1.0
-    top = max(every[math.ceil(0.75 * len(every)) - 1], *(min(group) for group in costs if group))
-    room = 0.15 * max(top - every[0], 0.02 * abs(every[0])) or 0.5
-    return every[0] - room, top + room
+    best = costs.min()
+    top = max(np.quantile(costs, 0.75, method="inverted_cdf"), costs.groupby(level=0).min().max())
+    room = 0.15 * max(top - best, 0.02 * abs(best)) or 0.5
+    return best - room, top + room

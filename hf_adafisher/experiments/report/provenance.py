@@ -1,4 +1,4 @@
-"""What stands beside the tables of a report: the comparison's settings, and the software and machines of its cells."""
+"""Provenance of a report: the comparison's settings and step times, the software and machines of its cells."""
 
 from __future__ import annotations
 
@@ -8,50 +8,46 @@ from typing import Any
 
 from hf_adafisher.experiments.comparison.cell_process import load_result
 from hf_adafisher.experiments.comparison.protocol import Comparison
-from hf_adafisher.experiments.report.results import Row
+from hf_adafisher.experiments.report.results import CellResult
 from hf_adafisher.experiments.report.tables import Table
-from hf_adafisher.experiments.runs.run import RESULTS_FILE
 
 _MACHINE = ("platform", "device", "cpu_count", "torch_threads")
 
 
 def settings_table(comparison: Comparison) -> Table:
-    """The arguments that all cells share, the seeds and the budget."""
+    """Tabulate the arguments that all cells share, the seeds and the budget."""
     config = comparison.config
-    found = dict.fromkeys(str(cell.settings["seed"]) for cell in comparison.cells if "seed" in cell.settings)
-    seeds = ", ".join(found) or "as the cells say"
-    facts = {"task": config.get("task", "clm"), "seeds": seeds, "budget": config.get("budget") or "as the cells say"}
-    facts |= config.get("common", {})
-    return Table(["setting", "value"], [[key, _text(value)] for key, value in facts.items()])
+    seeds = dict.fromkeys(str(cell.settings["seed"]) for cell in comparison.cells if "seed" in cell.settings)
+    settings = {
+        "task": config.get("task", "clm"),
+        "seeds": ", ".join(seeds) or "as the cells say",
+        "budget": config.get("budget") or "as the cells say",
+        **config.get("common", {}),
+    }
+    return Table(["setting", "value"], [[key, _text(value)] for key, value in settings.items()])
 
 
-def software_table(comparison: Comparison, rows: Sequence[Row]) -> Table:
-    """Versions, hardware and the model; several values where the cells differ."""
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        result = load_result(comparison.output_dir / row.cell)
-        machine = {key: value for key, value in result.get("hardware", {}).items() if key in _MACHINE}
-        corpus, model = result.get("corpus", {}), result.get("model", {})
-        sizes = {f"model {key}": value for key, value in model.items()} | {"corpus": corpus.get("source")}
-        for key, value in {**result.get("versions", {}), **machine, **sizes}.items():
-            values = found.setdefault(key, [])
-            if value is not None and _text(value) not in values:
-                values.append(_text(value))
-    return Table(["what", "value"], [[key, "; ".join(values)] for key, values in found.items() if values])
+def software_table(comparison: Comparison, results: Sequence[CellResult]) -> Table:
+    """Tabulate versions, hardware and the model; several values where the cells differ."""
+    found: dict[str, dict[str, None]] = {}
+    for result in results:
+        content = load_result(comparison.output_dir / result.cell) or {}
+        machine = {key: value for key, value in content.get("hardware", {}).items() if key in _MACHINE}
+        model = {f"model {key}": value for key, value in content.get("model", {}).items()}
+        corpus = {"corpus": content.get("corpus", {}).get("source")}
+        for key, value in {**content.get("versions", {}), **machine, **model, **corpus}.items():
+            if value is not None:
+                found.setdefault(key, {})[_text(value)] = None
+    return Table(["what", "value"], [[key, "; ".join(values)] for key, values in found.items()])
 
 
 def step_time_table(comparison: Comparison) -> Table:
-    """The step times that a budget of time was planned with."""
+    """Tabulate the step times that a budget of time was planned with."""
     rows = []
     for name, time in comparison.step_times().items():
-        shown = f"{1000 * time.seconds:.1f}" if time.seconds is not None else time.reason
-        rows.append([name, shown, str(time.steps_per_epoch or "-")])
+        text = f"{1000 * time.seconds:.1f}" if time.seconds is not None else time.reason
+        rows.append([name, text, str(time.steps_per_epoch or "-")])
     return Table(["optimizer", "ms per step (measured before)", "steps per epoch"], rows)
-
-
-def unfinished(comparison: Comparison) -> int:
-    """How many cells have no result."""
-    return sum(not (comparison.output_dir / cell.name / RESULTS_FILE).is_file() for cell in comparison.cells)
 
 
 def _text(value: Any) -> str:

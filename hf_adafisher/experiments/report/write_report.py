@@ -5,31 +5,37 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.protocol import Comparison
-from hf_adafisher.experiments.report.html import Section, as_html, as_markdown
+from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.report.pictures import draw_pictures, optimizer_styles
-from hf_adafisher.experiments.report.provenance import settings_table, software_table, step_time_table, unfinished
-from hf_adafisher.experiments.report.published import read_paper
-from hf_adafisher.experiments.report.results import Row, Setting, best_settings, group_settings, read_rows, write_csv
+from hf_adafisher.experiments.report.provenance import settings_table, software_table, step_time_table
+from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
+from hf_adafisher.experiments.report.results import (
+    CellResult,
+    SettingResults,
+    best_settings,
+    group_by_setting,
+    read_results,
+    write_csv,
+)
 from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import draw_stability
 from hf_adafisher.experiments.report.tables import best_table, cell_table, failure_table
 
 TITLE = "Comparison of optimizers"
-_HOW = (
+_METHOD = (
     "Each optimizer at the setting with the {rule}, chosen among its settings with the most seeds; one with a diverged "
     "or failed seed is none of them. Means over the seeds, ± the standard deviation (divisor n - 1). {extent}; "
     "seconds are those of optimizer steps alone, evaluation and start excluded."
 )
 
 
-def summarize(comparison: Comparison, command: str = "") -> str:
+def write_report(comparison: Comparison, command: str = "") -> str:
     """Write ``report.html``, ``report.md``, ``cells.csv`` and the pictures into the comparison's folder.
 
     Args:
         comparison: Some of its cells have results.
-        command: What was typed, for the report.
+        command: The command line, for the report.
 
     Returns:
         The tables in short and the paths, as text to print.
@@ -38,70 +44,26 @@ def summarize(comparison: Comparison, command: str = "") -> str:
         ValueError: No cell has a result yet.
     """
     folder = comparison.output_dir
-    rows = read_rows([*comparison.plan(), *_left_out(comparison)], folder, comparison.task)
-    if not rows:
+    results = read_results(comparison.cells_as_planned(), folder, comparison.task)
+    if not results:
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
-    order = {cell.name: index for index, cell in enumerate(comparison.cells)}
-    rows.sort(key=lambda row: order[row.cell])
-    settings = group_settings(rows)
+    settings = group_by_setting(results)
     best = best_settings(settings)
-    pictures = draw_pictures(folder, settings, best)
-    sections = _sections(comparison, rows, best, pictures, command)
-    swept = _stability(folder, settings)
-    sections[3:3] = swept
-    paths = [*pictures, *(path for section in swept for path in section.pictures)]
-    (folder / "report.html").write_text(as_html(TITLE, sections), encoding="utf-8")
-    (folder / "report.md").write_text(as_markdown(TITLE, sections), encoding="utf-8")
-    write_csv(folder / "cells.csv", rows)
-    return _printed(comparison, rows, best, list(map(str, paths)))
+    curves = _curves(folder, settings, best)
+    sections = _sections(comparison, results, best, [curves, *stability_sections(folder, settings)], command)
+    (folder / "report.html").write_text(render_html(TITLE, sections), encoding="utf-8")
+    (folder / "report.md").write_text(render_markdown(TITLE, sections), encoding="utf-8")
+    write_csv(folder / "cells.csv", results)
+    return _summary(comparison, results, best, [path for section in sections for path in section.pictures])
 
 
 def describe_step_times(comparison: Comparison) -> str:
-    """The measured step times, to print."""
+    """Format the measured step times."""
     return step_time_table(comparison).markdown()
 
 
-def _left_out(comparison: Comparison) -> list[Cell]:
-    names = comparison.unplanned()
-    return [cell for cell in comparison.cells if cell.name in names]
-
-
-def _sections(
-    comparison: Comparison,
-    rows: list[Row],
-    best: list[Setting],
-    pictures: dict[Path, str],
-    command: str,
-) -> list[Section]:
-    lead = str(comparison.config.get("description", ""))
-    failures, times = failure_table(rows), step_time_table(comparison)
-    sections = [
-        Section("", " ".join(part for part in (lead, _missing(comparison)) if part)),
-        _best(comparison, best) if best else Section("", "No run ended well."),
-        Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures),
-        Section("Every run", "Those of the best settings stand out.", cell_table(rows, best)),
-    ]
-    if failures.rows:
-        sections.append(Section("Runs that did not end well", table=failures, facts=True))
-    if times.rows:
-        text = "Measured before the runs: median over windows of steps, the first steps left out."
-        sections.append(Section("Step times for the budget", text, times))
-    sections.append(Section("Settings", "What all runs share.", settings_table(comparison), facts=True))
-    sections.append(Section("Software and hardware", table=software_table(comparison, rows), facts=True))
-    if command:
-        sections.append(Section("Command", command=command))
-    return sections
-
-
-def _best(comparison: Comparison, best: list[Setting]) -> Section:
-    task, paper = comparison.task, read_paper(comparison.config)
-    extent = task.describe({**cell.common, **cell.settings} for cell in comparison.cells)
-    how = _HOW.format(rule=task.rule, extent=extent)
-    return Section("Best of each optimizer", how, best_table(best, paper), note=paper.note if paper else "")
-
-
-def _stability(folder: Path, settings: list[Setting]) -> list[Section]:
-    """What there is to say of a sweep over batch sizes; nothing of any other comparison."""
+def stability_sections(folder: Path, settings: list[SettingResults]) -> list[Section]:
+    """Draw and tabulate a sweep over batch sizes; of any other comparison there is no section."""
     stability = read_stability(settings)
     if stability is None:
         return []
@@ -113,21 +75,62 @@ def _stability(folder: Path, settings: list[Setting]) -> list[Section]:
     return [Section("Batch size", text, stability.table(), pictures=pictures)]
 
 
-def _missing(comparison: Comparison) -> str:
-    missing = unfinished(comparison)
-    return f"{missing} of {len(comparison.cells)} runs have no result yet." if missing else ""
+def _sections(
+    comparison: Comparison,
+    results: list[CellResult],
+    best: list[SettingResults],
+    pictures: list[Section],
+    command: str,
+) -> list[Section]:
+    lead = (str(comparison.config.get("description", "")), _unfinished(comparison, results))
+    failures, times = failure_table(results), step_time_table(comparison)
+    sections = [
+        Section("", " ".join(filter(None, lead))),
+        _best(comparison, best) if best else Section("", "No run ended well."),
+        *pictures,
+        Section("Every run", "Those of the best settings stand out.", cell_table(results, best)),
+    ]
+    if failures.rows:
+        sections.append(Section("Runs that did not end well", table=failures, is_text=True))
+    if times.rows:
+        text = "Measured before the runs: median over windows of steps, the first steps left out."
+        sections.append(Section("Step times for the budget", text, times))
+    sections.append(Section("Settings", "What all runs share.", settings_table(comparison), is_text=True))
+    sections.append(Section("Software and hardware", table=software_table(comparison, results), is_text=True))
+    if command:
+        sections.append(Section("Command", command=command))
+    return sections
 
 
-def _printed(comparison: Comparison, rows: list[Row], best: list[Setting], pictures: list[str]) -> str:
-    parts = [cell_table(rows, best).markdown()]
-    paper = read_paper(comparison.config)
-    if best and (len(rows) > len(best) or paper is not None):
-        parts.append(best_table(best, paper).markdown())
-        parts += [paper.note + "\n"] if paper is not None else []
-    missing = _missing(comparison)
-    parts += [missing + "\n"] if missing else []
-    lost = sum(not math.isfinite(row.cost) for row in rows)
-    parts += [f"{lost} of {len(rows)} runs diverged or failed; the report says why.\n"] if lost else []
+def _curves(folder: Path, settings: list[SettingResults], best: list[SettingResults]) -> Section:
+    pictures = draw_pictures(folder, settings, best)
+    return Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures)
+
+
+def _best(comparison: Comparison, best: list[SettingResults]) -> Section:
+    task, published = comparison.task, read_published_results(comparison.config)
+    extent = task.describe_extent(cell.all_settings for cell in comparison.cells)
+    method = _METHOD.format(rule=task.selection_rule, extent=extent)
+    return Section("Best of each optimizer", method, best_table(best, published), published.note if published else "")
+
+
+def _unfinished(comparison: Comparison, results: list[CellResult]) -> str:
+    unfinished = len(comparison.cells) - len(results)
+    return f"{unfinished} of {len(comparison.cells)} runs have no result yet." if unfinished else ""
+
+
+def _summary(
+    comparison: Comparison, results: list[CellResult], best: list[SettingResults], pictures: list[Path]
+) -> str:
+    parts = [cell_table(results, best).markdown()]
+    published = read_published_results(comparison.config)
+    if best and (len(results) > len(best) or published is not None):
+        parts.append(best_table(best, published).markdown())
+        parts += [published.note + "\n"] if published is not None else []
+    unfinished = _unfinished(comparison, results)
+    parts += [unfinished + "\n"] if unfinished else []
+    lost = sum(not math.isfinite(result.cost) for result in results)
+    parts += [f"{lost} of {len(results)} runs diverged or failed; the report says why.\n"] if lost else []
     parts += [f"picture: {path}" for path in pictures]
     parts += [f"report: {comparison.output_dir / name}" for name in ("report.html", "report.md", "cells.csv")]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""What every training run can be told, whatever its task, and how it is read."""
+"""Arguments of every training run, and the reader of command lines and JSON files."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 
 @dataclass
 class RunTrainingArguments(AdaFisherTrainingArguments):
-    """AdaFisherTrainingArguments with other defaults.
+    """AdaFisherTrainingArguments with the defaults of an experiment.
 
-    Unlike there: a cosine schedule with warm-up, log lines every 10 steps, ten evaluations on validation data and
+    A cosine schedule with warm-up, log lines every 10 steps, ten evaluations on validation data and
     four checkpoints per run (the last two are kept), and losses logged as they are: by default Trainer replaces a
     non-finite loss by the average of the others, which would hide a diverged run.
 
     Raises:
-        ValueError: `max_steps` and `num_train_epochs` that leave nothing to train.
+        ValueError: ``max_steps`` and ``num_train_epochs`` that leave nothing to train.
     """
 
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -62,18 +62,18 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
 
 
 def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Reads the command line; a single argument that ends in `.json` is a file with the same names as keys.
+    """Parse the command line; a single argument that ends in ``.json`` is a file with the same names as keys.
 
     Args:
-        types: dataclasses whose fields are the arguments.
-        argv: arguments without the program's name (default: `sys.argv[1:]`).
+        types: Dataclasses whose fields are the arguments.
+        argv: Arguments without the program's name (default: ``sys.argv[1:]``).
 
     Returns:
         An object of each type.
 
     Raises:
-        FileNotFoundError: the JSON file does not exist.
-        ValueError: an unknown name in it, or a value out of its range.
+        FileNotFoundError: The JSON file does not exist.
+        ValueError: An unknown name in it, or a value out of its range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser(types)  # type: ignore[arg-type]  # typed too narrowly for a tuple of dataclasses

@@ -1,4 +1,4 @@
-"""Trainer callbacks for experiments: time per optimizer step, and an end to runs that diverged."""
+"""Trainer callbacks of experiments: step times, and an early end of diverged runs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimer(TrainerCallback):
-    """Times every optimizer step: forward, backward and update of all its micro-batches; no evaluation,
-    logging or saving.
+    """Stopwatch of optimizer steps: forward, backward and update of all micro-batches.
 
-    Every entry of Trainer's log history gets the training seconds so far (`train_seconds`), which checkpoints keep: a
-    resumed run counts on from there.
+    Evaluation, logging and saving do not count. Every entry of Trainer's log history gets the training seconds so far
+    (``train_seconds``), which checkpoints keep: a resumed run counts on from there.
 
     Attributes:
-        seconds: duration of each step taken, in order.
-        total: seconds of all steps, those before a resume included.
+        seconds: Duration of each step taken, in order.
+        total: Seconds of all steps, those before a resume included.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class StepTimer(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Takes up the total of the run that is resumed."""
+        """Restore the total of a resumed run."""
         self.total = next(
             (entry["train_seconds"] for entry in state.log_history[::-1] if "train_seconds" in entry), 0.0
         )
@@ -42,29 +41,29 @@ class StepTimer(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._start = _now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self.seconds.append(_now() - self._start)
         self.total += self.seconds[-1]
         if control.should_save and not control.should_log:  # a checkpoint must hold the total of its own step
             state.log_history.append({"step": state.global_step, "train_seconds": self.total})
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Adds the total to the entry just made; Trainer passes callbacks a copy of it."""
+        """Add the total to the newest entry of the history; Trainer passes callbacks a copy of it."""
         if state.log_history:
             state.log_history[-1]["train_seconds"] = self.total
 
     def summary(self, warmup: int = 5) -> dict[str, float | int | None]:
-        """Returns the durations in milliseconds.
+        """Return the step times in milliseconds.
 
         Both figures matter: a step that refreshes the curvature costs more than the others, which the mean
         shows and the median does not.
 
         Args:
-            warmup: first steps left out, at most half of all (allocation and caches make them slow).
+            warmup: First steps left out, at most half of all (allocation and caches make them slow).
 
         Returns:
             median_ms, mean_ms (None without a step), steps measured, warm-up steps left out.
@@ -80,12 +79,12 @@ class StepTimer(TrainerCallback):
 
 
 class StopOnDivergence(TrainerCallback):
-    """Ends training at the first logged loss that is not finite: from there on nothing can be learned.
+    """Early stopping at the first logged loss that is not finite: from there on nothing can be learned.
 
-    It needs `logging_nan_inf_filter=False`, or Trainer never logs such a loss.
+    Needs ``logging_nan_inf_filter=False``, or Trainer never logs such a loss.
 
     Attributes:
-        diverged_at: step at which it was seen, or None.
+        diverged_at: Step at which it was seen, or None.
     """
 
     def __init__(self) -> None:
@@ -99,7 +98,7 @@ class StopOnDivergence(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Looks at the training and validation loss just logged."""
+        """Check the training and validation loss just logged."""
         losses = [(logs or {}).get(key, 0.0) for key in ("loss", "eval_loss")]
         if self.diverged_at is None and not all(math.isfinite(loss) for loss in losses):
             self.diverged_at = state.global_step

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from, found and checked before anything of the earlier run is touched."""
+"""Checkpoints to resume from, found and checked before anything of the earlier run is touched."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
-    """Returns the checkpoint directory to resume from, or None.
+    """Return the checkpoint directory to resume from, or None.
 
     Args:
-        output_dir: the run's directory. A warning says so if it holds an earlier run that is not resumed.
-        resume: a checkpoint directory; "last" or "true" for the latest complete one in `output_dir`; None or
+        output_dir: The run's directory. A warning says so if it holds an earlier run that is not resumed.
+        resume: A checkpoint directory; "last" or "true" for the latest complete one in ``output_dir``; None or
             "false" to start anew.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        CheckpointError: a file of it is missing or damaged, or "last" finds damaged ones only.
+        FileNotFoundError: No such checkpoint.
+        CheckpointError: A file of it is missing or damaged, or "last" finds damaged ones only.
     """
     word = str(resume).lower()
     if resume is None or word == "false":
@@ -57,11 +57,11 @@ def find_checkpoint(output_dir: Path, resume: str | bool | None) -> str | None:
     return str(resume)
 
 
-def check_checkpoint(checkpoint: Path, training_args: RunTrainingArguments) -> None:
-    """Checks that a checkpoint can be continued, before anything of the earlier run is touched.
+def check_resumable(checkpoint: Path, training_args: RunTrainingArguments) -> None:
+    """Check that a run can be resumed from a checkpoint.
 
     Raises:
-        ValueError: another optimizer wrote it, or it already has `max_steps` steps.
+        ValueError: Another optimizer wrote it, or it already has ``max_steps`` steps.
     """
     done = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
     if 0 < training_args.max_steps <= done:

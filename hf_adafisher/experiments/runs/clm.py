@@ -1,4 +1,4 @@
-"""A causal language modelling run: its trainer, its exact evaluation, and what is said about it."""
+"""A causal language modelling run: its trainer, its exact evaluation and its description."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CURVE_WINDOWS = 256
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """One split as a model sees it: `stream` of ids, shape (1 + tokens,), and the words of the same text."""
+    """Token ids of one split, shape (1 + tokens,), and the number of words of its text."""
 
     stream: Tensor
     num_words: int
@@ -32,7 +32,7 @@ class EncodedSplit:
 
 @dataclass(frozen=True)
 class ClmRun(PreparedRun):
-    """A language model, its text and its tokenizer: what `clm_setup.prepare` returns."""
+    """A language model, its text and its tokenizer, as ``clm_setup.prepare_clm_run`` checked them."""
 
     model_args: ModelArguments
     data_args: DataArguments
@@ -45,7 +45,7 @@ class ClmRun(PreparedRun):
     card_task: ClassVar[str] = "text-generation"
 
     def new_trainer(self, callbacks: list[TrainerCallback]) -> AdaFisherTrainer:
-        """See `PreparedRun`."""
+        """Create the trainer; during training only the first validation windows are evaluated."""
         validation = self.datasets["validation"]
         return AdaFisherTrainer(
             model=self.model,
@@ -58,7 +58,7 @@ class ClmRun(PreparedRun):
         )
 
     def evaluate(self, trainer: AdaFisherTrainer, diverged: bool) -> Evaluation:
-        """The perplexities of all of the text; every process does all of it."""
+        """Compute the perplexities of all of the text, on every process."""
         results: dict[str, dict[str, Any]] = {}
         for name in [name for name in SPLITS if name in self.splits]:
             stream, num_words = self.splits[name].stream, self.splits[name].num_words
@@ -78,7 +78,7 @@ class ClmRun(PreparedRun):
         return Evaluation(results)
 
     def describe(self) -> dict[str, Any]:
-        """See `PreparedRun`."""
+        """Describe the text and the model."""
         counts = {
             name: {"tokens": len(split.stream) - 1, "words": split.num_words} for name, split in self.splits.items()
         }
@@ -92,7 +92,7 @@ class ClmRun(PreparedRun):
             },
         }
 
-    def sentence(self, measures: Mapping[str, Any]) -> str:
-        """Loss and perplexities."""
-        loss, token, word = (measures[key] for key in ("loss", "token_perplexity", "word_perplexity"))
+    def format_metrics(self, metrics: Mapping[str, Any]) -> str:
+        """Format loss and perplexities."""
+        loss, token, word = (metrics[key] for key in ("loss", "token_perplexity", "word_perplexity"))
         return f"loss {loss:.4f}, perplexity per token {token:.2f}, per word {word:.2f}"

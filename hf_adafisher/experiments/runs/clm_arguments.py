@@ -1,4 +1,4 @@
-"""What a causal language modelling run can be told, on the command line or in a JSON file."""
+"""Arguments of a causal language modelling run, from the command line or a JSON file."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from hf_adafisher.experiments.runs.arguments import RunTrainingArguments, parse_
 
 @dataclass
 class ModelArguments:
-    """Which model: a pretrained one, or one trained from scratch (default: a small GPT-2 of the size given
-    here).
+    """The model: a pretrained one, or one trained from scratch (default: a small GPT-2 of the size given here).
 
     Raises:
-        ValueError: sizes below 1, `n_embd` not a multiple of `n_head`, `vocab_size` below 257, `dropout`
-            outside [0, 1), both a pretrained model and a configuration, `embeddings_from` beside one of these, or
-            `freeze_embeddings` without it.
+        ValueError: Sizes below 1, ``n_embd`` not a multiple of ``n_head``, ``vocab_size`` below 257, ``dropout``
+            outside [0, 1), both a pretrained model and a configuration, ``embeddings_from`` beside one of these, or
+            ``freeze_embeddings`` without it.
     """
 
     model_name_or_path: str | None = field(
@@ -71,10 +70,10 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Which text, in blocks of how many tokens.
+    """The text, and the block size in tokens.
 
     Raises:
-        ValueError: `block_size` below 2, `max_eval_lines` below 1.
+        ValueError: ``block_size`` below 2, ``max_eval_lines`` below 1.
     """
 
     dataset: str | None = field(
@@ -103,10 +102,9 @@ class DataArguments:
         if self.max_eval_lines is not None and self.max_eval_lines < 1:
             raise ValueError(f"max_eval_lines is {self.max_eval_lines}; it must be at least 1, or left out for all")
         for name in ("train_file", "validation_file", "test_file"):
-            if isinstance(
-                getattr(self, name), str
-            ):  # a JSON file may hold one path where the command line makes a list
-                setattr(self, name, [getattr(self, name)])
+            value = getattr(self, name)
+            if isinstance(value, str):  # a JSON file may hold one path where the command line makes a list
+                setattr(self, name, [value])
 
 
 @dataclass
@@ -118,9 +116,9 @@ class ClmTrainingArguments(RunTrainingArguments):
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
 
 
-def parse_arguments(
+def parse_clm_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, ClmTrainingArguments]:
-    """Reads the command line or a JSON file: see `parse_dataclasses`."""
+    """Parse the command line or a JSON file: see ``parse_dataclasses``."""
     model, data, training = parse_dataclasses((ModelArguments, DataArguments, ClmTrainingArguments), argv)
     return model, data, training

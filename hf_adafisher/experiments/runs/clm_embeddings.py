@@ -1,4 +1,4 @@
-"""A new GPT-2 that starts with the embeddings of a pretrained model, as in the paper's language modelling tables."""
+"""Pretrained embeddings in a new GPT-2, as in the paper's language modelling tables."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from transformers import AutoModel, GPT2LMHeadModel, PreTrainedModel
 
 _POSITIONS = {"openai-gpt": "positions_embed", "gpt2": "wpe"}
-"""Name of the table of positions, by model type."""
+"""Name of the position embedding, by model type."""
 
 
 def copy_embeddings(source: str, model: PreTrainedModel, *, freeze: bool) -> None:
-    """Copies token and position embeddings into a new GPT-2.
+    """Copy token and position embeddings into a new GPT-2.
 
     Args:
         source: A GPT or GPT-2 (Hub id or directory).
-        model: Gets them; its context may be shorter.
+        model: The new GPT-2; its context may be shorter.
         freeze: Keep them as they are, and with the token embeddings the head that is tied to them.
 
     Raises:
@@ -29,12 +29,12 @@ def copy_embeddings(source: str, model: PreTrainedModel, *, freeze: bool) -> Non
         ("tokens", pretrained.get_input_embeddings(), model.transformer.wte),
         ("positions", getattr(pretrained, _POSITIONS[kind]), model.transformer.wpe),
     )
-    for what, theirs, ours in tables:
+    for name, theirs, ours in tables:
         (rows, width), (needed, wanted) = theirs.weight.shape, ours.weight.shape
         if width != wanted:
             raise ValueError(f"the embeddings of {source!r} are {width} wide, the model {wanted}: use --n_embd {width}")
         if rows < needed:
-            raise ValueError(f"{source!r} has embeddings for {rows} {what}, the model needs {needed}")
+            raise ValueError(f"{source!r} has embeddings for {rows} {name}, the model needs {needed}")
         with torch.no_grad():
             ours.weight.copy_(theirs.weight[:needed])
         ours.weight.requires_grad_(not freeze)

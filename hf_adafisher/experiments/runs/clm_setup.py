@@ -1,4 +1,4 @@
-"""Before training: text, tokenizer, model and checkpoint of a causal language modelling run, all checked."""
+"""Setup of a causal language modelling run: text, tokenizer, model and checkpoint, all checked."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_adafisher.data.text.corpora import TextCorpus, count_words, load_corpus
 from hf_adafisher.data.text.tokens import TokenWindows, encode_lines, train_tokenizer
-from hf_adafisher.experiments.runs.checkpoints import check_checkpoint, find_checkpoint
+from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint
 from hf_adafisher.experiments.runs.clm import ClmRun, EncodedSplit
 from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
@@ -28,23 +28,25 @@ from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
 logger = logging.getLogger(__name__)
 
 
-def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments) -> ClmRun:
-    """Loads text, tokenizer and model, and checks them before any work is done.
+def prepare_clm_run(
+    model_args: ModelArguments, data_args: DataArguments, training_args: ClmTrainingArguments
+) -> ClmRun:
+    """Load text, tokenizer and model, and check them before any work is done.
 
     The initial weights depend on the seed and the model's arguments only, never on the optimizer.
 
     Raises:
-        ValueError: an unknown corpus, text that is empty or too short, a block larger than the model's
+        ValueError: An unknown corpus, text that is empty or too short, a block larger than the model's
             context, a checkpoint that is incomplete, of another optimizer or of a run that has finished.
-        FileNotFoundError: a text file or a checkpoint that does not exist.
-        ConnectionError: a corpus of the Hub that cannot be had.
+        FileNotFoundError: A text file or a checkpoint that does not exist.
+        ConnectionError: A corpus of the Hub that cannot be had.
     """
     pretrained = model_args.model_name_or_path or model_args.config_name
     if pretrained is not None:
         check_context(AutoConfig.from_pretrained(pretrained), data_args.block_size)
     checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
     if checkpoint is not None:
-        check_checkpoint(Path(checkpoint), training_args)
+        check_resumable(Path(checkpoint), training_args)
     corpus = load_corpus(
         data_args.dataset,
         train_files=data_args.train_file,
@@ -55,7 +57,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     corpus = replace(corpus, validation=corpus.validation[:limit], test=corpus.test[:limit])
     tokenizer = load_tokenizer(model_args, corpus)
     set_seed(training_args.seed)
-    model = load_model(model_args, tokenizer, data_args.block_size)
+    model = load_language_model(model_args, tokenizer, data_args.block_size)
     splits = {
         name: EncodedSplit(encode_lines(tokenizer, lines), count_words(lines))
         for name, lines in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test))
@@ -69,7 +71,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
 
 
 def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer named, or the pretrained model's, or trains one on the training split."""
+    """Load the tokenizer named, or the pretrained model's, or train one on the training split."""
     name = model_args.tokenizer_name or model_args.model_name_or_path or model_args.embeddings_from
     if name is not None:
         return AutoTokenizer.from_pretrained(name)
@@ -79,16 +81,18 @@ def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrained
     return tokenizer
 
 
-def load_model(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
-    """Loads the pretrained model, or makes a new one for this tokenizer; its weights are float32.
+def load_language_model(
+    model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
+) -> PreTrainedModel:
+    """Load the pretrained model, or create a new one for this tokenizer; its weights are float32.
 
     Args:
-        model_args: which model.
-        tokenizer: gives a new model its vocabulary.
-        block_size: context of a new GPT-2, in tokens.
+        model_args: Of the run.
+        tokenizer: Gives a new model its vocabulary.
+        block_size: Context of a new GPT-2, in tokens.
 
     Raises:
-        ValueError: a tokenizer with more tokens than the pretrained model knows.
+        ValueError: A tokenizer with more tokens than the pretrained model knows.
     """
     if model_args.model_name_or_path is not None:
         name = model_args.model_name_or_path
@@ -131,7 +135,7 @@ def _new_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, 
 
 
 def check_context(config: PreTrainedConfig, block_size: int) -> None:
-    """Raises ValueError if a block has more tokens than the model has positions; no limit passes."""
+    """Raise ValueError if a block has more tokens than the model has positions; no limit passes."""
     text = config.get_text_config()
     context = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     if context and block_size > context:

@@ -1,4 +1,4 @@
-"""An image classification run: its trainer, its exact evaluation, and what is said about it."""
+"""An image classification run: its trainer, its exact evaluation and its description."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_adafisher.data.images.augmentation import ImageCollator
 from hf_adafisher.data.images.corpora import ImageCorpus
 from hf_adafisher.data.images.dataset import ImageDataset
 from hf_adafisher.data.images.epochs import DatasetEpochs
-from hf_adafisher.data.images.metrics import TOP_K, confusion_matrix, image_metrics, top_k_accuracy
+from hf_adafisher.data.images.metrics import TOP_K, accuracies, confusion_matrix, image_metrics, logits_and_labels
 from hf_adafisher.data.images.normalization import Normalization, image_processor
 from hf_adafisher.experiments.outputs import write_json
+from hf_adafisher.experiments.runs.confusion_matrix import write_confusion_matrix
 from hf_adafisher.experiments.runs.image_arguments import ImageDataArguments, ImageModelArguments
-from hf_adafisher.experiments.runs.image_pictures import write_confusion_matrix
 from hf_adafisher.experiments.runs.image_trainer import ImageTrainer
 from hf_adafisher.experiments.runs.run import SPLITS, Evaluation, PreparedRun
 from hf_adafisher.models import LoadReport
@@ -47,17 +47,17 @@ processor = AutoImageProcessor.from_pretrained("{folder}")
 
 @dataclass(frozen=True)
 class ImageRun(PreparedRun):
-    """A classifier and its images: what `image_setup.prepare` returns.
+    """A classifier and its images, as ``image_setup.prepare_image_run`` checked them.
 
     Attributes:
-        network: what to call the network.
-        image_size: side of the images, in pixels.
+        network: Name of the network.
+        image_size: Side of the images, in pixels.
         datasets: "train" and those of "validation" and "test" that there are.
-        train_collator: augments.
-        eval_collator: does not.
-        normalization: of both.
-        scales: each parameter's share of the learning rate, by name.
-        loaded: what became of a pretrained model's weights.
+        train_collator: With augmentation.
+        eval_collator: Without augmentation.
+        normalization: Of both.
+        scales: Each parameter's share of the learning rate, by name.
+        loaded: Report on a pretrained model's weights.
     """
 
     model_args: ImageModelArguments
@@ -74,11 +74,11 @@ class ImageRun(PreparedRun):
 
     loss_label: ClassVar[str] = "loss (nats per image)"
     card_task: ClassVar[str] = "image-classification"
-    own_files: ClassVar[tuple[str, ...]] = (CONFUSION_FILE, CONFUSION_PICTURE)
+    extra_files: ClassVar[tuple[str, ...]] = (CONFUSION_FILE, CONFUSION_PICTURE)
     libraries: ClassVar[tuple[str, ...]] = ("pillow", "scikit-learn", "kornia", "torchvision", "timm")
 
     def new_trainer(self, callbacks: list[TrainerCallback]) -> AdaFisherTrainer:
-        """See `PreparedRun`."""
+        """Create the trainer; during training only a sample of the validation images is evaluated."""
         validation = self.datasets["validation"]
         return ImageTrainer(
             model=self.model,
@@ -96,27 +96,26 @@ class ImageRun(PreparedRun):
         )
 
     def evaluate(self, trainer: AdaFisherTrainer, diverged: bool) -> Evaluation:
-        """Loss and accuracies of every image of both splits, and the confusion matrix of the last one."""
-        measures: dict[str, dict[str, Any]] = {}
+        """Compute loss and accuracies over every image of both splits, and the confusion matrix of the last one."""
+        metrics: dict[str, dict[str, Any]] = {}
         matrix: dict[str, Any] = {}
         for split in [split for split in SPLITS if split in self.datasets]:
             examples = len(self.datasets[split])
             if diverged:
-                measures[split] = {"loss": math.nan, "accuracy": None, "examples": examples}
+                metrics[split] = {"loss": math.nan, "accuracy": None, "examples": examples}
                 continue
-            output = trainer.predict(self.datasets[split])
-            logits, labels = np.asarray(_first(output.predictions)), np.asarray(output.label_ids)
-            measures[split] = {**classification_measures(logits, labels), "examples": examples}
-            counts = confusion_matrix(logits, labels, len(self.corpus.class_names))
+            logits, labels = logits_and_labels(trainer.predict(self.datasets[split]))
+            metrics[split] = {**classification_metrics(logits, labels), "examples": examples}
+            counts = confusion_matrix(logits, labels)
             matrix = {"split": split, "classes": list(self.corpus.class_names), "counts": counts.tolist()}
         if not matrix:
-            return Evaluation(measures)
+            return Evaluation(metrics)
         large = len(self.corpus.class_names) > CONFUSION_CLASSES
         shown = {"split": matrix["split"], "file": CONFUSION_FILE} if large else matrix
-        return Evaluation(measures, {"confusion_matrix": shown}, {"confusion_matrix": matrix})
+        return Evaluation(metrics, {"confusion_matrix": shown}, {"confusion_matrix": matrix})
 
     def describe(self) -> dict[str, Any]:
-        """See `PreparedRun`."""
+        """Describe the images, the network and the pretrained weights."""
         counts = {name: {"examples": len(dataset)} for name, dataset in self.datasets.items()}
         corpus = {"name": self.corpus.name, "source": self.corpus.source, **counts}
         corpus |= {"classes": list(self.corpus.class_names), "skipped": dict(self.corpus.skipped)}
@@ -130,16 +129,16 @@ class ImageRun(PreparedRun):
         loaded = None if self.loaded is None else _counts(self.loaded)
         return {"corpus": corpus, "model": model, "loaded": loaded}
 
-    def sentence(self, measures: Mapping[str, Any]) -> str:
-        """Loss and accuracies."""
-        if measures["accuracy"] is None:
-            return f"loss {measures['loss']}"
-        shown = f"loss {measures['loss']:.4f}, accuracy {measures['accuracy']:.2%}"
-        top = measures.get(f"top{TOP_K}_accuracy")
+    def format_metrics(self, metrics: Mapping[str, Any]) -> str:
+        """Format loss and accuracies."""
+        if metrics["accuracy"] is None:
+            return f"loss {metrics['loss']}"
+        shown = f"loss {metrics['loss']:.4f}, accuracy {metrics['accuracy']:.2%}"
+        top = metrics.get(f"top{TOP_K}_accuracy")
         return shown + (f", top-{TOP_K} {top:.2%}" if top is not None else "")
 
     def write_files(self, folder: Path, results: Mapping[str, Any], files: Mapping[str, Any]) -> None:
-        """The confusion matrix: a picture, and with many classes a file."""
+        """Draw the confusion matrix, and with many classes write it into a file of its own."""
         matrix = files.get("confusion_matrix")
         if matrix is None:
             return
@@ -149,29 +148,21 @@ class ImageRun(PreparedRun):
         write_confusion_matrix(folder / CONFUSION_PICTURE, matrix["counts"], matrix["classes"], title)
 
     def card_text(self) -> str:
-        """How to load the model again."""
+        """Return the code that loads the model again."""
         own = type(self.model).__module__.startswith("hf_adafisher.")
         line = "import hf_adafisher.models  # the model is one of this package's\n" if own else ""
         return _CARD.format(own=line, folder=self.output_dir)
 
 
-def classification_measures(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Mean loss (in nats, summed in float64), accuracy, and with more than 5 classes top-5 accuracy.
+def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return the mean loss (in nats, summed in float64) and the ``accuracies``.
 
     Args:
-        logits: shape (examples, classes).
-        labels: class numbers, shape (examples,).
+        logits: Shape (examples, classes).
+        labels: Class numbers, shape (examples,).
     """
     loss = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels).long())
-    measures = {"loss": loss.item(), "accuracy": top_k_accuracy(logits, labels, 1)}
-    if logits.shape[1] > TOP_K:
-        measures[f"top{TOP_K}_accuracy"] = top_k_accuracy(logits, labels, TOP_K)
-    return measures
-
-
-def _first(predictions: Any) -> Any:
-    """Logits, of models that give more than that."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
+    return {"loss": loss.item(), **accuracies(logits, labels)}
 
 
 def _counts(report: LoadReport) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an image classification run can be told, on the command line or in a JSON file."""
+"""Arguments of an image classification run, from the command line or a JSON file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _TAKEN_OPTIONS = ("image_size", "num_labels", "id2label", "label2id")
 
 @dataclass
 class ImageModelArguments:
-    """Which network: from scratch by name, or pretrained.
+    """The network: from scratch by name, or pretrained.
 
     Raises:
-        ValueError: both `model` and `model_name_or_path`, an option that does not go with them, a malformed
-            `model_options`, or `layer_decay` outside (0, 1].
+        ValueError: Both ``model`` and ``model_name_or_path``, an option that does not go with them, a malformed
+            ``model_options``, or ``layer_decay`` outside (0, 1].
     """
 
     model: str | None = field(
@@ -79,16 +79,16 @@ class ImageModelArguments:
             raise ValueError(f"model_options cannot set {taken[0]}: it follows from --image_size and the data")
 
     def options(self) -> dict[str, Any]:
-        """The options of the configuration."""
+        """Parse ``model_options``."""
         return parse_options(self.model_options, "model_options")
 
 
 @dataclass
 class ImageDataArguments:
-    """Which images, and what is done to those trained on.
+    """The images, and the augmentation of those trained on.
 
     Raises:
-        ValueError: a data set and a folder, numbers of samples below 1, or an option of the augmentation outside its
+        ValueError: A data set and a folder, numbers of samples below 1, or an option of the augmentation outside its
             range.
     """
 
@@ -151,7 +151,7 @@ class ImageDataArguments:
         self.augmentation()
 
     def augmentation(self) -> Augmentation:
-        """What is done to training images."""
+        """Return the augmentation of training images."""
         return Augmentation(
             crop_padding=self.crop_padding,
             flip=self.flip,
@@ -166,7 +166,7 @@ class ImageDataArguments:
 
 @dataclass
 class ImageTrainingArguments(RunTrainingArguments):
-    """RunTrainingArguments whose optimizer, unless one is named, follows from the kind of network.
+    """RunTrainingArguments with an optimizer that, unless one is named, follows from the kind of network.
 
     As in the paper, convolutional networks train with AdaFisher, whose weight decay is part of the gradient, and
     transformers with AdaFisherW. Where no learning rate is given, that of both is 0.02 from scratch and 0.001 for
@@ -202,9 +202,9 @@ class ImageTrainingArguments(RunTrainingArguments):
         super().__post_init__()
 
     def choose_optimizer(self, network: str, kind: Kind, pretrained: bool) -> None:
-        """Names the optimizer, and its learning rate, that suit a network, unless they were asked for, and says so.
+        """Set the optimizer and the learning rate that suit a network, unless they were given, and log them.
 
-        The two differ in what weight decay means only, so that everything checked for one holds for the other.
+        AdaFisher and AdaFisherW differ in the meaning of weight decay only: checks of one hold for the other.
         """
         if self._learning_rate_is_free and pretrained:
             self.learning_rate = FINE_TUNING_LEARNING_RATE
@@ -213,9 +213,9 @@ class ImageTrainingArguments(RunTrainingArguments):
             logger.info("optimizer: %s, since %s is %s (--optim overrides)", self.optim, network, _KINDS[kind])
 
 
-def parse_arguments(
+def parse_image_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ImageModelArguments, ImageDataArguments, ImageTrainingArguments]:
-    """Reads the command line or a JSON file: see `parse_dataclasses`."""
+    """Parse the command line or a JSON file: see ``parse_dataclasses``."""
     model, data, training = parse_dataclasses((ImageModelArguments, ImageDataArguments, ImageTrainingArguments), argv)
     return model, data, training

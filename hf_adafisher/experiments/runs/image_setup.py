@@ -1,4 +1,4 @@
-"""Before training: images, network, optimizer and checkpoint of an image classification run, all checked."""
+"""Setup of an image classification run: images, network, optimizer and checkpoint, all checked."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, set_seed
 from hf_adafisher.data.images.augmentation import ImageCollator
 from hf_adafisher.data.images.corpora import DEFAULT_IMAGES, ImageCorpus, ImageSplit, check_classes, load_images
 from hf_adafisher.data.images.dataset import ImageDataset
+from hf_adafisher.data.images.metrics import require_scikit_learn
 from hf_adafisher.data.images.normalization import corpus_normalization, pretrained_normalization
-from hf_adafisher.experiments.runs.checkpoints import check_checkpoint, find_checkpoint
+from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint
 from hf_adafisher.experiments.runs.image import ImageRun
 from hf_adafisher.experiments.runs.image_arguments import (
     ImageDataArguments,
@@ -37,38 +38,38 @@ from hf_adafisher.training.arguments import optimizer_name
 logger = logging.getLogger(__name__)
 
 USUAL_SIZE = 224
-"""Side of images in pixels, where neither the model nor the images say anything else."""
+"""Side of images in pixels, where it follows neither from the model nor from the images."""
 _BEST_SIZES = {DEFAULT_IMAGES: 16}
-"""Where another size than the images' own works better."""
+"""Data sets for which another size than the images' own works better."""
 _SIZE_SAMPLE = 32
 
 
-def prepare(
+def prepare_image_run(
     model_args: ImageModelArguments, data_args: ImageDataArguments, training_args: ImageTrainingArguments
 ) -> ImageRun:
-    """Loads images and network, chooses the optimizer, and checks all of it before any work is done.
+    """Load images and network, choose the optimizer, and check all of it before any work is done.
 
     The images that are used, held-out ones included, are the same for every seed; the initial weights depend on the
     seed and the model's arguments only, never on the optimizer.
 
     Raises:
-        ValueError: unknown names, images or labels that no classifier can be trained on (see `load_images`), an image
+        ValueError: Unknown names, images or labels that no classifier can be trained on (see ``load_images``), an image
             size that the network cannot take, a checkpoint of another task, options that do not go together, a
             checkpoint that is incomplete, of another optimizer or of a run that has finished.
-        FileNotFoundError: a folder or a checkpoint that does not exist.
-        ConnectionError: a data set of the Hub that cannot be had.
-        ImportError: a library that is needed and not installed; the message says how to install it.
-        OSError: no such pretrained model.
+        FileNotFoundError: A folder or a checkpoint that does not exist.
+        ConnectionError: A data set of the Hub that cannot be had.
+        ImportError: A library that is needed and not installed; the message says how to install it.
+        OSError: No such pretrained model.
     """
-    _check_together(model_args, data_args, training_args)
+    _check_arguments(model_args, data_args, training_args)
     checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
     corpus = _corpus(data_args)
     image_size = choose_image_size(model_args, corpus)
     set_seed(training_args.seed)
-    network, model, loaded = load_model(model_args, corpus.class_names, image_size)
+    network, model, loaded = load_classifier(model_args, corpus.class_names, image_size)
     training_args.choose_optimizer(network, model_kind(model.config), loaded is not None)
     if checkpoint is not None:
-        check_checkpoint(Path(checkpoint), training_args)
+        check_resumable(Path(checkpoint), training_args)
     if model_args.freeze_backbone:
         names = freeze_backbone(model)
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
@@ -103,17 +104,18 @@ def prepare(
     )
 
 
-def _check_together(
+def _check_arguments(
     model_args: ImageModelArguments, data_args: ImageDataArguments, training_args: ImageTrainingArguments
 ) -> None:
-    """What can be known to be impossible before anything is loaded."""
+    """Check what is impossible or missing, before anything is loaded."""
+    require_scikit_learn()
     optim = optimizer_name(training_args)
     if model_args.layer_decay is not None and optim not in available_optimizers():
         raise ValueError(
             f"--layer_decay works with this package's optimizers only, not with Trainer's {optim}: "
             f"use one of {', '.join(available_optimizers())}"
         )
-    if training_args.label_smoothing_factor and data_args.augmentation().mixes:
+    if training_args.label_smoothing_factor and data_args.augmentation().uses_soft_labels:
         raise ValueError(
             "--label_smoothing_factor does not go together with --mixup or --cutmix, whose labels are soft already: "
             "leave out one of them"
@@ -145,7 +147,7 @@ def _corpus(data_args: ImageDataArguments) -> ImageCorpus:
 
 
 def choose_image_size(model_args: ImageModelArguments, corpus: ImageCorpus) -> int:
-    """The size asked for, the pretrained model's own, or for a network from scratch that of the images.
+    """Return the size asked for, the pretrained model's own, or for a network from scratch that of the images.
 
     Images count as having a size if they are square and all alike (32 of them are looked at), and not above 224
     pixels; otherwise it is 224.
@@ -163,10 +165,14 @@ def choose_image_size(model_args: ImageModelArguments, corpus: ImageCorpus) -> i
     return side if not sizes and side <= USUAL_SIZE else USUAL_SIZE
 
 
-def load_model(
+def load_classifier(
     model_args: ImageModelArguments, class_names: Sequence[str], image_size: int
 ) -> tuple[str, PreTrainedModel, LoadReport | None]:
-    """The network with a classifier for these classes: what to call it, the model, and what was loaded."""
+    """Create or load a network with a head for these classes.
+
+    Returns:
+        Its name, the model, and the report on the weights loaded.
+    """
     if model_args.model_name_or_path is not None:
         name = model_args.model_name_or_path
         return (name, *load_pretrained(name, class_names, image_size=image_size))
@@ -183,7 +189,7 @@ def load_model(
 
 
 def check_options(config: PreTrainedConfig, options: dict[str, Any]) -> None:
-    """Raises ValueError for an option that the configuration does not have; it would be kept without any effect."""
+    """Raise ValueError for an option that the configuration does not have; it would be kept without any effect."""
     known = set(config.to_dict())
     unknown = sorted(set(options) - known)
     if unknown:

@@ -1,4 +1,4 @@
-"""A Trainer for image classifiers: plain images in evaluation, and learning rates that differ by layer."""
+"""Trainer of image classifiers: no augmentation in evaluation, and learning rates by layer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ImageTrainer(AdaFisherTrainer):
     """AdaFisherTrainer with a collator of its own for evaluation, and scaled learning rates.
 
     Args:
-        *args: as Trainer's; `data_collator` augments the training images.
-        eval_collator: for validation and test images.
-        scales: each parameter's share of the learning rate, by name; parameters that are left out have all of it.
-        **kwargs: as Trainer's.
+        *args: As Trainer's; ``data_collator`` augments the training images.
+        eval_collator: For validation and test images.
+        scales: Each parameter's share of the learning rate, by name; parameters that are left out have all of it.
+        **kwargs: As Trainer's.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class ImageTrainer(AdaFisherTrainer):
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
-        """As in AdaFisherTrainer; the groups of a new optimizer are split by their parameters' scales."""
+        """Create the optimizer; the groups of a new one are split by their parameters' scales."""
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self.scales:
@@ -43,15 +43,15 @@ class ImageTrainer(AdaFisherTrainer):
         return optimizer
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """As in Trainer, with images that are not augmented."""
+        """Return the validation batches, not augmented."""
         return self._without_augmentation(super().get_eval_dataloader, eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """As in Trainer, with images that are not augmented."""
+        """Return the test batches, not augmented."""
         return self._without_augmentation(super().get_test_dataloader, test_dataset)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer; the loss is that of the true labels, without label smoothing."""
+        """Evaluate a batch; the loss is that of the true labels, without label smoothing."""
         smoother, self.label_smoother = self.label_smoother, None
         try:
             return super().prediction_step(*args, **kwargs)
@@ -67,10 +67,10 @@ class ImageTrainer(AdaFisherTrainer):
 
 
 def scale_learning_rates(optimizer: Optimizer, model: Any, scales: Mapping[str, float]) -> None:
-    """Splits the groups of an optimizer that has made no step, each parameter's learning rate times its scale.
+    """Split the groups of an optimizer that has made no step, each parameter's learning rate times its scale.
 
-    It is done to the optimizer's own groups, not to those it is made of, because some optimizers sort parameters into
-    groups with learning rates of their own: each is scaled. Trainer logs the first group's, so higher rates come first.
+    The optimizer's own groups are split, not those it is made of, because some optimizers sort parameters into groups
+    with learning rates of their own: each is scaled. Trainer logs the first group's, so higher rates come first.
     """
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:

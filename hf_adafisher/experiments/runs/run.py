@@ -1,6 +1,6 @@
-"""A training run of any task: train, evaluate, write everything down.
+"""A training run of any task: train, evaluate, write results, picture, model and model card.
 
-A task (`clm.py`, `image.py`) hands over a `PreparedRun`: what to train, how to evaluate it, and what to say about it.
+A task (``clm.py``, ``image.py``) subclasses ``PreparedRun``: its trainer, its evaluation and its description.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, TrainerCallback
 
-from hf_adafisher.experiments.outputs import hardware, software_versions, write_json, write_learning_curves
+from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
 from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence
+from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
 from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
 from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.arguments import optimizer_name
@@ -32,12 +33,12 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the evaluation at the end found.
+    """Results of the evaluation at the end.
 
     Attributes:
-        splits: measures of "validation" and "test", a "loss" among them; splits that the data lacks are left out.
-        more: further entries of results.json.
-        files: for `PreparedRun.write_files`, what is too large for results.json.
+        splits: Metrics of "validation" and "test", a "loss" among them; splits that the data lacks are left out.
+        more: Further entries of results.json.
+        files: Input of ``PreparedRun.write_files``, too large for results.json.
     """
 
     splits: Mapping[str, dict[str, Any]]
@@ -47,38 +48,38 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PreparedRun(ABC):
-    """All that a run needs, every input checked."""
+    """Everything a run needs, every input checked."""
 
     training_args: RunTrainingArguments
     checkpoint: str | None
     model: PreTrainedModel
     model_args: Any
-    """A dataclass with `model_name_or_path`; the task says more about it."""
+    """A dataclass with ``model_name_or_path``; subclasses narrow its type."""
     data_args: Any
 
     loss_label: ClassVar[str]
-    """What the curve's axis says."""
+    """Label of the losses' axis."""
     card_task: ClassVar[str]
     """The task's name on the Hub."""
-    own_files: ClassVar[tuple[str, ...]] = ()
-    """What `write_files` writes."""
+    extra_files: ClassVar[tuple[str, ...]] = ()
+    """Names of the files that ``write_files`` writes."""
     libraries: ClassVar[tuple[str, ...]] = ()
-    """Whose versions the results hold, beside those of every run."""
+    """Libraries with a version in the results, beside those of every run."""
 
     @abstractmethod
     def new_trainer(self, callbacks: list[TrainerCallback]) -> AdaFisherTrainer:
-        """The trainer, with its data sets."""
+        """Create the trainer, with its data sets."""
 
     @abstractmethod
     def evaluate(self, trainer: AdaFisherTrainer, diverged: bool) -> Evaluation:
-        """Evaluates validation and test split exactly; of a diverged model every loss is nan, without any work.
+        """Evaluate validation and test split exactly; of a diverged model every loss is nan, without any work.
 
         Every process calls this, and each gets the whole result.
         """
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The entries "corpus" (with a "name") and "model" (with its "parameters") of results.json, and any more."""
+        """Return the entries "corpus" (with a "name"), "model" (with its "parameters") and others of results.json."""
 
     @property
     def pretrained(self) -> str | None:
@@ -86,34 +87,34 @@ class PreparedRun(ABC):
         return self.model_args.model_name_or_path
 
     @abstractmethod
-    def sentence(self, measures: Mapping[str, Any]) -> str:
-        """One line about one split's measures."""
+    def format_metrics(self, metrics: Mapping[str, Any]) -> str:
+        """Format the metrics of one split as one line."""
 
     def write_files(self, folder: Path, results: Mapping[str, Any], files: Mapping[str, Any]) -> None:  # noqa: B027
-        """Writes what stands beside results.json besides the curve, the model and its card."""
+        """Write ``extra_files``."""
 
     def card_text(self) -> str:
-        """What the model card says in addition."""
+        """Return further text of the model card."""
         return ""
 
     @property
     def output_dir(self) -> Path:
-        """Where everything is written."""
+        """Directory of all files."""
         return Path(self.training_args.output_dir or ".")
 
 
 def train_and_report(run: PreparedRun) -> dict[str, Any]:
-    """Trains, evaluates exactly, and writes results, picture, model, tokenizer or image processor, and model card.
+    """Train, evaluate exactly, and write results, picture, model, tokenizer or image processor, and model card.
 
     Returns:
-        What `results.json` in the output directory holds (there, numbers that are not finite are null).
-        `status` is "completed", or "diverged" if a loss was not finite; a diverged model is neither evaluated
-        nor saved. With `timing_only` nothing is evaluated, saved or drawn, and `step_seconds` has every step.
+        The contents of ``results.json`` in the output directory (there, numbers that are not finite are null).
+        ``status`` is "completed", or "diverged" if a loss was not finite; a diverged model is neither evaluated
+        nor saved. With ``timing_only`` nothing is evaluated, saved or drawn, and ``step_seconds`` has every step.
     """
     timer, watch = StepTimer(), StopOnDivergence()
     trainer = run.new_trainer([timer, watch, *([CurvatureCallback()] if run.training_args.curvature_log else [])])
     if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's
-        for name in (RESULTS_FILE, CURVE_FILE, CARD_FILE, *run.own_files):
+        for name in (RESULTS_FILE, CURVE_FILE, CARD_FILE, *run.extra_files):
             (run.output_dir / name).unlink(missing_ok=True)
     outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = {"steps": trainer.state.global_step, "steps_per_epoch": _steps_per_epoch(trainer)}
@@ -131,7 +132,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         return results
     evaluation = run.evaluate(trainer, watch.diverged_at is not None)
     train_loss = _last_loss(trainer.state.log_history)
-    losses = [train_loss, *(measures["loss"] for measures in evaluation.splits.values())]
+    losses = [train_loss, *(metrics["loss"] for metrics in evaluation.splits.values())]
     diverged = watch.diverged_at is not None or not all(math.isfinite(loss) for loss in losses if loss is not None)
     results = {
         "status": "diverged" if diverged else "completed",
@@ -154,11 +155,11 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
 
 
 def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Sequence[str] | None = None) -> int:
-    """What every script does: prepare a run from its command line, train, and say how it went.
+    """Prepare a run from a command line, train, and print the results: the body of every training script.
 
     Args:
-        prepare: from the arguments (None: those of the process) to the run.
-        argv: arguments without the program's name.
+        prepare: Maps arguments (None: those of the process) to the run.
+        argv: Arguments without the program's name.
 
     Returns:
         The exit status: 0; 1 if the run diverged; 2 for bad input or a missing extra: one line, no traceback.
@@ -174,23 +175,19 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
     results = train_and_report(run)
     for split in SPLITS:
         if results[split] is not None:
-            print(f"{split}: {run.sentence(results[split])}")
+            print(f"{split}: {run.format_metrics(results[split])}")
     print(f"{results['status']}: see {run.training_args.output_dir}")
     return 0 if results["status"] == "completed" else 1
 
 
 def _describe(run: PreparedRun) -> dict[str, Any]:
-    told = {"model": asdict(run.model_args), "data": asdict(run.data_args)}
-    return {
-        **run.describe(),
-        "versions": software_versions(run.libraries),
-        "hardware": hardware(),
-        "settings": {**told, "training": run.training_args.to_dict()},
-    }
+    settings = {"model": asdict(run.model_args), "data": asdict(run.data_args), "training": run.training_args.to_dict()}
+    versions = software_versions(run.libraries)
+    return {**run.describe(), "versions": versions, "hardware": hardware(), "settings": settings}
 
 
 def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:
-    """Optimizer steps, those of this process: each step takes a batch on every process."""
+    """Optimizer steps of an epoch on this process: each step takes a batch on every process."""
     batches = len(trainer.callback_handler.train_dataloader)
     return max(math.ceil(batches / trainer.args.gradient_accumulation_steps), 1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares_along, sum_of_squares_over_batch
 from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, ConvDiagonal, KroneckerDiagonal, ParameterDiagonal
@@ -16,7 +17,7 @@ from hf_adafisher.fisher.layers.registry import LayerRule, agree, register_layer
 
 _FUNCTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 _PATCH_VALUES = 2**24
-"""How many values of patches are in memory at a time, at most, beyond one example's."""
+"""Largest number of patch values in memory at a time, beyond one example's."""
 
 
 class ConvRule(LayerRule):
@@ -30,12 +31,15 @@ class ConvRule(LayerRule):
 
     name = "Conv"
 
+    @override
     def diagonals(self, module: Any) -> Mapping[str, ParameterDiagonal]:
         return {"weight": ConvDiagonal(module.groups), "bias": KroneckerDiagonal((OUTPUT_GRAD,))}
 
+    @override
     def factor_shapes(self, module: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (module.in_channels, *module.kernel_size), (module.out_channels,)
 
+    @override
     def input_sums(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         x, spatial = inputs[0].detach(), len(module.kernel_size)
         batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
@@ -44,6 +48,7 @@ class ConvRule(LayerRule):
             sums = _unfold(module, sums, 2, axis).sum(2)
         return sums[0], output.numel() // module.out_channels
 
+    @override
     def output_grad_sums(self, module: Any, grad: Tensor) -> Tensor:
         return sum_of_squares_along(grad, grad.dim() - len(module.kernel_size) - 1)
 
@@ -69,10 +74,12 @@ class ConvRule(LayerRule):
             total += second_moment(windows.reshape(-1, patch), with_one)
         return total, count
 
+    @override
     def full_output_grad_sums(self, module: Any, grad: Tensor) -> Tensor:
         by_position = grad.movedim(grad.dim() - len(module.kernel_size) - 1, -1)
         return second_moment(by_position.reshape(-1, module.out_channels))
 
+    @override
     def matches_forward(self, module: Any, inputs: Sequence[Tensor], output: Tensor) -> bool:
         base = next(c for c in _FUNCTIONS if isinstance(module, c))
         kind = type(module)

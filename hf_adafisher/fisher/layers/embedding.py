@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, KroneckerDiagonal, ParameterDiagonal
@@ -24,13 +25,16 @@ class EmbeddingRule(LayerRule):
 
     name = "Embedding"
 
+    @override
     def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
         return {"weight": KroneckerDiagonal((INPUT, OUTPUT_GRAD))}
 
+    @override
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         vocabulary, width = weight_of(module).shape
         return (vocabulary,), (width,)
 
+    @override
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         ids = inputs[0].detach().reshape(-1)
         counts = torch.bincount(ids, minlength=weight_of(module).shape[0])
@@ -38,6 +42,7 @@ class EmbeddingRule(LayerRule):
             counts[module.padding_idx] = 0
         return counts.to(statistics_dtype(weight_of(module).dtype)), ids.numel()
 
+    @override
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return sum_of_squares(grad, weight_of(module).shape[1])
 
@@ -46,12 +51,14 @@ class EmbeddingRule(LayerRule):
         vocabulary, width = weight_of(module).shape
         return (vocabulary,), (width, width)
 
+    @override
     def full_input_sums(
         self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor, with_one: bool = False
     ) -> tuple[Tensor, int]:
         assert not with_one, "an Embedding has no bias"
         return self.input_sums(module, inputs, output)
 
+    @override
     def full_output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return second_moment(grad.reshape(-1, weight_of(module).shape[1]))
 
@@ -66,6 +73,7 @@ class EmbeddingRule(LayerRule):
         row = ids.reshape(-1)
         return bool((row[1:] - row[:-1] == 1).all())
 
+    @override
     def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward is nn.Embedding.forward:
             return True

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from hf_adafisher.fisher.averages import statistics_dtype, sum_of_squares, sum_of_squares_along
 from hf_adafisher.fisher.diagonals import ParameterDiagonal, ScaleDiagonal, ShiftDiagonal
@@ -33,11 +34,13 @@ def _epsilon(module: nn.Module, default: float) -> float:
 
 
 class ScaleAndShiftRule(LayerRule):
-    """What all of them share: a scale and a shift, whose factors have their shape."""
+    """Base of the normalisation rules: a scale and a shift, whose factors have their shape."""
 
+    @override
     def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
         return {"weight": ScaleDiagonal(), "bias": ShiftDiagonal()}
 
+    @override
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return tuple(weight_of(module).shape), tuple(weight_of(module).shape)
 
@@ -52,15 +55,18 @@ class LayerNormRule(ScaleAndShiftRule):
         shape = weight_of(module).shape
         return F.layer_norm(x.to(statistics_dtype(x.dtype)), shape, eps=_epsilon(module, 1e-5))
 
+    @override
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         shape = weight_of(module).shape
         xhat = self.normalized_input(module, inputs[0].detach())
         return sum_of_squares(xhat, shape.numel()).reshape(shape), xhat.numel() // shape.numel()
 
+    @override
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         shape = weight_of(module).shape
         return sum_of_squares(grad, shape.numel()).reshape(shape)
 
+    @override
     def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
             return True
@@ -79,6 +85,7 @@ class RMSNormRule(LayerNormRule):
 
     name = "RMSNorm"
 
+    @override
     def normalized_input(self, module: nn.Module, x: Tensor) -> Tensor:
         shape = weight_of(module).shape
         # Where eps is None, torch uses the resolution of the input's dtype, not of the statistics'.
@@ -89,17 +96,20 @@ class ChannelNormRule(ScaleAndShiftRule):
     """``y = xhat * scale + shift`` for each channel, axis 1 of an input ``(N, C, *spatial)``."""
 
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """What the layer is to compute in training mode."""
+        """Output of the layer in training mode, by definition."""
         raise NotImplementedError
 
+    @override
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
         x = inputs[0].detach()
         xhat = self.apply(module, x.to(statistics_dtype(x.dtype)), None, None)
         return sum_of_squares_along(xhat, 1), x.numel() // max(x.shape[1], 1)
 
+    @override
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
         return sum_of_squares_along(grad, 1)
 
+    @override
     def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
         if type(module).forward in (nn.BatchNorm2d.forward, nn.GroupNorm.forward):
             return True
@@ -115,6 +125,7 @@ class BatchNormRule(ChannelNormRule):
 
     name = "BatchNorm"
 
+    @override
     def apply(self, module: nn.Module, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=_epsilon(module, 1e-5))
 
@@ -124,6 +135,7 @@ class GroupNormRule(ChannelNormRule):
 
     name = "GroupNorm"
 
+    @override
     def apply(self, module: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return F.group_norm(x, module.num_groups, weight, bias, eps=_epsilon(module, 1e-5))
 

@@ -1,4 +1,4 @@
-"""Which rule belongs to which module: by class along the method resolution order, else by structure."""
+"""Registry of layer rules: by class along the method resolution order, else by structure."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LayerRule(ABC):
         """``sum_n g_n^2`` over all positions; ``grad`` is the loss gradient with respect to the output."""
 
     def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
-        """Whether this call really computes what the rule assumes.
+        """Check that this call really computes what the rule assumes.
 
         Asked once per module, on real numbers, because a class proves little: OPT's position table derives from
         Embedding and is called with an attention mask, a gated RMSNorm multiplies before it normalises. A module that
@@ -57,7 +57,7 @@ class LayerRule(ABC):
         return True
 
     def broadcasts_over_batch(self, inputs: Sequence[Tensor]) -> bool:
-        """Whether this call's output serves all examples of the batch at once. The default denies it.
+        """True where this call's output serves all examples of the batch at once. Default: False.
 
         Its gradient is then a sum over the examples of one backward, whose square depends on how a batch is split into
         micro-batches or processes; the parameter's own gradient, accumulated over all of them, stands in for it.
@@ -99,7 +99,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def agree(actual: Tensor, expected: Tensor, tolerance: float = 0.03) -> bool:
-    """Whether two tensors are equal up to low-precision rounding (relative norm of the difference)."""
+    """Compare two tensors up to low-precision rounding (relative norm of the difference)."""
     if actual.shape != expected.shape:
         return False
     difference = torch.linalg.vector_norm(actual.float() - expected.float())

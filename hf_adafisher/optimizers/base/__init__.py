@@ -1,1 +1,1 @@
-"""What the optimizers with hooks share: hooks on and off, statistics, state and checkpoints."""
+"""Base classes of the optimizers with hooks: statistics, state and checkpoints."""

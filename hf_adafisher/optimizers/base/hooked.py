@@ -1,7 +1,8 @@
-"""What optimizers that record layer statistics with hooks have in common: AdaFisher, and K-FAC among the baselines."""
+"""Base of the optimizers that record layer statistics with hooks: AdaFisher, SpectralAdaFisher and K-FAC."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.options import OptimizerOptions
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.validation.checkpoints import (
@@ -24,6 +26,8 @@ from hf_adafisher.optimizers.validation.models import check_model, check_paramet
 from hf_adafisher.optimizers.validation.training_modes import Needs
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+CLOSED = "this optimizer was closed and has no hooks any more: build a new one to train on"
 
 COUNTERS = ("steps", "next_refresh", "refreshes", "dropped_refreshes")
 """Counters that every parameter group carries, so that they travel with a checkpoint."""
@@ -60,6 +64,7 @@ class HookedOptimizer(Optimizer, ABC):
     """Requirements of its step, which decide the training modes that it refuses."""
 
     _statistics: StatisticsTracker
+    _closed = False
 
     def __init__(self, model: nn.Module, params: ParamsT | None, options: OptimizerOptions) -> None:
         kind = type(self).__name__
@@ -123,19 +128,29 @@ class HookedOptimizer(Optimizer, ABC):
         Raises:
             RuntimeError: After ``close``, or for a sparse gradient.
         """
-        self._statistics.open_recorder()  # raises after close(), before the closure does any work
+        if self._closed:  # before the closure does any work
+            raise RuntimeError(CLOSED)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        due = self.refresh_due
         with torch.no_grad():
-            if self.refresh_due:
+            if due:
                 self._refresh()
             self._update_parameters()
             for group in self.param_groups:
                 group["steps"] += 1
-        self._statistics.arm(self.refresh_due)
+        if due or self.refresh_due:
+            self._arm()
         return loss
+
+    def _arm(self) -> None:
+        """Put the hooks on for a step that is due, and off for any other."""
+        if self.refresh_due:
+            self._statistics.recorder.arm()
+        else:
+            self._statistics.recorder.disarm()
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
         """Group, parameter and gradient of every parameter that has one."""
@@ -150,17 +165,32 @@ class HookedOptimizer(Optimizer, ABC):
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the next ``step()`` refreshes the factors, so that the backward passes before it are recorded.
-
-        Hooks cannot run inside compiled graphs. With ``torch.compile``, run the forward and backward of such a step
-        under ``torch.compiler.set_stance("force_eager")``; AdaFisherTrainer does so by itself.
-        """
+        """Due-ness of the next ``step()``: it refreshes the factors, and the backward passes before it are recorded."""
         first = self.param_groups[0]
         return bool(first["steps"] >= first["next_refresh"])
 
+    @contextlib.contextmanager
+    def eager_if_due(self) -> Iterator[None]:
+        """Run the forward and backward passes of a step that is due eagerly; a context manager.
+
+        For a loop of your own around a model compiled with ``torch.compile``, whose graphs do not run hooks. Other
+        steps run as they are. AdaFisherTrainer does it by itself.
+
+        Example:
+            >>> import torch
+            >>> from hf_adafisher import AdaFisherW
+            >>> model = torch.nn.Linear(4, 2)
+            >>> optimizer, compiled = AdaFisherW(model), torch.compile(model, backend="eager")
+            >>> with optimizer.eager_if_due():
+            ...     compiled(torch.randn(8, 4)).square().mean().backward()
+            >>> _ = optimizer.step()
+        """
+        with self._statistics.eager() if self.refresh_due else contextlib.nullcontext():
+            yield
+
     @property
     def gradient_scale(self) -> float:
-        """What the loss of the coming backward passes is multiplied by, beside what the model's loss does. Default 1.
+        """Factor by which the loss of the coming backward passes is multiplied, beside the model's own. Default 1.
 
         Factors are taken as if it were 1. AdaFisherTrainer sets it on every step that is due, so that factors are
         those of each position's own loss. In your own loop with loss scaling, set it to ``scaler.get_scale()`` before
@@ -170,13 +200,18 @@ class HookedOptimizer(Optimizer, ABC):
             ValueError: On setting a value that is not finite and > 0.
             RuntimeError: After ``close``.
         """
-        return self._statistics.open_recorder().gradient_scale
+        return self._open_recorder().gradient_scale
 
     @gradient_scale.setter
     def gradient_scale(self, value: float) -> None:
         if not (math.isfinite(value) and value > 0.0):
             raise ValueError(f"gradient_scale must be finite and > 0, got {value}")
-        self._statistics.open_recorder().gradient_scale = float(value)
+        self._open_recorder().gradient_scale = float(value)
+
+    def _open_recorder(self) -> FactorRecorder:
+        if self._closed:
+            raise RuntimeError(CLOSED)
+        return self._statistics.recorder
 
     def _refresh(self) -> None:
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
@@ -192,8 +227,7 @@ class HookedOptimizer(Optimizer, ABC):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics of the backward passes that made them."""
         super().zero_grad(set_to_none)
-        if self._statistics.recorder is not None:
-            self._statistics.recorder.forget_pending()
+        self._statistics.recorder.forget_pending()
 
     def discard_statistics(self) -> None:
         """Forget statistics recorded since the last step.
@@ -201,7 +235,7 @@ class HookedOptimizer(Optimizer, ABC):
         For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
         ``optimizer.zero_grad()`` does it by itself.
         """
-        self._statistics.discard()
+        self._open_recorder().discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters, as for every torch optimizer; options it lacks take the defaults.
@@ -229,12 +263,12 @@ class HookedOptimizer(Optimizer, ABC):
             self.param_groups.pop()
             raise
         group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
-        if self._statistics.recorder is not None:  # None while the constructor adds its groups
+        if self._statistics.is_tracking:  # not while the constructor adds its groups
             self._track()
 
     def _track(self) -> None:
         self._statistics.track(self._params())
-        self._statistics.arm(self.refresh_due)
+        self._arm()
 
     def _params(self) -> list[Any]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -271,13 +305,13 @@ class HookedOptimizer(Optimizer, ABC):
                 device = torch.device("cpu") if scalar else p.device
                 self.state[p][key] = value.detach().clone().to(device, dtype)
         self._statistics.forget()
-        self._statistics.discard()
-        self._statistics.arm(self.refresh_due)
+        self._open_recorder().discard()
+        self._arm()
 
     def close(self) -> None:
         """Remove every hook from the model; what the optimizer knows stays readable, but it makes no more steps."""
-        if self._statistics.recorder is not None:
-            self._statistics.recorder.close()
+        self._closed = True
+        self._statistics.recorder.close()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -300,7 +334,7 @@ class CountsLossTerms:
 
     @property
     def loss_terms(self) -> float:
-        """How many terms the loss of the coming step is the mean of, over all micro-batches and processes.
+        """Number of terms that the loss of the coming step is the mean of, over all micro-batches and processes.
 
         Where ``gradient_scale`` is set to what each term's own loss is multiplied by (1 / number of terms, times the
         scale of a loss scaler), statistics are those of one term's loss, and this number tells what the batch's are.

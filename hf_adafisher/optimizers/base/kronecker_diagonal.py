@@ -1,10 +1,10 @@
-"""What AdaFisher(W) and SpectralAdaFisher have in common: averaged factors and a first moment."""
+"""Base of AdaFisher(W) and SpectralAdaFisher: a first moment and averaged factors for every parameter."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,30 @@ from hf_adafisher.fisher.parameter_uses import new_state
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.base.options import dtype_option
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
+from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
+
+
+class Member(NamedTuple):
+    """A parameter that is about to move.
+
+    Attributes:
+        group: Its parameter group.
+        param: The parameter.
+        grad: Its gradient.
+        exp_avg: Its first moment.
+        step: Number of its updates, the coming one included.
+        terms: Terms of its diagonal, of the whole parameter.
+        sharded: Whether FSDP2 has sharded the parameter, and with it the gradient and the moment.
+    """
+
+    group: Mapping[str, Any]
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    step: int
+    terms: Sequence[DiagonalTerm]
+    sharded: bool
 
 
 class KroneckerDiagonalOptimizer(HookedOptimizer):
@@ -29,10 +52,10 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
 
     @abstractmethod
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
-        """What is added to the diagonal that these terms of a parameter in ``group`` make."""
+        """Damping of the diagonal that these terms of a parameter in ``group`` make."""
 
     def _new_tracker(self) -> FactorStatistics:
-        return FactorStatistics(self.model)
+        return FactorStatistics(self.model, type(self).__name__)
 
     def _take_statistics(self) -> bool | None:
         updates = self._statistics.collect(self._with_gradient(), self._state_of)
@@ -44,11 +67,17 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             self._statistics.forget()
         return bool(updates)
 
-    def _count_step(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Tensor]]]:
-        """Group, parameter, gradient and state of every parameter with a gradient, its step counted."""
-        members = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
-        if members:
-            torch._foreach_add_([state["step"] for *_, state in members], 1.0)
+    def _members(self) -> list[Member]:
+        """Every parameter with a gradient and at least one value; counts the step of all that have a gradient."""
+        moving = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
+        if moving:
+            torch._foreach_add_([state["step"] for *_, state in moving], 1.0)
+        members = []
+        for group, p, grad, state in moving:
+            if p.numel():
+                terms, step = self._statistics.terms(p, state, grad), int(state["step"].item())
+                sharded = self._statistics.entry_of(p).sharded
+                members.append(Member(group, p, grad, state["exp_avg"], step, terms, sharded))
         return members
 
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
@@ -115,13 +144,28 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
         return diagonal_of(terms, param, self.damping_of(group, terms) if normalized else 0.0)
 
+    def trained_parameters(self) -> list[TrainedParameter]:
+        """Every parameter of the groups with its name, group, state, uses and the terms of its diagonal."""
+        return [
+            TrainedParameter(
+                self._statistics.name_of(p),
+                p,
+                group,
+                self.state.get(p, {}),
+                self._statistics.uses_of(p),
+                self._statistics.known_terms(p, self.state[p]) if self.state.get(p) else [],
+            )
+            for group in self.param_groups
+            for p in group["params"]
+        ]
+
     def coverage(self) -> list[ParameterCoverage]:
         """For every trainable parameter: its rule or ``"gradient factors"``, its modules, its share of all values."""
-        return coverage_of(self)
+        return coverage_of(self.model, self.trained_parameters())
 
     def curvature_summary(self) -> dict[str, float]:
         """A few numbers about the curvature in use, for logs.
 
         See ``hf_adafisher.optimizers.diagnostics.coverage.curvature_summary``.
         """
-        return curvature_summary(self)
+        return curvature_summary(self.model, self.trained_parameters(), self.damping_of)

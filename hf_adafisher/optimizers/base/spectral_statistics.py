@@ -1,28 +1,20 @@
-"""SpectralAdaFisher's curvature: factors on the scale of the batch's gradient, and which weights are matrices."""
+"""Factors of SpectralAdaFisher: on the scale of the batch's gradient, and the whitening of hidden matrices."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, DiagonalTerm
-from hf_adafisher.fisher.parameter_uses import estimated_terms, gradient_estimate, rows_in_use
+from hf_adafisher.fisher.gradient import gradient_estimate, rows_in_use
+from hf_adafisher.fisher.parameter_uses import estimated_terms
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices
 from hf_adafisher.optimizers.sharding import full_tensor
-
-
-@dataclass(frozen=True)
-class Whitening:
-    """Of a matrix: ``rows (r, 1)`` and ``columns (1, c)``, by which it is multiplied to whiten it, and to go back."""
-
-    rows: Tensor
-    columns: Tensor
 
 
 class SpectralStatistics(FactorStatistics):
@@ -36,8 +28,8 @@ class SpectralStatistics(FactorStatistics):
             them; 1 where it does not.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, kind: str) -> None:
+        super().__init__(model, kind)
         self.loss_terms = 1.0
 
     def map_parameters(self) -> None:
@@ -45,23 +37,24 @@ class SpectralStatistics(FactorStatistics):
         super().map_parameters()
         self._transposed = {id(weight): transposed for weight, transposed in hidden_matrices(self.model)}
         self._heads = {id(weight): transposed for weight, transposed in head_matrices(self.model)}
+        self._whitenings: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def is_matrix(self, p: Tensor, heads: bool) -> bool:
-        """Whether a parameter is a hidden matrix, or, with ``heads``, the weight of an output layer."""
+        """True for a hidden matrix, and with ``heads`` for the weight of an output layer."""
         return id(p) in self._transposed or (heads and self.is_head(p))
 
     def is_head(self, p: Tensor) -> bool:
-        """Whether a parameter is the weight of an output layer."""
+        """True for the weight of an output layer."""
         return id(p) in self._heads
 
     def mean_of(self, terms: Sequence[DiagonalTerm]) -> float:
-        """The mean of the diagonal that terms of ``terms`` make."""
+        """Mean of the diagonal that these terms make."""
         return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
 
     def forget(self) -> None:
         """Forget every cached term, and what was made of it."""
         super().forget()
-        self._whitenings: dict[Any, Whitening] = {}
+        self._whitenings.clear()
 
     def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
         return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * (positions / self.loss_terms**2)}
@@ -74,10 +67,12 @@ class SpectralStatistics(FactorStatistics):
         return estimated_terms(self.uses_of(p), state, p.shape)
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
-        return gradient_estimate(self.uses_of(p), full_tensor(grad))
+        return gradient_estimate(self.uses_of(p)[0].diagonal, full_tensor(grad))
 
-    def whitening(self, p: Tensor, terms: Sequence[DiagonalTerm], group: Mapping[str, float]) -> Whitening:
-        """``(S / mean(S) + rho)^-e`` and the same of ``H``, along the sides of a hidden matrix; kept with the terms.
+    def whitening(self, p: Tensor, terms: Sequence[DiagonalTerm], group: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+        """``a (rows, 1)`` and ``b (1, columns)`` that whiten a hidden matrix, and lead back; kept with the terms.
+
+        They are ``(S / mean(S) + rho)^-e`` and the same of ``H``.
 
         Several uses of one weight add up to the means of their diagonal along either side.
 
@@ -88,14 +83,14 @@ class SpectralStatistics(FactorStatistics):
         """
         exponents, rho = (group["output_exponent"], group["input_exponent"]), group["relative_damping"]
         key = id(p), exponents, rho
-        if key in self._whitenings and id(p) not in self._provisional:
+        if key in self._whitenings and not self.entry_of(p).provisional:
             return self._whitenings[key]
         sides = [(term[0].flatten(), term[1].flatten()) for term in terms]
         rows = sum((left * right.mean() for left, right in sides), start=torch.zeros_like(sides[0][0]))
         columns = sum((right * left.mean() for left, right in sides), start=torch.zeros_like(sides[0][1]))
         if self._transposed.get(id(p), self._heads.get(id(p), False)):  # stored as (inputs, outputs)
             exponents = exponents[::-1]
-        found = Whitening(_power(rows, rho, exponents[0])[:, None], _power(columns, rho, exponents[1])[None])
+        found = _power(rows, rho, exponents[0])[:, None], _power(columns, rho, exponents[1])[None]
         self._whitenings[key] = found
         return found
 

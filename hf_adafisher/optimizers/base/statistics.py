@@ -1,27 +1,25 @@
-"""The curvature of a model's parameters: which modules use them, what was recorded, what their diagonal is made of."""
+"""Factors of a model's parameters: from recorded samples to averages in the state, and on to terms of the diagonal."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm
+from hf_adafisher.fisher.gradient import gradient_term, with_gradient_sums
 from hf_adafisher.fisher.parameter_uses import (
     ON_GRADIENT,
     ParameterUse,
     find_parameter_uses,
-    gradient_term,
     needs_gradient_factors,
     terms_of,
-    with_gradient_sums,
 )
 from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
-from hf_adafisher.optimizers.layout import Parts
 from hf_adafisher.optimizers.sharding import full_tensor, is_sharded, is_split, local_terms
 
 logger = logging.getLogger(__name__)
@@ -50,6 +48,27 @@ class FactorUpdate:
         self.use.update_(state, self.factors, self.param.shape, self.group["ema_decay"])
 
 
+@dataclass(eq=False)
+class ParameterEntry:
+    """One trained parameter with its uses, and the terms of its diagonal until the averages change.
+
+    Attributes:
+        param: The parameter.
+        uses: Its uses by modules, at least one.
+        sharded: Whether FSDP2 has sharded it.
+        terms: Terms of its diagonal; empty until they are asked for.
+        provisional: Whether the terms are those of the current gradient, since there are no averages yet.
+        local_terms: Part of the terms that belongs to this process's shard; empty until it is asked for.
+    """
+
+    param: Any
+    uses: tuple[ParameterUse, ...]
+    sharded: bool
+    terms: list[DiagonalTerm] = field(default_factory=list)
+    provisional: bool = False
+    local_terms: list[DiagonalTerm] = field(default_factory=list)
+
+
 class FactorStatistics(StatisticsTracker):
     """Bookkeeping between the recorder, which knows modules, and the optimizer's state, which knows parameters."""
 
@@ -63,31 +82,34 @@ class FactorStatistics(StatisticsTracker):
 
     def map_parameters(self) -> None:
         """Look the names, the owners and the uses of all parameters up in the model again."""
+        super().map_parameters()
         self._owners = {
             id(p): (module, key)
             for module in self.model.modules()
             for key, p in module._parameters.items()
             if p is not None
         }
-        self._uses = find_parameter_uses(self._params, self.recorder.tracked if self.recorder else [])
-        super().map_parameters()
+        uses = find_parameter_uses(self._params, self.recorder.tracked if self.is_tracking else [])
+        self._entries = {id(p): ParameterEntry(p, uses[id(p)], is_sharded(p)) for p in self._params}
 
     def forget(self) -> None:
-        """Forget every cached term, and what was made of it: the averages have changed."""
-        self._terms: dict[int, list[DiagonalTerm]] = {}
-        self._local_terms: dict[int, list[DiagonalTerm]] = {}
-        self._provisional: set[int] = set()
-        self.parts: dict[int, Parts] = {}
+        """Forget every cached term: the averages have changed."""
+        for entry in self._entries.values():
+            entry.terms, entry.provisional, entry.local_terms = [], False, []
 
-    def uses_of(self, p: Any) -> tuple[ParameterUse, ...]:
-        """All uses of a tracked parameter, at least one."""
-        if id(p) not in self._uses:
+    def entry_of(self, p: Any) -> ParameterEntry:
+        """Entry of a trained parameter. Raises RuntimeError for one that was put into ``param_groups`` by hand."""
+        if id(p) not in self._entries:
             self._follow_replaced_parameters()
-        if id(p) not in self._uses:
+        if id(p) not in self._entries:
             raise RuntimeError(
                 f"{self.name_of(p)} was put into param_groups by hand: use add_param_group, or build a new optimizer"
             )
-        return self._uses[id(p)]
+        return self._entries[id(p)]
+
+    def uses_of(self, p: Any) -> tuple[ParameterUse, ...]:
+        """All uses of a trained parameter, at least one."""
+        return self.entry_of(p).uses
 
     def _follow_replaced_parameters(self) -> None:
         """FSDP2 replaces the parameters by sharded ones but keeps the modules: look the new ones up there."""
@@ -95,52 +117,48 @@ class FactorStatistics(StatisticsTracker):
         self.map_parameters()
 
     def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
-        """The normalised factors of every use of ``p``, kept until the next refresh.
+        """Terms of the diagonal, one a use of ``p``, kept until the next refresh.
 
         Before the first statistics (a layer first used between two refreshes) they come from the current gradient.
         """
-        key = id(p)
-        if key not in self._terms:
-            self._terms[key] = self._averaged_terms(p, state, normalize=True)
-        if not self._terms[key] or key in self._provisional:
-            self._provisional.add(key)
-            self._terms[key] = [self._provisional_term(p, grad)]
-        return self._terms[key]
+        entry = self.entry_of(p)
+        if not entry.terms:
+            entry.terms = self._averaged_terms(p, state, normalize=True)
+            entry.provisional = not entry.terms
+        if entry.provisional:
+            entry.terms = [self._provisional_term(p, grad)]
+        return entry.terms
+
+    def local_terms(self, p: Tensor, terms: Sequence[DiagonalTerm]) -> list[DiagonalTerm]:
+        """Part of these ``terms`` that belongs to this process's part of ``p``, which FSDP2 shards."""
+        entry = self.entry_of(p)
+        if entry.provisional or is_split(terms, p):
+            return local_terms(terms, p)  # the latter are as large as the weight: not to be kept
+        entry.local_terms = entry.local_terms or local_terms(terms, p)
+        return entry.local_terms
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
-        """What the averages give, empty while there are none."""
+        """Terms from the averages, none while there are none."""
         return terms_of(self.uses_of(p), state, p.shape, normalize)
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
-        """What stands in for them: the current gradient's."""
-        return gradient_term(self.uses_of(p), full_tensor(grad))
-
-    def local_terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
-        """The part of ``terms`` that belongs to this process's part of ``p``: all of it, unless FSDP2 shards it."""
-        terms = self.terms(p, state, grad)
-        if not is_sharded(p):
-            return terms
-        if is_split(terms, p):
-            return local_terms(terms, p)  # as large as the weight: not to be kept
-        key = id(p)
-        if key not in self._local_terms or key in self._provisional:
-            self._local_terms[key] = local_terms(terms, p)
-        return self._local_terms[key]
+        """Term from the current gradient, which stands in for them."""
+        return gradient_term(self.uses_of(p)[0].diagonal, full_tensor(grad))
 
     def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[DiagonalTerm]:
-        """The terms that the last step used, else those of the averages; empty while nothing is known.
+        """Terms that the last step used, else those of the averages; none while nothing is known.
 
         With ``normalize=False`` those of the averages, not normalised.
         """
-        used = self._terms.get(id(p)) if normalize else None
+        used = self.entry_of(p).terms if normalize else []
         return used or self._averaged_terms(p, state, normalize)
 
     def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
-        """The factors to be averaged, given the means over this many positions."""
+        """Factors to be averaged, given the means over this many positions."""
         return factors
 
     def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same, given those of a table whose rows served the whole batch, from its own gradient."""
+        """Factors to be averaged of a table whose rows served the whole batch, given those from its own gradient."""
         return factors
 
     def collect(
@@ -148,7 +166,7 @@ class FactorStatistics(StatisticsTracker):
         with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
         state_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]],
     ) -> list[FactorUpdate] | None:
-        """What was recorded since the last call, for every parameter that has a gradient.
+        """Collect what was recorded since the last call, for every parameter that has a gradient.
 
         A parameter whose modules never recorded anything gets the factors of its gradient, in the form of its first
         use. One whose modules recorded something earlier keeps their averages.
@@ -164,7 +182,6 @@ class FactorStatistics(StatisticsTracker):
         Returns:
             The updates to make, none where the step had nothing but zero gradients; None if anything is not finite.
         """
-        assert self.recorder is not None
         sample = self.recorder.flush()
         with_gradient = list(with_gradient)
         silent = self._check_not_compiled(sample, ((p, grad) for _, p, grad in with_gradient))

@@ -1,17 +1,19 @@
-"""What an optimizer that records statistics knows about its model: the recorder, the names, what to warn of."""
+"""Recorder and names of the parameters that an optimizer trains, and the warnings about layers that record nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.recorder import FactorRecorder, Sample
 from hf_adafisher.optimizers.sharding import local_part
-from hf_adafisher.optimizers.validation.compilation import compiled_regions, graphs_compiled, refuse_compiling_trainer
+from hf_adafisher.optimizers.validation.compilation import compiled_regions, graphs_compiled, refuse_compiling_driver
 
 logger = logging.getLogger(__name__)
 
@@ -23,26 +25,34 @@ class StatisticsTracker(ABC):
 
     Args:
         model: The model that the optimizer was given.
+        kind: The optimizer's name, for messages.
 
     Attributes:
-        runs_eagerly: Whether the step under way, which is due, runs eagerly; set by AdaFisherTrainer for one step.
+        recorder: Hooks on the layers that own the parameters; none before ``track``.
+        names: Names of the model's parameters by ``id(parameter)``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    recorder: FactorRecorder
+
+    def __init__(self, model: nn.Module, kind: str) -> None:
         self.model = model
-        self.recorder: FactorRecorder | None = None
+        self._kind = kind
         self._params: list[Any] = []
         self._warned_bypassed: set[int] = set()
         self._warned_dropped = False
-        self.runs_eagerly = False
+        self._runs_eagerly = False
         self._driver_known = False
         self._examined: set[str] = set()
-        self.map_parameters()
+
+    @property
+    def is_tracking(self) -> bool:
+        """True once there is a recorder."""
+        return hasattr(self, "recorder")
 
     def track(self, params: Sequence[Any]) -> None:
         """Follow exactly these parameters of the model from now on, with a new recorder (disarmed)."""
         scale = 1.0
-        if self.recorder is not None:
+        if self.is_tracking:
             scale = self.recorder.gradient_scale
             self.recorder.close()
         self._params = list(params)
@@ -51,6 +61,13 @@ class StatisticsTracker(ABC):
         self.recorder.gradient_scale = scale
         self.map_parameters()
         self._report_uncovered()
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Run forwards and backwards of a step that is due without compiled graphs, which do not run hooks."""
+        self._runs_eagerly = True
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     @abstractmethod
     def _new_recorder(self) -> FactorRecorder:
@@ -63,7 +80,6 @@ class StatisticsTracker(ABC):
     def map_parameters(self) -> None:
         """Look the names of all parameters up in the model again."""
         self.names = {id(p): name for name, p in self.model.named_parameters()}
-        self.forget()
 
     @abstractmethod
     def forget(self) -> None:
@@ -80,30 +96,12 @@ class StatisticsTracker(ABC):
         more = f" and {len(params) - _NAMES_SHOWN} more" if len(params) > _NAMES_SHOWN else ""
         return f"{len(params)} parameter{'s' if len(params) > 1 else ''} ({share:.1f} % of all values): {names}{more}"
 
-    def discard(self) -> None:
-        """Forget what was recorded since the last step."""
-        self.open_recorder().discard()
-
-    def arm(self, due: bool) -> None:
-        """Put the hooks on for a step that is due, and off for any other."""
-        recorder = self.open_recorder()
-        if due:
-            recorder.arm()
-        else:
-            recorder.disarm()
-
-    def open_recorder(self) -> FactorRecorder:
-        """The recorder. Raises RuntimeError after it was closed."""
-        if self.recorder is None or self.recorder.closed:
-            raise RuntimeError("this optimizer was closed and has no hooks any more: build a new one to train on")
-        return self.recorder
-
     def _check_not_compiled(self, sample: Sample, gradients: Iterable[tuple[Tensor, Tensor]]) -> set[int]:
         """Refuse to go on where a compiled graph has hidden layers that train.
 
-        An error is raised where torch knows of a compiled module that holds such layers and in which no layer at all
-        recorded anything. Layers have other reasons to be silent, also in a process that compiles other models, and
-        from these a compiled function that calls the model cannot be told: the caller warns of what is returned.
+        An error is raised where a compiled module holds such layers and no layer in it recorded anything, and where no
+        layer at all did in a process that has compiled something: a compiled wrapper or function leaves no mark on the
+        model. Single layers have other reasons to be silent: the caller warns of those that are returned.
 
         Args:
             sample: What was recorded, by all processes together.
@@ -114,13 +112,13 @@ class StatisticsTracker(ABC):
 
         Raises:
             RuntimeError: A compiled graph did not run the hooks: there are no statistics, or old ones.
-            ValueError: A Trainer that compiles every step drives this optimizer.
+            ValueError: A stock Trainer that compiles every step drives this optimizer.
         """
-        eager, self.runs_eagerly = self.runs_eagerly, False
+        eager, self._runs_eagerly = self._runs_eagerly, False
         if not (eager or self._driver_known):
-            refuse_compiling_trainer(self)
+            refuse_compiling_driver(self._kind)
         self._driver_known = True
-        tracked = self.open_recorder().tracked
+        tracked = self.recorder.tracked
         if eager or sample.non_finite or sample.factors.keys() >= set(tracked):
             return set()
         quiet = [t for t in tracked if t not in sample.factors and t.module.training and t.name not in self._examined]
@@ -129,21 +127,26 @@ class StatisticsTracker(ABC):
         moving = {id(p) for p, grad in gradients if id(p) in owned and bool(local_part(grad).any())}
         quiet = [t for t in quiet if any(id(p) in moving for p in t.module.parameters(recurse=False))]
         silent = [t for t in quiet if t.matches_rule is not False]
-        for region in compiled_regions(self.model) if silent else ():
+        for region in self._compiled_regions(sample) if silent else ():
             inside = set(region.modules())
             hidden = [t.name for t in silent if t.module in inside]
             if hidden and not any(t.module in inside for t in sample.factors):
                 raise RuntimeError(
                     f"no layer in a compiled {_class_name(region)} recorded anything in a step that refreshes "
                     f"the factors (the first is {hidden[0]!r}): compiled graphs do not run hooks. Use "
-                    "AdaFisherTrainer, or run the forward and backward of these steps with "
-                    'torch.compiler.set_stance("force_eager" if optimizer.refresh_due else "default")'
+                    'AdaFisherTrainer, or run forward and backward within "with optimizer.eager_if_due():", which is '
+                    'torch.compiler.set_stance("force_eager") for these steps'
                 )
         self._examined.update(t.name for t in quiet)
         if not graphs_compiled():
             return set()
         heard = {id(p) for t in sample.factors for p in t.module.parameters(recurse=False)}
         return moving & {id(p) for t in silent for p in t.module.parameters(recurse=False)} - heard
+
+    def _compiled_regions(self, sample: Sample) -> Iterator[nn.Module]:
+        yield from compiled_regions(self.model)
+        if graphs_compiled() and not sample.factors:
+            yield self.model
 
     def _warn_dropped(self, modules: Sequence[str]) -> None:
         if not self._warned_dropped:

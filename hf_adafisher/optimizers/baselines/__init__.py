@@ -1,1 +1,1 @@
-"""What the paper compares against, where a library needs help: each module is imported when its optimizer is named."""
+"""Baseline optimizers that no library provides as needed; each module is imported when its optimizer is requested."""

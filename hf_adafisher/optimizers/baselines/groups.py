@@ -1,7 +1,7 @@
-"""Parameter groups of the optimizers that treat some weights otherwise than the rest.
+"""Parameter groups of baselines that have different rules for different weights.
 
-Each function takes the model, the groups with and without weight decay, and the optimizer's arguments, from which it
-takes what only the groups need.
+Each function takes the model, its parameter groups with and without weight decay, and the optimizer's arguments, and
+returns new groups. Arguments that belong to groups alone are removed from the dictionary.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ Arguments = dict[str, Any]
 
 
 def lars_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
-    """Matrices, whose steps LARS scales by their norms, and vectors (biases, norms), which take plain SGD steps.
+    """Split groups for LARS: matrices take steps scaled by their norms, vectors take plain SGD steps.
 
-    A matrix of zeros, as one of a LoRA pair is at its start, has no norm to scale by: its first step is ``lr`` times
-    the gradient. The decay is part of what the norms scale, so vectors have none; a warning names those that should.
+    A matrix of zeros, such as one of a new LoRA pair, has no norm to scale by; its first step is ``lr`` times the
+    gradient. LARS scales the weight decay together with the gradient, so vectors have none. A warning names vectors in
+    groups with weight decay.
     """
     lr, vector_lr = arguments["lr"], arguments.pop("vector_lr")
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"] if p.dim() <= 1}
@@ -42,33 +43,33 @@ def lars_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Group
 
 
 def muon_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
-    """Hidden matrices for Muon, everything else for its own AdamW.
+    """Split groups for Muon: hidden matrices take Muon's steps, all other parameters those of its AdamW.
 
-    Muon scales its steps by sqrt(max(1, outputs / inputs)), for a weight stored as (outputs, inputs); those that are
-    stored the other way round get groups with a learning rate (and a decay) that makes up for it.
+    Muon scales steps by ``sqrt(max(1, outputs / inputs))`` for weights stored as (outputs, inputs). Weights stored as
+    (inputs, outputs) get groups whose learning rate and weight decay correct the scale.
     """
     lr, adamw_lr, decoupled = arguments["lr"], arguments["adamw_lr"], arguments.get("weight_decouple", True)
     hidden = {id(weight): _correction(weight.shape, transposed) for weight, transposed in hidden_matrices(model)}
-    if arguments.get("use_adjusted_lr"):  # a scale that knows no direction
+    if arguments.get("use_adjusted_lr"):  # its scale is the same for both storage orders
         hidden = dict.fromkeys(hidden, 1.0)
     split: Groups = []
     # Trainer logs the learning rate of the first group.
     for factor in sorted(set(hidden.values()), key=lambda factor: (factor != 1.0, factor)):
-        chosen = {key for key, value in hidden.items() if value == factor}
-        for part in chosen_groups(groups, chosen, {"use_muon": True, "lr": lr * factor}):
+        same_factor = {key for key, value in hidden.items() if value == factor}
+        for group in chosen_groups(groups, same_factor, {"use_muon": True, "lr": lr * factor}):
             # A decay that is part of the gradient is not multiplied by the learning rate.
-            split.append({**part, "weight_decay": part["weight_decay"] / (factor if decoupled else 1.0)})
-    rest = {id(p) for group in groups for p in group["params"]} - hidden.keys()
-    return split + chosen_groups(groups, rest, {"use_muon": False, "lr": adamw_lr})
+            split.append({**group, "weight_decay": group["weight_decay"] / (factor if decoupled else 1.0)})
+    others = {id(p) for group in groups for p in group["params"]} - hidden.keys()
+    return split + chosen_groups(groups, others, {"use_muon": False, "lr": adamw_lr})
 
 
 def _correction(shape: Any, transposed: bool) -> float:
-    """What Muon's scale must be multiplied by for a weight stored as (inputs, outputs)."""
+    """Correction factor of Muon's scale for a weight stored as (inputs, outputs)."""
     return math.sqrt(shape[1] / shape[0]) if transposed else 1.0
 
 
 def shampoo_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
-    """Full matrices for what has no side above ``max_side`` and is no embedding; the rest goes to AdamW."""
+    """Split groups for Shampoo: embeddings and weights with a side above ``max_side`` take AdamW's steps."""
     tables, limit = embedding_tables(model), arguments.pop("max_side")
     return split_groups(
         groups,
@@ -79,7 +80,7 @@ def shampoo_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Gr
 
 
 def soap_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
-    """Embeddings and a language model's head are preconditioned along their width only, not along the vocabulary."""
+    """Split groups for SOAP: embeddings and language model heads are preconditioned along their width only."""
     tables, limit = embedding_tables(model) | output_embeddings(model), arguments["max_precondition_dim"]
     widths = [min(p.shape) for group in groups for p in group["params"] if id(p) in tables]
     narrow = {"max_precondition_dim": min([limit, max(widths, default=limit)])}

@@ -1,4 +1,4 @@
-"""AdaHessian and Sophia: random estimates of the Hessian's diagonal, checked and averaged over processes."""
+"""AdaHessian and Sophia with Hutchinson estimates of the Hessian's diagonal, averaged over processes."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ _MISSING = ("derivative for aten::_", "is not implemented")
 
 
 class Hutchinson:
-    """What both need beside their library's step.
+    """Mixin for optimizers of pytorch_optimizer that estimate the Hessian's diagonal.
 
-    The gradients of a step for which ``needs_graph`` is true must come from
-    ``loss.backward(create_graph=True)``; AdaFisherTrainer sees to it. In your own loop:
+    If ``needs_graph`` is true, the gradients of the next step must come from ``loss.backward(create_graph=True)``.
+    AdaFisherTrainer does so. In your own loop:
 
         >>> loss.backward(create_graph=optimizer.needs_graph)  # doctest: +SKIP
         >>> optimizer.step()  # doctest: +SKIP
 
-    With DistributedDataParallel, whose own averaging does not work on such gradients, run these forward and backward
-    passes within ``model.no_sync()`` and call ``average_gradients`` after the last of a step. With several
-    micro-batches each of their backward passes needs ``create_graph``: one without it has no part in the estimate.
+    DistributedDataParallel cannot average such gradients. Run these forward and backward passes within
+    ``model.no_sync()``, and call ``average_gradients`` after the last one of a step. With several micro-batches, each
+    backward pass needs ``create_graph``; one without it does not contribute to the estimate.
 
-    A parameter that is first used between two estimates waits for the next one, and a warning says so: without any
-    curvature its first steps would be divided by next to nothing.
+    A parameter that is first used between two estimates is not updated before the next one, with a warning. Without
+    curvature, its first steps would be divided by almost zero.
     """
 
     param_groups: list[dict[str, Any]]
     state: Any
     update_period: int
     _estimating = True
-    _from_others: frozenset[int] = frozenset()
+    _remote_only: frozenset[int] = frozenset()
     _warned: frozenset[str] = frozenset()
 
     @property
     def needs_graph(self) -> bool:
-        """Whether the next ``step()`` estimates the Hessian, so that its gradients need their graph."""
+        """True if the next ``step()`` estimates the Hessian, so that its gradients need their graph."""
         return self.param_groups[0].get("step", 0) % self.update_period == 0
 
     def step(self, closure: Callable[[], float] | None = None, hessian: list[Tensor] | None = None) -> Any:
-        """The library's step; afterwards the gradients let go of their graph, which would keep the model's activations.
+        """Take the library's step, then detach the gradients from their graph, which holds the activations.
 
         Args:
-            closure: Optionally, a function that evaluates the model again and returns the loss.
-            hessian: Optionally, an estimate of the Hessian's diagonal for every parameter, instead of an own one.
+            closure: Function that evaluates the model again and returns the loss. Default None.
+            hessian: Estimate of the Hessian's diagonal for every parameter, to use instead of a new one. Default None.
 
         Returns:
-            What ``closure`` returned, else None.
+            The loss from ``closure``, else None.
 
         Raises:
-            RuntimeError: The gradients have no graph, or a layer has no second derivative; the message says what to do.
+            RuntimeError: The gradients have no graph, or a layer has no second derivative.
         """
         loss = None
         if closure is not None:
@@ -74,33 +74,33 @@ class Hutchinson:
         for p in self._params():
             if p.grad is not None and p.grad.requires_grad:
                 p.grad = p.grad.detach()
-        self._from_others = frozenset()
+        self._remote_only = frozenset()
         return loss
 
     def _library_step(self, hessian: list[Tensor] | None) -> None:
         super().step(None, hessian=hessian)  # type: ignore[misc]
 
     def _without_estimate(self) -> list[Tensor]:
-        """Parameters with a gradient whose curvature has never been estimated."""
-        found = [p for p in self._params() if p.grad is not None and "hessian" not in self.state.get(p, {})]
+        """Parameters with a gradient and no estimate of their curvature yet."""
+        waiting = [p for p in self._params() if p.grad is not None and "hessian" not in self.state.get(p, {})]
         self._warn_once(
-            "waiting", found, f"wait for the next estimate of the Hessian (every {self.update_period} steps)"
+            "waiting", waiting, f"wait for the next estimate of the Hessian (every {self.update_period} steps)"
         )
-        return found
+        return waiting
 
-    def _warn_once(self, what: str, params: list[Tensor], text: str) -> None:
-        if params and what not in self._warned:
-            self._warned |= {what}
+    def _warn_once(self, topic: str, params: list[Tensor], text: str) -> None:
+        if params and topic not in self._warned:
+            self._warned |= {topic}
             shapes = ", ".join(str(tuple(p.shape)) for p in params[:3])
             more = f" and {len(params) - 3} more" if len(params) > 3 else ""
             logger.warning("%s: parameters of shape %s%s %s.", type(self).__name__, shapes, more, text)
 
     @torch.no_grad()
     def average_gradients(self) -> None:
-        """Average the gradients over all processes; each keeps the graph of its own, for its share of the Hessian.
+        """Average the gradients over all processes; each process keeps the graph of its own gradients.
 
-        Call it between the last backward of a step and clipping, on every process. Without a process group, nothing
-        happens.
+        Call it on every process, after the last backward of a step and before clipping. Without a process group it does
+        nothing.
         """
         if num_ranks() == 1:
             return
@@ -113,16 +113,23 @@ class Hutchinson:
                 p.grad.copy_(part)
             elif flag > 0:  # used by another process only
                 p.grad = part.clone()
-                self._from_others |= {id(p)}
+                self._remote_only |= {id(p)}
 
     @torch.no_grad()
     def compute_hutchinson_hessian(
         self, param_groups: Any, state: Any, num_samples: int = 1, alpha: float = 1.0, distribution: str = "gaussian"
     ) -> None:
-        """Adds the mean of ``z * Hz`` over random vectors z, and over processes, to each ``state[p]["hessian"]``.
+        """Add the mean of ``z * Hz`` over random vectors z and over processes to each ``state[p]["hessian"]``.
+
+        Args:
+            param_groups: Not used; the optimizer's own groups are.
+            state: State by parameter.
+            num_samples: Number of random vectors. Default 1.
+            alpha: Factor of the estimate. Default 1.
+            distribution: "gaussian" or "rademacher". Default "gaussian".
 
         Raises:
-            RuntimeError: As ``step``.
+            RuntimeError: The gradients have no graph, or a layer has no second derivative.
         """
         grads = [(p, p.grad) for p in self._params() if p.grad is not None]
         used = [p for p, grad in grads if grad.requires_grad]
@@ -131,7 +138,7 @@ class Hutchinson:
                 f"{type(self).__name__} needs second derivatives, but the gradients have no graph: call "
                 "loss.backward(create_graph=True), or train with AdaFisherTrainer, which does (a stock Trainer cannot)"
             )
-        silent = [p for p, grad in grads if not grad.requires_grad and id(p) not in self._from_others]
+        silent = [p for p, grad in grads if not grad.requires_grad and id(p) not in self._remote_only]
         self._warn_once(
             "silent",
             silent,
@@ -162,11 +169,11 @@ def _random(p: Tensor, distribution: str) -> Tensor:
     return torch.randn_like(p)
 
 
-def _products(params: list[Tensor], vectors: list[Tensor], again: bool) -> tuple[Tensor | None, ...]:
-    """The Hessian of the loss, as the gradients' graph has it, times the vectors."""
+def _products(params: list[Tensor], vectors: list[Tensor], retain_graph: bool) -> tuple[Tensor | None, ...]:
+    """Products of the Hessian with the vectors, by differentiating the gradients' graph."""
     grads = [p.grad for p in params]
     try:
-        return torch.autograd.grad(grads, params, vectors, retain_graph=again, allow_unused=True)  # type: ignore[arg-type]
+        return torch.autograd.grad(grads, params, vectors, retain_graph=retain_graph, allow_unused=True)  # type: ignore[arg-type]
     except RuntimeError as error:
         if all(part in str(error) for part in _MISSING):
             raise RuntimeError(
@@ -186,10 +193,10 @@ def _unflatten(buffer: Tensor, params: list[Tensor]) -> Iterator[Tensor]:
 
 
 class AdaHessian(Hutchinson, pytorch_optimizer.AdaHessian):
-    """pytorch_optimizer's AdaHessian; see ``Hutchinson`` for what its gradients need.
+    """AdaHessian of pytorch_optimizer (Yao et al. 2021, arXiv 2006.00719); see ``Hutchinson`` for its gradients.
 
-    With ``update_period`` > 1 the latest estimate enters the average at every step, as in the authors' code. (The
-    library averages at estimates only, but corrects the bias by steps, so that steps grow with the period.)
+    With ``update_period`` > 1 the latest estimate enters the average at every step, as in the authors' code. The
+    library averages at estimates only, but corrects the bias by steps, so its steps grow with the period.
     """
 
     def _library_step(self, hessian: list[Tensor] | None) -> None:
@@ -200,14 +207,14 @@ class AdaHessian(Hutchinson, pytorch_optimizer.AdaHessian):
             self.update_period = period
 
     def zero_hessian(self, param_groups: Any, state: Any, pre_zero: bool = True) -> None:  # type: ignore[override]
-        """Make room for an estimate; on the other steps, keep the latest."""
+        """Reset the estimates before a new one; keep the latest on the other steps."""
         super().zero_hessian(param_groups, state, pre_zero and self._estimating)
 
     def compute_hutchinson_hessian(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """A new estimate on the steps that make one."""
+        """Estimate the Hessian's diagonal, on the steps that do so."""
         if self._estimating:
             super().compute_hutchinson_hessian(*args, **kwargs)
 
 
 class Sophia(Hutchinson, pytorch_optimizer.SophiaH):
-    """pytorch_optimizer's SophiaH; see ``Hutchinson`` for what its gradients need."""
+    """SophiaH of pytorch_optimizer (Liu et al. 2023, arXiv 2305.14342); see ``Hutchinson`` for its gradients."""

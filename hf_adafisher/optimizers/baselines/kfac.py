@@ -75,7 +75,7 @@ class KFACOptions(OptimizerOptions):
 
 
 class KFAC(CountsLossTerms, HookedOptimizer):
-    """SGD with momentum along the gradient preconditioned by a damped Kronecker-factored Fisher.
+    """K-FAC: SGD with momentum on gradients preconditioned by a damped Kronecker-factored Fisher.
 
     For a layer with inputs ``x`` (a last entry 1 for the bias) and output gradients ``g``
 
@@ -83,28 +83,29 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         ``v <- momentum v + nu (A + pi sqrt(damping) I)^-1 (x) (G + sqrt(damping) / pi I)^-1 grad + weight_decay theta``
         ``theta <- theta - lr v``
 
-    with ``pi = sqrt((tr A / dim A) / (tr G / dim G))``. ``A`` and ``G`` are averaged over time (bias-corrected) every
-    ``update_interval`` steps and inverted every ``inverse_interval`` steps, both from the first step on. ``g`` are the
-    gradients of the training loss itself: this is the empirical Fisher, which the K-FAC baseline of the AdaFisher paper
-    uses too, not the one with labels drawn from the model. Weight decay is added to the preconditioned gradient, as it
-    is where a preconditioner rewrites ``p.grad`` and ``torch.optim.SGD`` makes the step.
+    with ``pi = sqrt((tr A / dim A) / (tr G / dim G))``. Moving averages of ``A`` and ``G`` (bias-corrected) are updated
+    every ``update_interval`` steps and inverted every ``inverse_interval`` steps, both from the first step on. ``g``
+    are gradients of the training loss, so this is the empirical Fisher, as in the K-FAC baseline of the AdaFisher
+    paper. Weight decay is added to the preconditioned gradient, as if a preconditioner rewrote ``p.grad`` for
+    ``torch.optim.SGD``.
 
-    Which parameters: the weight and bias of ``Linear``, transformers' ``Conv1D`` and ungrouped convolutions (over
-    patches); ``Embedding``, whose ``A`` is diagonal, since its inputs are one-hot. A side longer than
-    ``max_factor_dim`` keeps the diagonal of its factor alone, a head over a vocabulary for example. A weight that
-    several modules share (GPT-2's embedding and head) gets the one Kronecker product with the partial traces of the sum
-    of their products; its modules' biases do not join it. All other parameters (normalisation layers, grouped
-    convolutions, class tokens, position tables that are no module's, biases without a weight beside them) take plain
-    SGD steps with momentum and the same learning rate; ``coverage`` and a warning name them.
+    Preconditioned parameters are weights and biases of ``Linear``, transformers' ``Conv1D`` and ungrouped convolutions
+    (over patches), and the weight of ``Embedding``, whose ``A`` is diagonal since its inputs are one-hot. A side longer
+    than ``max_factor_dim``, such as a vocabulary, gets a diagonal factor. A weight that several modules share, such as
+    GPT-2's embedding and head, gets one Kronecker product with the partial traces of the sum of their products; biases
+    of these modules are not part of it.
 
-    An Embedding that is looked up once for the whole batch (GPT-2's positions) shows output gradients that are sums
-    over the examples of one backward. Their sum of ``g g^T`` has the same expectation where examples are independent,
-    but how a batch is split into micro-batches or processes is seen in it; nothing else depends on that.
+    All other parameters take plain SGD steps with momentum and the same learning rate: normalisation layers, grouped
+    convolutions, class tokens, position tables outside modules, biases without a weight. ``coverage`` and a warning
+    name them.
 
-    ``lr`` and ``damping`` belong together, and both belong to the scale of the loss: ``damping`` and ``kl_clip``
-    are compared with the Fisher of one term of it, ``G`` being the sum over all positions divided by
-    ``loss_terms``. The defaults are this package's; they train tiny models of its tests, and everything else
-    needs a scan.
+    An Embedding that is looked up once for the complete batch, such as GPT-2's positions, has output gradients that are
+    sums over the examples of one backward pass. Its ``G`` has the same expectation for independent examples, but it
+    depends on the split of a batch into micro-batches or processes. Nothing else does.
+
+    ``lr`` and ``damping`` must be tuned together, for the scale of the loss: ``damping`` and ``kl_clip`` are compared
+    with the Fisher of one term of the loss, where ``G`` is the sum over all positions divided by ``loss_terms``. The
+    defaults are those of this package and train the tiny models of its tests; other models need a scan.
 
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
@@ -120,7 +121,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         inverse_interval: T_inv, optimizer steps between two inversions, a multiple of ``update_interval``. Default 100.
             A layer that is first used in between is inverted at its first refresh.
         weight_decay: >= 0. Default 0.
-        kl_clip: Scale the preconditioned gradients of all blocks alike by
+        kl_clip: Scale the preconditioned gradients of all blocks by
             ``nu = min(1, sqrt(kl_clip / sum lr^2 <preconditioned, gradient>))``; None does not. Default 1e-3, as in
             kfac-pytorch (Pauloski et al. 2021), after Ba, Grosse and Martens 2017.
         max_factor_dim: Longest side that gets a full factor, >= 1. Default 8192.
@@ -129,7 +130,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         TypeError: ``model`` is not a module.
         ValueError: An option is outside its range, a parameter does not belong to the model, nothing is trainable, or
             the model is wrapped or split in a way that hides layers or parameters: all that AdaFisher refuses, and
-            FSDP2, since a factor needs the whole of its layer. DistributedDataParallel is supported.
+            FSDP2, since a factor needs its complete layer. DistributedDataParallel is supported.
 
     Example:
         >>> import torch
@@ -175,7 +176,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         super().__init__(model, params, options)
 
     def _new_tracker(self) -> KroneckerStatistics:
-        return KroneckerStatistics(self.model)
+        return KroneckerStatistics(self.model, type(self).__name__)
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
         for group, p, grad in super()._with_gradient():
@@ -196,7 +197,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         if sample is None:
             return None
         first, groups = self.param_groups[0], {id(p): group for group in self.param_groups for p in group["params"]}
-        # Whether a multiple of the interval lies between the step this refresh was meant for and the present one.
+        # True if a multiple of the interval lies between the step this refresh was meant for and the present one.
         inversion_due = first["steps"] // first["inverse_interval"] * first["inverse_interval"] >= first["next_refresh"]
         known = set()
         for block in self._statistics.blocks:
@@ -227,7 +228,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
             p.add_(buffer, alpha=-float(group["lr"]))
 
     def _preconditioned(self, members: list[tuple[dict[str, Any], Tensor, Tensor]]) -> dict[int, Tensor]:
-        """The preconditioned gradient of each parameter in a block that has inverses; notes the KL factor."""
+        """Preconditioned gradients by ``id`` of the parameter, for blocks with inverses; sets the KL factor."""
         grads, rates = {id(p): grad for _, p, grad in members}, {id(p): float(g["lr"]) for g, p, _ in members}
         directions: dict[int, Tensor] = {}
         for block in self._statistics.blocks:
@@ -248,12 +249,12 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         return directions
 
     def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
-        """Keys and shapes of a parameter's state; they depend on the model and ``max_factor_dim`` alone."""
+        """Shapes by state key of a parameter; they depend on the model and ``max_factor_dim`` only."""
         block = self._statistics.block_of_weight(p)
         return {self.momentum_key: tuple(p.shape)} | ({} if block is None else block.state_shapes())
 
     def _state_of(self, p: Any) -> dict[str, Tensor]:
-        """The parameter's state, created at its first gradient; a weight's holds the factors of its block."""
+        """State of a parameter, created at its first gradient; that of a weight holds the factors of its block."""
         state = self.state[p]
         if not state:
             state[self.momentum_key] = torch.zeros_like(p, memory_format=torch.preserve_format)
@@ -262,10 +263,10 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         return state
 
     def coverage(self) -> list[ParameterCoverage]:
-        """For every trainable parameter: its rule or ``"plain SGD"``, its modules, its share of all values.
+        """Coverage of every trainable parameter: its rule or ``"plain SGD"``, its modules, its share of all values.
 
-        A rule is followed by the factors that are diagonal because of ``max_factor_dim``. After the first step, layers
-        that recorded nothing show as plain SGD.
+        The rule names factors that are diagonal because of ``max_factor_dim``. After the first step, layers without
+        statistics are listed as plain SGD.
         """
         params, owners = [p for p in self._params() if p.requires_grad], owner_names(self.model)
         total = max(sum(p.numel() for p in params), 1)
@@ -282,11 +283,12 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         return bool(state) and not block.has_statistics(state)  # type: ignore[arg-type]
 
     def curvature_summary(self) -> dict[str, float]:
-        """A few numbers for logs.
+        """Summarize the curvature for logs.
 
         Returns:
-            ``plain_share``: share of values that take plain SGD steps; ``kl_factor``: ``nu`` of the last step;
-            ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
+            ``plain_share``, the share of values that take plain SGD steps; ``kl_factor``, the ``nu`` of the last step;
+            ``refreshes``, the number of updates of the factors; ``dropped_refreshes``, the number of updates omitted
+            because of non-finite statistics.
         """
         first = self.param_groups[0]
         return {
@@ -298,7 +300,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
 
 
 def _new_factors(block: Block) -> dict[str, Tensor]:
-    """Empty factors and inverses; statistics are float32 whatever the model's dtype (float64 for float64)."""
+    """Zero factors and inverses of a block, in float32, or float64 for float64 parameters."""
     p = block.weight
     return {
         key: torch.zeros(shape, dtype=statistics_dtype(p.dtype), device=p.device)

@@ -1,8 +1,8 @@
-"""The Kronecker blocks of K-FAC: which parameters form one, its two factors, their damped inverses.
+"""Kronecker blocks of K-FAC: their parameters, two factors, and damped inverses.
 
-A block is the weight of a layer, seen as a matrix whose rows are its first axis, with the layer's bias as one more
-column (one more row in transformers' Conv1D) where both are trained. Its Fisher is ``A (x) G``: ``A`` the second moment
-of the layer's inputs, extended by the constant 1 that a bias sees, and ``G`` that of its output gradients.
+A block is the weight of a layer as a matrix, with its first axis as rows. If the bias is trained too, it is one more
+column, or one more row for transformers' Conv1D. The Fisher of a block is ``A (x) G``. ``A`` is the second moment of
+the layer's inputs, extended by a constant 1 for the bias, and ``G`` that of its output gradients.
 """
 
 from __future__ import annotations
@@ -26,29 +26,32 @@ ROW_INVERSE, COLUMN_INVERSE, READY = "row_inverse", "column_inverse", "inverse_r
 
 
 class MomentRule(LayerRule):
-    """A layer rule whose factors are full second moments, for the recorder that otherwise sums squares.
+    """Layer rule whose factors are full second moments instead of mean squares.
 
     Args:
-        rule: The rule of the layer.
-        shapes: Its full shapes, those of sides to be kept diagonal replaced by ``(d,)``.
-        with_one: Whether inputs are extended by the constant 1, for a bias.
+        rule: Rule of the layer.
+        shapes: Shapes of the input factor and the output-gradient factor: ``(d, d)``, or ``(d,)`` for a diagonal.
+        with_one: Extend the inputs by a constant 1 for the bias.
     """
 
     def __init__(self, rule: LayerRule, shapes: tuple[tuple[int, ...], tuple[int, ...]], with_one: bool) -> None:
         self.rule, self.with_one = rule, with_one
         self.name = rule.name
-        (self.input_shape, self.grad_shape) = shapes
+        self.input_shape, self.grad_shape = shapes
         if with_one:
             self.input_shape = tuple(size + 1 for size in self.input_shape)
 
     def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:
+        """Diagonals of the parameters in the block, by name."""
         kept = ("weight", "bias") if self.with_one else ("weight",)
         return {key: diagonal for key, diagonal in self.rule.diagonals(module).items() if key in kept}
 
     def factor_shapes(self, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of the input factor and the output-gradient factor."""
         return self.input_shape, self.grad_shape
 
     def input_sums(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> tuple[Tensor, int]:
+        """Sum of the inputs' second moments over all positions, and the number of positions."""
         if len(self.input_shape) == 2:
             return self.rule.full_input_sums(module, inputs, output, self.with_one)
         sums, count = self.rule.input_sums(module, inputs, output)
@@ -56,31 +59,41 @@ class MomentRule(LayerRule):
         return (torch.cat([sums, sums.new_tensor([count])]) if self.with_one else sums), count
 
     def output_grad_sums(self, module: nn.Module, grad: Tensor) -> Tensor:
+        """Sum of the output gradients' second moments over all positions."""
         full = len(self.grad_shape) == 2
         return self.rule.full_output_grad_sums(module, grad) if full else self.rule.output_grad_sums(module, grad)
 
     def matches_forward(self, module: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> bool:
+        """Check that the wrapped rule describes this forward pass."""
         return self.rule.matches_forward(module, inputs, output)
 
 
 def moment_rules(model: nn.Module, params: Sequence[Any], max_factor_dim: int) -> dict[int, MomentRule]:
-    """The rule of every module that forms a block, by ``id(module)``.
+    """Rules of all modules that form a block.
 
-    A bias joins its weight's block where the two belong to this one module alone.
+    A bias is part of its weight's block if both belong to one module only.
+
+    Args:
+        model: The model.
+        params: Tracked parameters.
+        max_factor_dim: Longest side with a full factor.
+
+    Returns:
+        Rules by ``id(module)``.
     """
-    wanted = {id(p) for p in params}
+    tracked = {id(p) for p in params}
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     rules = {}
     for module in model.modules():
         weight, bias = (module._parameters.get(key) for key in ("weight", "bias"))
-        if weight is None or id(weight) not in wanted:
+        if weight is None or id(weight) not in tracked:
             continue
         rule = find_rule(module)
         shapes = None if rule is None else rule.full_factor_shapes(module)
         if rule is not None and shapes is not None:
-            with_one = bias is not None and id(bias) in wanted and owners[id(weight)] == owners[id(bias)] == 1
-            kept = tuple((shape[0],) if shape[0] > max_factor_dim else shape for shape in shapes)
-            rules[id(module)] = MomentRule(rule, (kept[0], kept[1]), with_one)
+            with_one = bias is not None and id(bias) in tracked and owners[id(weight)] == owners[id(bias)] == 1
+            limited = tuple((shape[0],) if shape[0] > max_factor_dim else shape for shape in shapes)
+            rules[id(module)] = MomentRule(rule, (limited[0], limited[1]), with_one)
     return rules
 
 
@@ -89,15 +102,15 @@ class BlockUse:
     """One module that uses the weight of a block; a tied weight has several.
 
     Attributes:
-        tracked: The module.
-        suffix: Ending of this use's state keys: empty for the first use, ``_1`` for the second.
+        tracked: The module and its rule.
+        suffix: Suffix of the state keys of this use: empty for the first use, ``_1`` for the second.
     """
 
     tracked: TrackedModule
     suffix: str
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the two factors, that of the weight's rows first."""
+        """Shapes of the two factors by name, that of the weight's rows first."""
         shapes = dict(zip((INPUT, OUTPUT_GRAD), self.tracked.rule.factor_shapes(self.tracked.module), strict=True))
         # A diagonal lists the factors by the axis of the weight.
         weight = self.tracked.module.weight
@@ -105,31 +118,44 @@ class BlockUse:
 
     @property
     def input_axis(self) -> int:
-        """The axis of the weight matrix that the inputs run along."""
+        """Axis of the weight matrix that belongs to the inputs."""
         return list(self.factor_shapes()).index(INPUT)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """State keys and shapes of this use's factors and of the weight of their average."""
+        """Shapes by state key of this use's factors and of the weight of their average."""
         factors = {name + self.suffix: shape for name, shape in self.factor_shapes().items()}
         return {**factors, "factor_weight" + self.suffix: ()}
 
     def average(self, state: Mapping[str, Tensor]) -> MovingAverage:
-        """The moving average over this use's tensors in ``state``, rows first."""
+        """Moving average over this use's tensors in ``state``, rows first."""
         return MovingAverage(
             [state[name + self.suffix] for name in self.factor_shapes()], state["factor_weight" + self.suffix]
         )
 
     def update_(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor], per_term: float, decay: float) -> None:
-        """Take in the moments of one refresh: means over positions, of which ``per_term`` serve one term of the loss.
+        """Update the moving average with the moments of one refresh.
 
-        The Fisher of a term is a sum over its positions, so ``G`` is one (Grosse and Martens 2016 put it into ``A``).
+        The Fisher of a term of the loss is a sum over its positions, so ``G`` is multiplied by their number (Grosse and
+        Martens 2016 multiply ``A``).
+
+        Args:
+            state: State of the weight, changed in place.
+            means: Means over positions by factor name.
+            per_term: Positions per term of the loss.
+            decay: Decay of the average, in [0, 1).
         """
         samples = [means[name] * per_term if name == OUTPUT_GRAD else means[name] for name in self.factor_shapes()]
         self.average(state).update_(samples, decay)
 
 
 class Block:
-    """A weight, its bias if that joins it, and the modules that use them. The weight's state holds its factors."""
+    """Weight, bias if it is part of the block, and the modules that use them; the weight's state holds the factors.
+
+    Args:
+        weight: The weight.
+        bias: The bias, or None.
+        tracked: Modules that use the weight.
+    """
 
     def __init__(self, weight: Any, bias: Any | None, tracked: Sequence[TrackedModule]) -> None:
         self.weight, self.bias = weight, bias
@@ -137,12 +163,12 @@ class Block:
 
     @property
     def rule_name(self) -> str:
-        """For reports: the rules of all uses, and which factors are diagonal only since they are too long."""
+        """Names of the rules of all uses, and of the factors that are diagonal because of ``max_factor_dim``."""
         names = "+".join(dict.fromkeys(use.tracked.rule.name for use in self.uses))
-        long = [name for name, cut in (("input", self._is_cut(0)), ("output gradient", self._is_cut(1))) if cut]
+        long = [name for side, name in enumerate(("input", "output gradient")) if self._exceeds_limit(side)]
         return f"{names}, diagonal {' and '.join(long)}" if long else names
 
-    def _is_cut(self, side: int) -> bool:
+    def _exceeds_limit(self, side: int) -> bool:
         for use in self.uses:
             rule, module = use.tracked.rule, use.tracked.module
             assert isinstance(rule, MomentRule)
@@ -152,7 +178,7 @@ class Block:
         return False
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """State keys and shapes of the factors of all uses and of the two inverses."""
+        """Shapes by state key of the factors of all uses and of the two inverses."""
         shapes: dict[str, tuple[int, ...]] = {}
         for use in self.uses:
             shapes |= use.state_shapes()
@@ -161,18 +187,18 @@ class Block:
         return {**shapes, ROW_INVERSE: rows, COLUMN_INVERSE: columns, READY: ()}
 
     def has_statistics(self, state: Mapping[str, Tensor]) -> bool:
-        """Whether any use has recorded something."""
+        """True if any use has statistics."""
         return any(not use.average(state).is_empty for use in self.uses)
 
     def factors(self, state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The factors of the weight's rows and columns.
+        """Factors of the weight's rows and columns.
 
         The Fisher of a tied weight is the sum of its uses' products ``L_u (x) R_u``, whose inverse is no Kronecker
-        product. The single product with the same partial traces stands in for it:
+        product. It is replaced by the single product with the same partial traces:
 
             ``(sum_u tr(R_u) L_u) (x) (sum_u tr(L_u) R_u) / sum_u tr(L_u) tr(R_u)``
 
-        which is the sum itself for one use, or where the uses agree in one of the sides up to scale.
+        which equals the sum for one use, or if one side of all uses is the same up to scale.
         """
         pairs = [use.average(state).mean() for use in self.uses if not use.average(state).is_empty]
         if len(pairs) == 1:
@@ -186,7 +212,16 @@ class Block:
         return left, right
 
     def invert_(self, state: Mapping[str, Tensor], damping: float, name: str) -> None:
-        """Recompute both damped inverses from the averages; ``name`` is the weight's, for messages."""
+        """Compute both damped inverses from the averages.
+
+        Args:
+            state: State of the weight, changed in place.
+            damping: lambda, > 0.
+            name: Name of the weight in messages.
+
+        Raises:
+            RuntimeError: A factor cannot be inverted with any damping.
+        """
         rows, columns = self.factors(state)
         for_rows, for_columns = split_damping(rows, columns, damping)
         state[ROW_INVERSE].copy_(damped_inverse(rows, for_rows, name))
@@ -196,9 +231,16 @@ class Block:
     def precondition(
         self, state: Mapping[str, Tensor], weight_grad: Tensor | None, bias_grad: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """``(A (x) G + damping)^-1`` applied to the gradient of weight and bias, in the dtype of statistics.
+        """Multiply the gradients of weight and bias by ``(A (x) G + damping)^-1``.
 
-        A gradient that is None counts as zero.
+        Args:
+            state: State of the weight.
+            weight_grad: Gradient of the weight; None counts as zero.
+            bias_grad: Gradient of the bias; None counts as zero.
+
+        Returns:
+            Preconditioned gradients of weight and bias in the dtype of the statistics; None for a bias outside the
+            block.
         """
         dtype = statistics_dtype(self.weight.dtype)
         weight_grad = torch.zeros_like(self.weight) if weight_grad is None else weight_grad
@@ -217,7 +259,7 @@ class Block:
 
 
 def find_blocks(tracked: Sequence[TrackedModule]) -> list[Block]:
-    """The blocks of all tracked modules, a tied weight's in one."""
+    """Group tracked modules into blocks by their weight."""
     by_weight: dict[int, list[TrackedModule]] = {}
     for module in tracked:
         by_weight.setdefault(id(module.module.weight), []).append(module)
@@ -229,7 +271,7 @@ def find_blocks(tracked: Sequence[TrackedModule]) -> list[Block]:
 
 
 def _sum_of(factors: Sequence[Tensor]) -> Tensor:
-    """The sum of square factors, full as soon as one of them is."""
+    """Sum of factors, full if one of them is."""
     if all(f.dim() == factors[0].dim() for f in factors):
         return torch.stack(list(factors)).sum(0)
     return torch.stack([f if f.dim() == 2 else f.diag() for f in factors]).sum(0)

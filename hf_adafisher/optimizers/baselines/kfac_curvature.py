@@ -1,4 +1,4 @@
-"""What K-FAC knows about a model: its Kronecker blocks and what was recorded for them."""
+"""Statistics of K-FAC: the Kronecker blocks of a model and their samples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class KroneckerStatistics(StatisticsTracker):
-    """The blocks of a model, and what was recorded for them.
+    """Tracker of the Kronecker blocks of a model and their statistics.
 
     Attributes:
-        max_factor_dim: Longest side that gets a full factor; to be set before parameters are tracked.
-        blocks: The Kronecker blocks of the tracked parameters.
+        max_factor_dim: Longest side with a full factor; set it before parameters are tracked.
+        blocks: Kronecker blocks of the tracked parameters.
     """
 
     max_factor_dim: int
@@ -34,35 +34,35 @@ class KroneckerStatistics(StatisticsTracker):
         plain = [p for p in self._params if self.block_of(p) is None and p.requires_grad]
         if plain:
             logger.warning("K-FAC preconditions nothing of %s; plain SGD is used instead.", self.describe(plain))
-        cut = [block.weight for block in self.blocks if "diagonal" in block.rule_name]
-        if cut:
+        long = [block.weight for block in self.blocks if "diagonal" in block.rule_name]
+        if long:
             logger.warning(
                 "K-FAC keeps a diagonal factor on the side of %s that is longer than max_factor_dim=%d.",
-                self.describe(cut),
+                self.describe(long),
                 self.max_factor_dim,
             )
 
     def map_parameters(self) -> None:
-        """Look the names and the blocks of all parameters up in the model again."""
-        self.blocks = find_blocks(self.recorder.tracked if self.recorder else [])
+        """Update the names and the blocks of all parameters from the model."""
+        self.blocks = find_blocks(self.recorder.tracked if self.is_tracking else [])
         self._of_weight = {id(block.weight): block for block in self.blocks}
         self._of = self._of_weight | {id(block.bias): block for block in self.blocks if block.bias is not None}
         super().map_parameters()
 
     def forget(self) -> None:
-        """Nothing is derived from the averages but what the state holds."""
+        """Do nothing: all values derived from the averages are in the state."""
 
     def block_of(self, p: Any) -> Block | None:
-        """The block that a parameter is in."""
+        """Block that contains a parameter, or None."""
         return self._of.get(id(p))
 
     def block_of_weight(self, p: Any) -> Block | None:
-        """The block whose weight a parameter is, so that its state holds the factors."""
+        """Block with this parameter as its weight, whose state holds the factors, or None."""
         return self._of_weight.get(id(p))
 
     def collect(self, gradients: Sequence[tuple[Any, Tensor, Tensor]]) -> Sample | None:
-        """What was recorded since the last call; None if anything of it is not finite."""
-        sample = self.open_recorder().flush()
+        """Statistics recorded since the last call; None, with a warning, if any of them is not finite."""
+        sample = self.recorder.flush()
         if sample.non_finite:
             self._warn_dropped(sample.non_finite)
             return None
@@ -70,7 +70,12 @@ class KroneckerStatistics(StatisticsTracker):
         return sample
 
     def note_bypassed(self, gradients: Sequence[tuple[Any, Tensor, Tensor]], known: Container[int]) -> None:
-        """Say once which parameters of blocks have a gradient, but no statistics (``known`` are ids of weights)."""
+        """Warn once of parameters of blocks that have a gradient but no statistics.
+
+        Args:
+            gradients: Group, parameter and gradient of every parameter with a gradient.
+            known: Ids of the weights with statistics.
+        """
         bypassed, kept = [], []
         for _, p, grad in gradients:
             block = self.block_of(p)

@@ -1,4 +1,4 @@
-"""Factored Tikhonov damping, and the inverses of damped Kronecker factors."""
+"""Factored Tikhonov damping, and inverses of damped Kronecker factors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 _ATTEMPTS = 8
-"""How often a decomposition is tried in float64, each time with ten times the damping."""
+"""Number of decompositions tried in float64, each with ten times the damping of the previous one."""
 
 
 def trace(factor: Tensor) -> float:
-    """The trace of a factor, given in full or as its diagonal."""
+    """Trace of a factor, given in full or as its diagonal."""
     return float((factor.diagonal() if factor.dim() == 2 else factor).sum())
 
 
 def split_damping(left: Tensor, right: Tensor, damping: float) -> tuple[float, float]:
-    """What is added to the diagonals of the two factors: ``pi sqrt(damping)`` and ``sqrt(damping) / pi``.
+    """Damping of the two factors: ``pi sqrt(damping)`` and ``sqrt(damping) / pi``.
 
     ``pi = sqrt((tr L / dim L) / (tr R / dim R))`` (Martens and Grosse 2015, section 6.3), so that the result does not
-    depend on how the scale of the Fisher is split between its factors. Without a scale (a zero trace) ``pi = 1``.
+    depend on the split of the Fisher's scale between its factors. If a trace is zero, ``pi = 1``.
     """
     root = math.sqrt(damping)
     means = trace(left) / left.shape[0], trace(right) / right.shape[0]
@@ -32,13 +32,21 @@ def split_damping(left: Tensor, right: Tensor, damping: float) -> tuple[float, f
 
 
 def damped_inverse(factor: Tensor, damping: float, name: str) -> Tensor:
-    """``(factor + damping I)^-1`` by Cholesky; of a diagonal, elementwise.
+    """Inverse ``(factor + damping I)^-1`` by Cholesky decomposition, or elementwise for a diagonal.
 
-    A second moment is positive semi-definite but for rounding. Where that makes the decomposition fail, it is repeated
-    in float64, then with ten times the damping, with a warning, and so on.
+    A second moment is positive semi-definite up to rounding. If the decomposition fails, it is repeated in float64,
+    then with ten times the damping and a warning, and so on.
+
+    Args:
+        factor: Shape (d, d), or (d,) for a diagonal.
+        damping: Value > 0 to add to the diagonal.
+        name: Name of the parameter in messages.
+
+    Returns:
+        The inverse, in the shape and dtype of the factor.
 
     Raises:
-        RuntimeError: It fails with any damping.
+        RuntimeError: All decompositions fail.
     """
     if factor.dim() == 1:
         return (factor + damping).reciprocal()

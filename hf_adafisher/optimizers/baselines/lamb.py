@@ -1,4 +1,4 @@
-"""LAMB as its paper has it."""
+"""LAMB (You et al. 2020, arXiv 1904.00962)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytorch_optimizer
 
 
 class Lamb(pytorch_optimizer.Lamb):
-    """pytorch_optimizer's Lamb with the weight's own norm in the trust ratio (Algorithm 2 with ``phi(z) = z``).
+    """LAMB of pytorch_optimizer with the unclipped weight norm in the trust ratio (Algorithm 2, ``phi(z) = z``).
 
-    The library caps that norm at 10, which makes the steps of larger weights smaller than ``lr`` times their norm.
+    The library clips the norm at 10, so that the steps of larger weights are shorter than ``lr`` times their norm.
     """
 
     clamp = math.inf

@@ -1,4 +1,4 @@
-"""A model made ready for second derivatives: attention that has them, no graph that has not."""
+"""Preparation of a model for optimizers that need second derivatives."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_model(model: nn.Module, kind: str) -> None:
-    """Switch attention to the form that can be differentiated twice, with one warning.
+    """Switch the attention of transformers' models to eager, with one warning.
 
-    Fused attention kernels have no second derivative. Models other than transformers' are left as they are.
+    Fused attention kernels have no second derivative. Other models are not changed.
 
     Args:
         model: The model to train.
-        kind: The optimizer's name, for the messages.
+        kind: Name of the optimizer in messages.
 
     Raises:
-        ValueError: The model is compiled, or recomputes activations in the way that allows one backward only.
+        ValueError: The model is compiled, or uses reentrant activation checkpointing.
     """
     if any(type(module).__name__ == "OptimizedModule" or _compiled_in_place(module) for module in model.modules()):
         raise ValueError(
@@ -51,7 +51,7 @@ def _compiled_in_place(module: nn.Module) -> bool:
 
 
 def _recomputes_once(module: nn.Module) -> bool:
-    """Whether transformers has set reentrant checkpointing up on this module; torch's default is reentrant too."""
+    """True if transformers has set up reentrant checkpointing, torch's default, on this module."""
     function: Any = getattr(module, "_gradient_checkpointing_func", None)
     if not getattr(module, "gradient_checkpointing", False) or function is None:
         return False

@@ -1,4 +1,4 @@
-"""Shampoo whose full matrices are kept to weights of a moderate size; the rest takes AdamW's steps."""
+"""Shampoo (Gupta et al. 2018, arXiv 1802.09568) for weights of moderate size, with AdamW for the others."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ _SAFE_EPS = 1e-4
 
 
 class Shampoo(Optimizer):
-    """pytorch_optimizer's Shampoo for the groups with ``use_shampoo=True``, torch's AdamW for the others.
+    """Shampoo of pytorch_optimizer for groups with ``use_shampoo=True``, torch's AdamW for the others.
 
-    Shampoo keeps, and decomposes at every step, a full matrix for each side of a weight. Along a vocabulary that is
-    neither affordable nor useful, so embeddings and large sides belong to groups with ``use_shampoo=False``, whose
-    learning rate is ``adamw_lr``. One ``weight_decay`` acts in two ways: in Shampoo's groups it is added to the
-    gradient (unless ``weight_decouple``), in AdamW's it is always decoupled.
+    Shampoo keeps a full matrix for each side of a weight and decomposes it at every step, which is too expensive along
+    a vocabulary. So embeddings and weights with long sides belong into groups with ``use_shampoo=False``, whose
+    learning rate is ``adamw_lr``. Weight decay is added to the gradient in Shampoo's groups unless ``weight_decouple``
+    is set, and always decoupled in AdamW's.
 
     Args:
         params: Parameter groups, each with ``use_shampoo``.
-        lr: Learning rate of Shampoo's groups.
-        momentum: Of the preconditioned gradient, as the library has it. Default 0.
-        matrix_eps: Initial diagonal of the matrices.
-        preconditioning_compute_steps: Steps between two decompositions; none is made, and nothing moves, before the
-            first of these steps. More than one needs ``matrix_eps >= 1e-4``: directions first seen between two
+        lr: Learning rate of Shampoo's groups. Default 1e-3.
+        momentum: Momentum of the preconditioned gradient, as in the library. Default 0.
+        matrix_eps: Initial diagonal of the matrices. Default 1e-6.
+        preconditioning_compute_steps: Steps between two decompositions; before the first one, at this step, nothing is
+            updated. Default 1. More than 1 needs ``matrix_eps >= 1e-4``, since directions first seen between two
             decompositions are otherwise multiplied by up to 1000.
-        weight_decay: For groups that name none.
-        weight_decouple: In Shampoo's groups, decay the weights themselves instead of adding the decay to the gradient.
-        fixed_decay: With ``weight_decouple``, in Shampoo's groups: decay that is not scaled by the learning rate.
-        maximize: Maximize the objective instead of minimizing it.
-        adamw_lr: Learning rate of AdamW's groups.
-        adamw_betas: Decay rates of their moments.
-        adamw_eps: Added to their denominator.
-        fused: Whether AdamW uses its fused kernel.
+        weight_decay: Weight decay of groups that set none. Default 0.
+        weight_decouple: Decouple the weight decay in Shampoo's groups. Default False.
+        fixed_decay: With ``weight_decouple``, do not scale the decay of Shampoo's groups by the learning rate. Default
+            False.
+        maximize: Maximize the objective instead of minimizing it. Default False.
+        adamw_lr: Learning rate of AdamW's groups. Default 1e-3.
+        adamw_betas: Decay rates of AdamW's moments. Default (0.9, 0.999).
+        adamw_eps: Epsilon in AdamW's denominator. Default 1e-8.
+        fused: Use AdamW's fused kernel. Default False.
 
     Raises:
-        ValueError: An option is out of its range, or a group lacks ``use_shampoo``.
+        ValueError: An option is outside its range, or a group lacks ``use_shampoo``.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class Shampoo(Optimizer):
                 f"{matrix_eps}: directions that are new since the last decomposition would be multiplied by up to "
                 f"{matrix_eps**-0.5:.0f}"
             )
-        full = FullShampoo(
+        shampoo = FullShampoo(
             [{"params": []}],
             lr=lr,
             momentum=momentum,
@@ -83,37 +84,40 @@ class Shampoo(Optimizer):
             maximize=maximize,
             fused=fused,
         )
-        self._parts: dict[bool, Optimizer] = {True: full, False: adamw}
+        self._optimizers: dict[bool, Optimizer] = {True: shampoo, False: adamw}
         super().__init__(params, {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options it lacks take the defaults of the optimizer that its ``use_shampoo`` names.
+        """Add a parameter group with the defaults of the optimizer that its ``use_shampoo`` selects.
+
+        Args:
+            param_group: The group; ``use_shampoo`` is required.
 
         Raises:
-            ValueError: It does not say ``use_shampoo``.
+            ValueError: The group lacks ``use_shampoo``.
         """
         if "use_shampoo" not in param_group:
             raise ValueError("each parameter group of Shampoo needs use_shampoo: True (full matrices) or False (AdamW)")
-        for name, value in self._parts[bool(param_group["use_shampoo"])].defaults.items():
+        for name, value in self._optimizers[bool(param_group["use_shampoo"])].defaults.items():
             param_group.setdefault(name, value)
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step of either optimizer on its own groups.
+        """Take one step of each optimizer on its groups.
 
         Args:
-            closure: Optionally, a function that evaluates the model again and returns the loss.
+            closure: Function that evaluates the model again and returns the loss. Default None.
 
         Returns:
-            What ``closure`` returned, else None.
+            The loss from ``closure``, else None.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for full, part in self._parts.items():
+        for use_shampoo, optimizer in self._optimizers.items():
             # Linked anew at every step: loading a checkpoint replaces the groups and the state.
-            part.state = self.state
-            part.param_groups = [group for group in self.param_groups if bool(group["use_shampoo"]) == full]
-            part.step()
+            optimizer.state = self.state
+            optimizer.param_groups = [group for group in self.param_groups if bool(group["use_shampoo"]) == use_shampoo]
+            optimizer.step()
         return loss

@@ -1,26 +1,23 @@
-"""What an AdaFisher optimizer can tell about itself: where each parameter's curvature comes from, and how it looks."""
+"""Coverage of a model's parameters by layer rules, and a summary of the diagonals in use."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_adafisher.fisher.diagonals import diagonal_of
-from hf_adafisher.fisher.parameter_uses import ON_GRADIENT
-from hf_adafisher.optimizers.diagnostics.layer_curvature import at_floor
-
-if TYPE_CHECKING:
-    from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
+from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 
 GRADIENT_FACTORS = "gradient factors"
 
 
 @dataclass(frozen=True)
 class ParameterCoverage:
-    """How one trainable parameter gets its curvature; a row of ``coverage()``.
+    """Source of one trainable parameter's curvature; a row of ``coverage()``.
 
     Attributes:
         name: The parameter's name in the model.
@@ -47,35 +44,36 @@ def owner_names(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def coverage_of(optimizer: KroneckerDiagonalOptimizer) -> list[ParameterCoverage]:
-    """One row for every trainable parameter of ``optimizer``, in the order of its groups.
+def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> list[ParameterCoverage]:
+    """One row for every trainable parameter, in the given order.
 
     After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
     """
-    owners = owner_names(optimizer.model)
-    params = [p for p in optimizer._params() if p.requires_grad]
-    total = sum(p.numel() for p in params)
+    owners = owner_names(model)
+    trainable = [t for t in parameters if t.param.requires_grad]
+    total = max(sum(t.param.numel() for t in trainable), 1)
     rows = []
-    for p in params:
-        uses, state = optimizer._statistics.uses_of(p), optimizer.state.get(p)
-        recorded = [use for use in uses if state and not use.average(state, p.shape).is_empty]
-        rules = {use.tracked.rule.name: None for use in recorded or uses if use.tracked is not None}
-        rule = GRADIENT_FACTORS if not rules or (state and state[ON_GRADIENT].item()) else "+".join(rules)
-        rows.append(
-            ParameterCoverage(
-                optimizer._statistics.name_of(p),
-                rule,
-                tuple(owners.get(id(p), ())),
-                p.numel(),
-                p.numel() / max(total, 1),
-            )
-        )
+    for t in trainable:
+        recorded = [use for use in t.uses if t.state and not use.average(t.state, t.param.shape).is_empty]
+        rules = {use.tracked.rule.name: None for use in recorded or t.uses if use.tracked is not None}
+        rule = GRADIENT_FACTORS if t.on_gradient_factors else "+".join(rules)
+        size = t.param.numel()
+        rows.append(ParameterCoverage(t.name, rule, tuple(owners.get(id(t.param), ())), size, size / total))
     return rows
 
 
 @torch.no_grad()
-def curvature_summary(optimizer: KroneckerDiagonalOptimizer) -> dict[str, float]:
-    """A few numbers about the curvature in use, for logs.
+def curvature_summary(
+    model: nn.Module,
+    parameters: Sequence[TrainedParameter],
+    damping_of: Callable[[Mapping[str, Any], Sequence[DiagonalTerm]], float],
+) -> dict[str, float]:
+    """A few numbers about the diagonals in use, for logs.
+
+    Args:
+        model: The model.
+        parameters: Its trained parameters.
+        damping_of: Damping of the diagonal that these terms of a parameter in a group make.
 
     Returns:
         ``fisher_mean``: mean of the damped diagonal over all values with statistics;
@@ -86,22 +84,24 @@ def curvature_summary(optimizer: KroneckerDiagonalOptimizer) -> dict[str, float]
         The first two are missing before the first step.
     """
     mean_sum = floor_sum = values = 0.0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            terms = optimizer._statistics.known_terms(p, state) if state else []
-            if terms:
-                damping = optimizer.damping_of(group, terms)
-                diagonal = diagonal_of(terms, p, damping)
-                mean_sum += diagonal.sum(dtype=torch.float64).item()
-                floor_sum += at_floor(diagonal, damping).sum().item()
-                values += p.numel()
+    for t in parameters:
+        if t.terms:
+            damping = damping_of(t.group, t.terms)
+            diagonal = diagonal_of(t.terms, t.param, damping)
+            mean_sum += diagonal.sum(dtype=torch.float64).item()
+            floor_sum += at_floor(diagonal, damping).sum().item()
+            values += t.param.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
-    on_gradient = sum(row.share for row in coverage_of(optimizer) if row.rule == GRADIENT_FACTORS)
-    first = optimizer.param_groups[0]
+    on_gradient = sum(row.share for row in coverage_of(model, parameters) if row.rule == GRADIENT_FACTORS)
+    first = parameters[0].group
     return {
         **summary,
         "gradient_factor_share": on_gradient,
         "refreshes": float(first["refreshes"]),
         "dropped_refreshes": float(first["dropped_refreshes"]),
     }
+
+
+def at_floor(diagonal: Tensor, damping: float) -> Tensor:
+    """Mask of the values of a damped diagonal at the floor: their Fisher is below the damping, ``F < 2 * damping``."""
+    return diagonal < 2 * damping

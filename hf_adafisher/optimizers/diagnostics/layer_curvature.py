@@ -1,10 +1,10 @@
-"""The curvature of every layer in a few numbers: how its damped Fisher is spread, and how far it let the layer move."""
+"""Curvature of every layer in a few numbers: spread of the damped Fisher, and size of the step that it gave."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,12 @@ from torch import Tensor
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.reduce import sum_over_ranks
-from hf_adafisher.optimizers.layout import aligned, blocks
+from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
+from hf_adafisher.optimizers.blocks import CPU_BLOCK, DEVICE_BLOCK, split_into_blocks
+from hf_adafisher.optimizers.diagnostics.coverage import at_floor
 from hf_adafisher.optimizers.sharding import is_sharded, local_part, local_terms
-from hf_adafisher.optimizers.update import CPU_BLOCK, DEVICE_BLOCK, scalars
-
-if TYPE_CHECKING:
-    from hf_adafisher.optimizers.adafisher import AdaFisher
+from hf_adafisher.optimizers.update import Block, step_coefficients
 
 NUMBERS = (
     "fisher_min",
@@ -28,11 +28,11 @@ NUMBERS = (
     "update_rms",
     "step_gain",
 )
-"""What ``layer_curvature`` says about each parameter."""
+"""Keys of ``layer_curvature``'s numbers."""
 SMALL = 1 << 14
 """Diagonals of at most this many values are simply formed."""
 SAMPLE = 1 << 16
-"""How many values stand for a large diagonal that has no simpler form, where its median is wanted."""
+"""Number of values that stand for a large diagonal without a simpler form, where its median is wanted."""
 _ACCURACY = 2.0**-25
 """Relative accuracy of a median that is found without the diagonal: below the rounding of float32."""
 
@@ -47,7 +47,7 @@ class _Spread(NamedTuple):
 
 
 @torch.no_grad()
-def layer_curvature(optimizer: AdaFisher) -> dict[str, dict[str, float]]:
+def layer_curvature(optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str, float]]:
     """The numbers of every parameter that has statistics, as the last step used them.
 
     With the damped diagonal ``F = fisher_diagonal(p)``, the bias-corrected momentum ``m^`` and the group's learning
@@ -81,47 +81,26 @@ def layer_curvature(optimizer: AdaFisher) -> dict[str, dict[str, float]]:
     """
     if "damping" not in optimizer.defaults:
         raise TypeError(f"layer_curvature is about AdaFisher and AdaFisherW, got {type(optimizer).__name__}")
-    members = _members(optimizer)
-    motion = _motion(optimizer, members)
-    return {
-        name: _numbers(optimizer, group, p, terms, moved)
-        for (name, group, p, terms), moved in zip(members, motion, strict=True)
-    }
+    parameters = _with_statistics(optimizer)
+    motion = _motion(parameters, needs_every_process(optimizer))
+    return {t.name: _describe(t, *moved) for t, moved in zip(parameters, motion, strict=True)}
 
 
-def at_floor(diagonal: Tensor, damping: float) -> Tensor:
-    """Which values of a damped diagonal are at the floor: their Fisher is below the damping, ``F < 2 * damping``."""
-    return diagonal < 2 * damping
+def needs_every_process(optimizer: KroneckerDiagonalOptimizer) -> bool:
+    """True where ``layer_curvature`` communicates, since FSDP2 has sharded parameters."""
+    return any(is_sharded(p) for group in optimizer.param_groups for p in group["params"])
 
 
-def needs_every_process(optimizer: AdaFisher) -> bool:
-    """Whether ``layer_curvature`` communicates, since FSDP2 has sharded parameters."""
-    return any(is_sharded(p) for p in optimizer._params())
+def _with_statistics(optimizer: KroneckerDiagonalOptimizer) -> list[TrainedParameter]:
+    """Parameters that have statistics and values, in the model's order, tied ones once."""
+    known = {id(t.param): t for t in optimizer.trained_parameters() if t.terms and t.param.numel()}
+    return [known[id(p)] for p in optimizer.model.parameters() if id(p) in known]
 
 
-_Member = tuple[str, Mapping[str, Any], Tensor, Sequence[DiagonalTerm]]
-
-
-def _members(optimizer: AdaFisher) -> list[_Member]:
-    """Name, group, parameter and terms of every parameter with statistics, in the model's order."""
-    known = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p)
-            terms = optimizer._statistics.known_terms(p, state) if state and p.numel() else []
-            if terms:
-                known[id(p)] = (optimizer._statistics.name_of(p), group, p, terms)
-    order = {key: place for place, key in enumerate(optimizer._statistics.names)}
-    return [known[key] for key in sorted(known, key=lambda key: order.get(key, len(order)))]
-
-
-def _numbers(
-    optimizer: AdaFisher, group: Mapping[str, Any], p: Tensor, terms: Sequence[DiagonalTerm], moved: Sequence[float]
-) -> dict[str, float]:
-    step = int(optimizer.state[p]["step"].item())
-    _, rate, _ = scalars(**optimizer._numbers(group, step))
-    divided, plain, count = moved
-    spread = _spread(terms, p, group["damping"])
+def _describe(t: TrainedParameter, divided: float, plain: float, count: float) -> dict[str, float]:
+    """The ``NUMBERS`` of a parameter, given the sums of ``(m / F)^2`` and ``m^2`` over ``count`` values."""
+    rate = float(step_coefficients(t.group, int(t.state["step"].item()), decoupled=True).rate)
+    spread = _spread(t.terms, t.param, t.group["damping"])
     values = (
         spread.low,
         spread.median,
@@ -134,21 +113,21 @@ def _numbers(
     return dict(zip(NUMBERS, values, strict=True))
 
 
-# --- how far it moved -------------------------------------------------------------------------
+# --- size of the last update ------------------------------------------------------------------
 
 
-def _motion(optimizer: AdaFisher, members: Sequence[_Member]) -> list[list[float]]:
+def _motion(parameters: Sequence[TrainedParameter], sharded: bool) -> list[list[float]]:
     """Of each parameter: the sums of ``(m / F)^2`` and ``m^2``, and over how many values."""
-    sums = [_local_motion(p, optimizer.state[p]["exp_avg"], terms, group["damping"]) for _, group, p, terms in members]
+    sums = [_local_motion(t.param, t.state["exp_avg"], t.terms, t.group["damping"]) for t in parameters]
     total = torch.stack(sums) if sums else torch.zeros(0, 3, dtype=torch.float64)
-    if needs_every_process(optimizer):
+    if sharded:
         # Replicas count as often in the sums as in the number of values.
-        total = sum_over_ranks(total.to(optimizer.param_groups[0]["params"][0].device))
+        total = sum_over_ranks(total.to(local_part(parameters[0].param).device if parameters else "cpu"))
     return total.tolist()
 
 
 def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], damping: float) -> Tensor:
-    """The same for this process's part of the parameter, block by block; three float64 numbers."""
+    """Sums over this process's part of the parameter, block by block; three float64 numbers."""
     local, momentum = local_part(p), local_part(exp_avg)
     norms = [
         torch.stack((torch.linalg.vector_norm(m / diagonal_of(part, m, damping)), torch.linalg.vector_norm(m)))
@@ -165,7 +144,7 @@ def _momentum_blocks(
     if 0 < p.numel() <= SMALL:
         yield exp_avg.to(dtype), terms
     elif p.numel():
-        for part in blocks(aligned(p, exp_avg, exp_avg, tuple(terms)), _block_size(p)):
+        for part in split_into_blocks(Block(p, exp_avg, exp_avg, terms), _block_size(p)):
             yield part.exp_avg.to(dtype), part.terms
 
 
@@ -187,7 +166,7 @@ def _spread(terms: Sequence[DiagonalTerm], p: Tensor, damping: float) -> _Spread
     vectors = _vectors(terms)
     if vectors is not None:
         return _spread_of_product(*vectors, damping)
-    parts = blocks(aligned(like, like, like, tuple(terms)), _block_size(like))
+    parts = split_into_blocks(Block(like, like, like, terms), _block_size(like))
     some = _some_values(terms, like).add(damping)
     return _spread_of_blocks((diagonal_of(part.terms, part.param, damping) for part in parts), some, damping)
 

@@ -1,17 +1,16 @@
-"""What torch.compile hides from hooks, and who sees to it that nothing is hidden."""
+"""Refusals and detection of compiled graphs, which do not run hooks."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Any
+from types import FrameType
 
 from torch import nn
 
-from hf_adafisher.optimizers.validation.environment import accelerate_state, unwrapped
+from hf_adafisher.optimizers.validation.environment import accelerate_state
 
 _SEEN_TO: ContextVar[bool] = ContextVar("hf_adafisher_due_steps_run_eagerly", default=False)
 
@@ -40,46 +39,37 @@ def refuse_compilation(kind: str, *, second_derivatives: bool = False) -> None:
     if not _SEEN_TO.get():
         raise ValueError(
             f"{kind} records its statistics with hooks, which compiled graphs do not run, and a stock Trainer compiles "
-            "every step: use AdaFisherTrainer, which runs the few steps that record eagerly, or unset torch_compile"
+            "every step: use AdaFisherTrainer, which runs the few steps that record eagerly, or unset torch_compile; "
+            'in a loop of your own, run forward and backward within "with optimizer.eager_if_due():"'
         )
 
 
-def refuse_compiling_trainer(tracker: object) -> None:
-    """``refuse_compilation`` for an optimizer that was passed as ``optimizers=``, known by its tracker.
+def refuse_compiling_driver(kind: str) -> None:
+    """``refuse_compilation`` at the first due step of an optimizer that is older than the decision to compile.
 
-    It may be older than the decision to compile, and nothing tells it who drives it: Trainers are looked through.
+    A stock Trainer that got it as ``optimizers=`` tells it nothing, so the callers of its first step are searched.
     """
-    trainers = sys.modules.get("transformers.trainer")
-    if trainers is None or not _accelerate_compiles():
-        return
-    for trainer in _alive(trainers.Trainer):
-        optimizer = unwrapped(getattr(trainer, "optimizer", None))
-        if getattr(optimizer, "_statistics", None) is tracker:
-            refuse_compilation(type(optimizer).__name__)
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            refuse_compilation(kind)
+        frame = frame.f_back
 
 
 def compiled_regions(model: nn.Module) -> Iterator[nn.Module]:
-    """Every compiled module in ``model``, and every compiled wrapper in this process, which may hold a part of it.
-
-    ``torch.compile(model)`` leaves no mark on the model, hence the latter. A compiled function is not found.
-    """
-    for module in model.modules():
-        if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
-            yield module
+    """Every module in ``model`` that was compiled in place or wrapped by ``torch.compile``."""
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        yield from _alive(dynamo.OptimizedModule)
+    wrapper = () if dynamo is None else dynamo.OptimizedModule
+    for module in model.modules():
+        in_place = module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        if in_place or isinstance(module, wrapper):
+            yield module
 
 
 def graphs_compiled() -> bool:
-    """Whether this process has compiled anything."""
+    """True once this process has compiled anything."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return dynamo is not None and bool(dynamo.counters["stats"].get("unique_graphs"))
-
-
-def _alive(kind: type) -> list[Any]:
-    """All objects of a class; by their type, since proxies may do work when asked for their class."""
-    return [found for found in gc.get_objects() if issubclass(type(found), kind)]
 
 
 def _accelerate_compiles() -> bool:

@@ -25,7 +25,7 @@ def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
 
 
 def class_folders(root: Path, counts: dict[str, int], suffix: str = ".png") -> Path:
-    """A folder `root` with one folder per class and so many pictures in each."""
+    """A folder ``root`` with one folder per class and so many pictures in each."""
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for index in range(count):

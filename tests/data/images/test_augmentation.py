@@ -19,15 +19,13 @@ from hf_adafisher.data.images.augmentation import (
     ImageCollator,
     KorniaTransforms,
     TorchvisionTransforms,
-    cutmix,
-    cutout,
     make_transforms,
-    mixup,
     torchvision_works,
 )
 from hf_adafisher.data.images.corpora import ImageSplit, load_images
 from hf_adafisher.data.images.dataset import ImageDataset, ImageItem
 from hf_adafisher.data.images.files import ArraySource
+from hf_adafisher.data.images.mixing import cutmix, cutout, mixup
 from hf_adafisher.data.images.normalization import (
     IMAGENET,
     Normalization,
@@ -197,6 +195,16 @@ def test_both_mixes_take_turns() -> None:
     assert ((only > 0).sum(dim=1) <= 2).all()
 
 
+@pytest.mark.parametrize(("method", "copies_pixels"), [("mixup", False), ("cutmix", True)])
+def test_either_method_alone_is_the_one_that_was_set(method: str, copies_pixels: bool) -> None:
+    """Each pixel of a CutMix image is one of the originals'; those of a Mixup image are averages."""
+    items = noise_items(16)
+    pixels = augmented(items, **{method: 1.0})["pixel_values"]
+    originals = stacked(items)
+    copied = (pixels.unsqueeze(1) == originals.unsqueeze(0)).all(dim=2).any(dim=1)
+    assert bool(copied.all()) == copies_pixels
+
+
 def test_randaugment_changes_each_image_in_its_own_way() -> None:
     one = noise_items(1, side=16)[0].image
     items = [ImageItem(one, 0, k, 0) for k in range(24)]
@@ -288,7 +296,7 @@ class FakeTransform:
 
 @pytest.fixture
 def fake_torchvision(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A module that answers to `torchvision.transforms.v2`, as the real one cannot be installed beside a CPU torch."""
+    """A stand-in for ``torchvision.transforms.v2``, which cannot be installed beside a CPU build of torch."""
     FakeTransform.made, FakeTransform.shapes = [], []
     v2 = types.ModuleType("torchvision.transforms.v2")
     for name in ("RandomCrop", "RandomHorizontalFlip", "RandAugment"):
@@ -320,7 +328,7 @@ def test_torchvision_is_used_where_it_works() -> None:
 
 
 def broken_import(*names: str) -> Callable[[str], Any]:
-    """An `import_module` that fails for these packages, as a torchvision of another build does."""
+    """An ``import_module`` that fails for these packages, as a torchvision of another build does."""
     from importlib import import_module
 
     def load(name: str) -> Any:

@@ -16,15 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from hf_adafisher.data.images.corpora import (
-    ImageSplit,
-    available_images,
-    held_out_positions,
-    load_images,
-    stratified_positions,
-)
+from hf_adafisher.data.images.corpora import ImageSplit, available_images, load_images
 from hf_adafisher.data.images.files import BrokenImageError
-from hf_adafisher.data.images.tables import HUB_IMAGES
+from hf_adafisher.data.images.hub import HUB_IMAGES
+from hf_adafisher.data.images.sampling import held_out_positions, stratified_positions
 from tests.data.images.image_samples import COLOURS, class_folders, encoded, picture
 
 THREE = {"red": 10, "blue": 20, "green": 30}
@@ -168,7 +163,7 @@ def test_one_parquet_file_with_its_own_columns(tmp_path: Path) -> None:
 
 
 def saved(tmp_path: Path, made: datasets.Dataset) -> Path:
-    """The table as a folder of `save_to_disk`."""
+    """The table as a folder of ``save_to_disk``."""
     made.save_to_disk(tmp_path / "saved")
     return tmp_path / "saved"
 

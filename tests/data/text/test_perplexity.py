@@ -20,7 +20,7 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_adafisher.data import (
+from hf_adafisher.data.text import (
     PerplexityResult,
     TokenWindows,
     count_words,

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_adafisher.data import available_corpora, count_words, load_corpus
+from hf_adafisher.data.text import available_corpora, count_words, load_corpus
 from hf_adafisher.data.text.corpora import HUB_CORPORA
 from hf_adafisher.data.text.python_docs import read_topics, split_paragraphs, unique_paragraphs
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.comparison.budget import timing_cell
-from hf_adafisher.experiments.comparison.cell_process import load_result
+from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers
-from hf_adafisher.experiments.comparison.execution import available_cores, run_cells
+from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.scripts import load_script
@@ -143,7 +143,9 @@ def test_every_configuration_is_one_that_its_script_accepts(path: Path, tmp_path
     from hf_adafisher.experiments.runs import clm_arguments, image_arguments
 
     config = json.loads(path.read_text())
-    parse = {"clm": clm_arguments.parse_arguments, "image": image_arguments.parse_arguments}[config.get("task", "clm")]
+    parse = {"clm": clm_arguments.parse_clm_arguments, "image": image_arguments.parse_image_arguments}[
+        config.get("task", "clm")
+    ]
     for cell in expand_cells(config):
         *_, training = parse([*cell.arguments(), "--output_dir", str(tmp_path)])
         assert training.optim == cell.settings["optim"]

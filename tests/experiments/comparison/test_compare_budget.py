@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_adafisher.experiments.comparison.budget import Budget, timing_cell, typical_step_seconds, window
-from hf_adafisher.experiments.comparison.cell_process import load_result
+from hf_adafisher.experiments.comparison.budget import Budget, timing_cell, typical_step_seconds, work_period
+from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
 from hf_adafisher.experiments.comparison.cells import Cell
-from hf_adafisher.experiments.comparison.execution import available_cores
-from hf_adafisher.experiments.comparison.forecast import duration, forecast
+from hf_adafisher.experiments.comparison.forecast import forecast, format_duration
 from hf_adafisher.experiments.comparison.protocol import Comparison
 
 Compare = Callable[..., Comparison]
@@ -49,7 +48,7 @@ def test_a_step_time_counts_periodic_work_but_no_interruption_and_no_warm_up() -
 def test_one_measurement_serves_all_that_cost_the_same() -> None:
     common = {"max_steps": 9, "eval_strategy": "steps", "seed": 1, "n_embd": 8, "update_interval": 50}
     cell = timing_cell(Cell({"optim": "a", "learning_rate": 3, "damping": 1, "rank": 2, "seed": 4}, common))
-    assert cell.name == "a,rank=2" and window(cell) == 50
+    assert cell.name == "a,rank=2" and work_period(cell) == 50
     assert cell.common == {
         "n_embd": 8, "update_interval": 50, "max_steps": 160, "timing_only": True, "disable_tqdm": True,
     }  # fmt: skip
@@ -118,8 +117,17 @@ def test_an_optimizer_that_cannot_be_timed_does_not_stop_the_others(compare: Com
     assert len(started()) == 2 and comparison.run() == [] and len(started("out/step_times")) == 2
 
 
+def test_epochs_of_an_optimizer_that_cannot_be_timed_are_no_budget(compare: Compare, started: Started) -> None:
+    comparison = compare([{"optim": "broken"}, ENTRIES[1]], budget="like=broken:epochs=2", optimizers=["adamw"])
+    assert comparison.unplanned() == dict.fromkeys([cell.name for cell in comparison.cells], "step time not measured")
+    assert len(comparison.run()) == 1 and comparison.plan() == [] and started() == []
+    for cell in comparison.cells:
+        result = load_result(comparison.output_dir / cell.name)
+        assert result is not None and result["reason"] == "step time: ValueError: lr is negative"
+
+
 def test_a_dry_run_says_how_many_and_how_long(compare: Compare) -> None:
-    assert duration(89) == "89 s" and duration(600) == "10 min" and duration(7200) == "2.0 h"
+    assert format_duration(89) == "89 s" and format_duration(600) == "10 min" and format_duration(7200) == "2.0 h"
     unknown = forecast(compare(ENTRIES, budget="steps=100"))
     assert "4 cells, 0 of them finished" in unknown and "unknown until step times are measured" in unknown
     config = {"step_seconds": {"adafisherw": 3.0, "adamw": 1.0}, "overhead_seconds": 50}

@@ -15,11 +15,11 @@ import pytest
 from hf_adafisher.experiments.comparison.cell_process import load_result
 from hf_adafisher.experiments.comparison.cells import expand_cells, set_arguments, use_local_data
 from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.report import pictures
-from hf_adafisher.experiments.report.published import read_paper
-from hf_adafisher.experiments.report.results import Row, best_settings, group_settings, read_rows
-from hf_adafisher.experiments.report.write_report import summarize
+from hf_adafisher.experiments.report.results import CellResult, best_settings, group_by_setting, read_results
+from hf_adafisher.experiments.report.write_report import write_report
 from hf_adafisher.models import available_architectures
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.experiments.comparison.test_compare import CONFIGS, PRESETS, script
@@ -44,13 +44,13 @@ def preset(name: str) -> dict[str, Any]:
     return json.loads((CONFIGS / f"{name}.json").read_text())
 
 
-def row(lr: float, accuracy: float | None, loss: float | None, seed: int = 0, status: str = "completed") -> Row:
+def row(lr: float, accuracy: float | None, loss: float | None, seed: int = 0, status: str = "completed") -> CellResult:
     values = {"validation accuracy %": accuracy, "validation loss": loss}
-    return Row(f"a{lr}{seed}", {"optim": "a", "lr": lr, "seed": seed}, status, "", values, [], IMAGE)
+    return CellResult(f"a{lr}{seed}", {"optim": "a", "lr": lr, "seed": seed}, status, "", values, [], IMAGE)
 
 
-def best(rows: list[Row]) -> float:
-    (setting,) = best_settings(group_settings(rows))
+def best(rows: list[CellResult]) -> float:
+    (setting,) = best_settings(group_by_setting(rows))
     return setting.others["lr"]
 
 
@@ -61,14 +61,14 @@ def test_accuracy_decides_and_equal_ones_are_decided_by_the_loss() -> None:
     # Of 180 images 150, 151 and 152 are right, and three times 151: the same mean, but not in binary numbers.
     uneven = [row(1, 100 * (right / 180), 0.2, seed) for seed, right in enumerate((150, 151, 152))]
     even = [row(2, 100 * (151 / 180), loss, seed) for seed, loss in enumerate((0.1, 0.2, 0.2))]
-    assert group_settings(uneven)[0].cost < group_settings(even)[0].cost
+    assert group_by_setting(uneven)[0].cost < group_by_setting(even)[0].cost
     assert best([*uneven, *even]) == 2 and best([*even, *uneven]) == 2
     assert best([*worse, row(4, 99.0, None, status="diverged"), row(5, None, None)]) == 2
 
 
 def test_the_table_of_the_best_has_what_images_are_measured_by(finished: Comparison) -> None:
     """The fake accuracies: 0.875 - |lr - 0.3| - 1/8 for adamw - seed / 64; by its loss, 0.1 would be the best rate."""
-    printed = summarize(finished)
+    printed = write_report(finished)
     text = (finished.output_dir / "report.md").read_text()
     header, _, first, second = text[text.index("| optimizer |") :].splitlines()[:4]
     table = dict(zip(*([cell.strip() for cell in line.split("|")[1:-1]] for line in (header, first)), strict=True))
@@ -97,7 +97,7 @@ def test_the_table_of_the_best_has_what_images_are_measured_by(finished: Compari
 
 
 def test_every_cell_is_in_the_csv_in_per_cent(finished: Comparison) -> None:
-    summarize(finished)
+    write_report(finished)
     with (finished.output_dir / "cells.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 12
@@ -111,7 +111,7 @@ def test_every_cell_is_in_the_csv_in_per_cent(finished: Comparison) -> None:
 
 
 def test_the_paper_is_named_below_its_column(finished: Comparison) -> None:
-    printed = summarize(finished)
+    printed = write_report(finished)
     for name, source in (("report.md", "Table 9 & <co>"), ("report.html", "Table 9 &amp; &lt;co&gt;")):
         text = (finished.output_dir / name).read_text()
         column, below = text.index("paper: test accuracy %"), text.index(source)
@@ -122,14 +122,18 @@ def test_the_paper_is_named_below_its_column(finished: Comparison) -> None:
 def test_what_is_published_depends_on_the_data() -> None:
     values = {"cifar10": {"sgd": 1.0}, "cifar100": {"sgd": 2}}
     config = {"paper": {**PAPER, "by": "dataset", "values": values}, "common": {"dataset": "cifar10"}, "cells": []}
-    found = [read_paper(set_arguments(config, [f"dataset={name}"])) for name in ("cifar10", "cifar100", "digits")]
+    found = [
+        read_published_results(set_arguments(config, [f"dataset={name}"])) for name in ("cifar10", "cifar100", "digits")
+    ]
     assert [paper and dict(paper.values) for paper in found] == [{"sgd": 1.0}, {"sgd": 2}, None]
-    assert read_paper(set_arguments(config, ["dataset=null"])) is None and read_paper({}) is None
+    assert (
+        read_published_results(set_arguments(config, ["dataset=null"])) is None and read_published_results({}) is None
+    )
     with pytest.raises(ValueError, match='is "by" missing'):
-        read_paper({"paper": {**PAPER, "values": values}})
+        read_published_results({"paper": {**PAPER, "values": values}})
     for paper in ({**PAPER, "value": {}}, {"source": "a", "values": {}}):
         with pytest.raises(ValueError, match='"paper" needs'):
-            read_paper({"paper": paper})
+            read_published_results({"paper": paper})
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,7 @@ def test_the_report_says_what_the_numbers_are_taken_over(
     cells = [{"optim": "adamw", **entry} for entry in entries]
     comparison = compare(cells, config={"task": task, "common": common})
     comparison.run()
-    summarize(comparison)
+    write_report(comparison)
     text = (comparison.output_dir / "report.md").read_text()
     assert words in text and text.count(" over the ") + text.count(" over all ") + text.count(" over at ") >= 1
     assert (" whole text" in text) == ("whole text" in words)
@@ -160,7 +164,7 @@ def test_pictures_show_the_error(finished: Comparison, monkeypatch: pytest.Monke
     figures = []
     create = pictures.new_figure
     monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
-    settings = group_settings(read_rows(finished.plan(), finished.output_dir, IMAGE))
+    settings = group_by_setting(read_results(finished.plan(), finished.output_dir, IMAGE))
     captions = pictures.draw_pictures(finished.output_dir, settings, best_settings(settings))
     assert [path.name for path in captions] == ["curves.png", "curves_by_seconds.png", "learning_rates.png"]
     assert all(path.is_file() and caption.startswith("Validation error ") for path, caption in captions.items())
@@ -189,10 +193,10 @@ def test_equal_accuracies_can_be_drawn(tmp_path: Path) -> None:
     """All right from the first evaluation on: there is no range to fill the frame."""
     history = [{"step": step, "train_seconds": step, "eval_accuracy": 1.0} for step in (1, 2)]
     rows = [
-        Row(f"a{lr}", {"optim": "a", "learning_rate": lr}, "completed", "", {"validation accuracy %": 100.0,
+        CellResult(f"a{lr}", {"optim": "a", "learning_rate": lr}, "completed", "", {"validation accuracy %": 100.0,
             "validation loss": 0.1}, history, IMAGE) for lr in (0.1, 0.2)
     ]  # fmt: skip
-    settings = group_settings(rows)
+    settings = group_by_setting(rows)
     assert len(pictures.draw_pictures(tmp_path, settings, best_settings(settings))) == 3
 
 
@@ -262,7 +266,7 @@ def test_what_was_set_stands_in_the_report(compare: Compare) -> None:
     config = set_arguments({"task": "image", "common": {"flip": 0.5}, "cells": [{"optim": "adam"}]}, ["cutout=8"])
     comparison = compare(config["cells"], config={"task": "image", "common": config["common"]})
     comparison.run()
-    summarize(comparison)
+    write_report(comparison)
     text = (comparison.output_dir / "report.md").read_text()
     assert "| cutout | 8 |" in text and "| flip | 0.5 |" in text and "| task | image |" in text
 
@@ -303,7 +307,7 @@ def test_seeds_of_equal_accuracy_are_drawn(right: int, tmp_path: Path) -> None:
     rows = [row(lr, 100 * (right / 180), 0.5, seed) for lr in (1.0, 2.0) for seed in range(3)]
     renamed = {"lr": "learning_rate"}
     rows = [replace(one, settings={renamed.get(key, key): v for key, v in one.settings.items()}) for one in rows]
-    settings = group_settings(rows)
+    settings = group_by_setting(rows)
     assert tmp_path / "learning_rates.png" in pictures.draw_pictures(tmp_path, settings, best_settings(settings))
 
 
@@ -325,7 +329,7 @@ PUBLISHED = ["adam", "adamw", "adafisher", "adafisherw", "sgd", "adahessian", "k
 )
 def test_published_numbers(name: str, chosen: str, expected: list[float | None]) -> None:
     config = preset(name)
-    paper = read_paper(set_arguments(config, [chosen]))
+    paper = read_published_results(set_arguments(config, [chosen]))
     assert [paper.values.get(optim) if paper else None for optim in PUBLISHED] == expected
     if paper is not None:
         assert set(paper.values) <= {entry["optim"] for entry in config["cells"]} and "2405.16397" in paper.source
@@ -337,5 +341,5 @@ def test_the_paper_has_its_own_optimizer_first(path: Path) -> None:
     config = preset(f"paper/{path.stem}")
     own = config["budget"].removeprefix("like=").split(":")[0]
     for dataset in ("cifar10", "cifar100"):
-        paper = read_paper(set_arguments(config, [f"dataset={dataset}"]))
+        paper = read_published_results(set_arguments(config, [f"dataset={dataset}"]))
         assert paper is not None and max(paper.values, key=lambda name: paper.values[name]) == own

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.experiments.comparison.cell_process import load_result
-from hf_adafisher.experiments.comparison.execution import available_cores
+from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
 from hf_adafisher.experiments.comparison.protocol import Comparison
 
 Compare = Callable[..., Comparison]

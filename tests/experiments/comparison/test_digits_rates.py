@@ -10,22 +10,22 @@ import pytest
 
 from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.figures.runs import DIGITS_LEARNING_RATES, optimizer_choice, prepare_run
-from hf_adafisher.experiments.report.results import Row, Setting, best_settings, group_settings
+from hf_adafisher.experiments.report.results import CellResult, SettingResults, best_settings, group_by_setting
 
 CELLS = Path(__file__).parents[3] / "docs" / "results" / "digits-small" / "cells.csv"
 TASK = TASKS["image"]
 SETTINGS = ("optim", "damping", "learning_rate", "lr_scheduler_type", "seed")
 
 
-def best() -> dict[str, Setting]:
+def best() -> dict[str, SettingResults]:
     """The report's choice of each optimizer, from its table of all cells."""
     rows = []
     with CELLS.open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             settings = {key: line[key] for key in SETTINGS if line[key]}
-            values = {m.name: float(line[m.name]) if line[m.name] else None for m in TASK.measures}
-            rows.append(Row(line["cell"], settings, line["status"], line["reason"], values, [], TASK))
-    return {setting.optim: setting for setting in best_settings(group_settings(rows))}
+            values = {m.name: float(line[m.name]) if line[m.name] else None for m in TASK.metrics}
+            rows.append(CellResult(line["cell"], settings, line["status"], line["reason"], values, [], TASK))
+    return {setting.optim: setting for setting in best_settings(group_by_setting(rows))}
 
 
 def test_the_rates_of_the_digits_are_the_best_of_the_committed_comparison() -> None:

@@ -32,8 +32,8 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen[:] = [model_args, data_args]
         return training_args
 
-    monkeypatch.setattr(image_setup, "prepare", prepare)
-    monkeypatch.setattr(clm_setup, "prepare", prepare)
+    monkeypatch.setattr(image_setup, "prepare_image_run", prepare)
+    monkeypatch.setattr(clm_setup, "prepare_clm_run", prepare)
     return seen
 
 

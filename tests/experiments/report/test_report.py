@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import math
@@ -22,9 +23,9 @@ import pytest
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.report import pictures
 from hf_adafisher.experiments.report.pictures import draw_pictures
-from hf_adafisher.experiments.report.results import Row, best_settings, group_settings, read_rows
+from hf_adafisher.experiments.report.results import CellResult, best_settings, group_by_setting, read_results
 from hf_adafisher.experiments.report.tables import best_table
-from hf_adafisher.experiments.report.write_report import summarize
+from hf_adafisher.experiments.report.write_report import write_report
 
 Compare = Callable[..., Comparison]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -42,9 +43,11 @@ def finished(compare: Compare) -> Comparison:
     return comparison
 
 
-def row(optim: str, loss: float | None, seed: int = 0, **settings: Any) -> Row:
+def row(optim: str, loss: float | None, seed: int = 0, **settings: Any) -> CellResult:
     values = {"validation loss": loss, "test loss": loss}
-    return Row(f"{optim}{settings}{seed}", {"optim": optim, **settings, "seed": seed}, "completed", "", values, [])
+    return CellResult(
+        f"{optim}{settings}{seed}", {"optim": optim, **settings, "seed": seed}, "completed", "", values, []
+    )
 
 
 def test_the_mean_decides_not_the_luckiest_seed() -> None:
@@ -53,17 +56,17 @@ def test_the_mean_decides_not_the_luckiest_seed() -> None:
     rows += [row("a", loss, seed, lr=3) for seed, loss in enumerate((2.0, 2.0, None))]  # one seed diverged
     rows += [row("a", 0.5, 0, lr=4)]  # one seed only: luck
     rows += [row("b", 2.0, seed) for seed in range(3)] + [row("c", None)]
-    best = best_settings(group_settings(rows))
+    best = best_settings(group_by_setting(rows))
     assert [(setting.optim, setting.others) for setting in best] == [("b", {}), ("a", {"lr": 2})]
     assert best[1].mean("test loss") == pytest.approx(3.1)
     assert best[1].spread("test loss") == pytest.approx(math.sqrt((0.1**2 + 0.1**2) / 2))
-    assert group_settings(rows)[2].cost == math.inf and group_settings(rows)[2].mean("test loss") is None
+    assert group_by_setting(rows)[2].cost == math.inf and group_by_setting(rows)[2].mean("test loss") is None
 
 
 def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
     """The fake losses: 4 + (lr - 0.1)^2 + 1 for adamw + seed / 8."""
-    text = summarize(finished)
-    best = best_settings(group_settings(read_rows(finished.plan(), finished.output_dir)))
+    text = write_report(finished)
+    best = best_settings(group_by_setting(read_results(finished.plan(), finished.output_dir)))
     table = best_table(best)
     first = dict(zip(table.columns, table.rows[0], strict=True))
     spread = statistics.stdev([0, 1 / 8, 2 / 8])
@@ -87,7 +90,7 @@ def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
 
 
 def test_every_file_of_a_report(finished: Comparison) -> None:
-    printed = summarize(finished, "python scripts/compare_optimizers.py --config 'a b.json'")
+    printed = write_report(finished, "python scripts/compare_optimizers.py --config 'a b.json'")
     for name in ("report.html", "report.md", "cells.csv", "curves.png", "curves_by_seconds.png", "learning_rates.png"):
         assert str(finished.output_dir / name) in printed and (finished.output_dir / name).is_file()
     with (finished.output_dir / "cells.csv").open(newline="") as file:
@@ -97,6 +100,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         result = json.loads((finished.output_dir / line["cell"] / "results.json").read_text())
         loss = (result.get("validation") or {}).get("loss")
         assert line["validation loss"] == ("" if loss is None else repr(loss))
+        assert line["steps"] == str(result.get("steps", ""))  # whole, though failed runs have none
         assert line["cell"].endswith(f"seed={line['seed']}") and line["optim"] == line["cell"].split(",")[0]
     text = (finished.output_dir / "report.md").read_text()
     for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",
@@ -104,21 +108,34 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         assert words in text
 
 
+def test_the_page_shows_text_as_it_is(finished: Comparison) -> None:
+    """Nothing that configurations or failures say is markup."""
+    write_report(finished, "x --set a='<b>' c=\"d\"")
+    page = html.unescape((finished.output_dir / "report.html").read_text())
+    raw = (finished.output_dir / "report.html").read_text()
+    for words in ("<p>A & B <test>.</p>", "<pre>x --set a='<b>' c=\"d\"</pre>", "<td>failed</td>"):
+        assert words in page
+    assert "<b>" not in raw and "<test>" not in raw
+    assert (
+        raw.count('<tr class="best">') == 6 and raw.count('<td class="words">') == 2
+    )  # a setting of two arguments, the seeds
+
+
 def test_an_unfinished_comparison_says_so(finished: Comparison) -> None:
     shutil.rmtree(finished.output_dir / "adamw,learning_rate=0.05,seed=0")
-    assert "1 of 36 runs have no result yet" in summarize(finished)
+    assert "1 of 36 runs have no result yet" in write_report(finished)
     assert "1 of 36 runs have no result yet" in (finished.output_dir / "report.html").read_text()
 
 
 def test_no_result_at_all(compare: Compare) -> None:
     with pytest.raises(ValueError, match="no run in"):
-        summarize(compare(ENTRIES))
+        write_report(compare(ENTRIES))
 
 
 def test_nothing_ended_well(compare: Compare) -> None:
     comparison = compare(ENTRIES[2:])
     comparison.run()
-    assert "1 of 1 runs diverged or failed" in summarize(comparison)
+    assert "1 of 1 runs diverged or failed" in write_report(comparison)
     assert "No run ended well." in (comparison.output_dir / "report.md").read_text()
 
 
@@ -126,7 +143,7 @@ def test_without_matplotlib_there_are_tables(
     finished: Comparison, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    summarize(finished)
+    write_report(finished)
     page = (finished.output_dir / "report.html").read_text()
     assert "pip install matplotlib" in caplog.text and "<img" not in page and page.count("<tr") > 36
 
@@ -134,18 +151,18 @@ def test_without_matplotlib_there_are_tables(
 def test_pictures_have_something_in_them(finished: Comparison) -> None:
     from PIL import Image
 
-    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
     for path in draw_pictures(finished.output_dir, settings, best_settings(settings)):
         colours = Image.open(path).convert("RGB").getcolors(1 << 24)
         assert {(0, 114, 178), (213, 94, 0)} <= {colour for _, colour in colours or []}  # both optimizers' lines
 
 
 def test_the_curve_against_seconds_uses_the_seconds_of_each_evaluation(finished: Comparison) -> None:
-    from hf_adafisher.experiments.report.pictures import _curves
-
-    (setting,) = [s for s in group_settings(read_rows(finished.plan(), finished.output_dir)) if s.name.endswith("0.05")]
-    (first, last), *others = _curves(setting)
-    assert first[:2] == (1, 0.25) and last[:2] == (150, 37.5) and len(others) == 2
+    settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
+    draw_pictures(finished.output_dir, settings, [s for s in settings if s.name.endswith("0.05")])
+    panels = json.loads((finished.output_dir / "curves_by_seconds.json").read_text())["panels"]
+    curve = panels["validation loss (nats per token)"]["adamw"]
+    assert (curve["steps"], curve["seconds"], curve["seeds"]) == ([1, 150], [0.25, 37.5], 3)
 
 
 def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Path) -> None:
@@ -162,7 +179,7 @@ def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Pa
         {"step": 40, "loss": 0.5, "train_seconds": 8.0}, {"step": 35, "loss": None, "train_seconds": 6.0},
     ]  # fmt: skip
     rows = [replace(row("a", 2.0, seed), history=history) for seed, history in enumerate((first, second))]
-    settings = group_settings(rows)
+    settings = group_by_setting(rows)
     found = draw_pictures(tmp_path, settings, best_settings(settings))
     assert [path.name for path in found] == ["curves.png", "curves_by_seconds.png"]
     expected = {
@@ -181,7 +198,7 @@ def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: p
     figures = []
     create = pictures.new_figure
     monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
-    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
     paths = list(draw_pictures(finished.output_dir, settings, best_settings(settings)))
     for path, x, (figure, all_axes) in zip(paths[:2], ("steps", "seconds"), figures[:2], strict=True):
         panels = json.loads(path.with_suffix(".json").read_text())["panels"]
@@ -199,7 +216,7 @@ def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: p
 
 def test_learning_rates_in_numbers(finished: Comparison) -> None:
     """4 + (lr - 0.1)^2 + 1 + seed / 8, as the fake runs have it; at 2.0 all diverge."""
-    settings = group_settings(read_rows(finished.plan(), finished.output_dir))
+    settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
     draw_pictures(finished.output_dir, settings, best_settings(settings))
     found = json.loads((finished.output_dir / "learning_rates.json").read_text())["optimizers"]
     assert set(found) == {"adamw", "adafisherw", "sgd"} and set(found["adafisherw"]) == {
@@ -217,7 +234,7 @@ def test_a_browser_shows_the_report(finished: Comparison, tmp_path: Path) -> Non
     """Headless Chromium, without network: every row of every table, every picture decoded and of its real size."""
     from PIL import Image
 
-    summarize(finished)
+    write_report(finished)
     page = (finished.output_dir / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)  # nothing from elsewhere
     images = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]

@@ -19,10 +19,10 @@ from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.drawing import COLOURS
 from hf_adafisher.experiments.report import stability_picture
 from hf_adafisher.experiments.report.pictures import optimizer_styles
-from hf_adafisher.experiments.report.results import best_settings, group_settings, read_rows
+from hf_adafisher.experiments.report.results import best_settings, group_by_setting, read_results
 from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import draw_stability
-from hf_adafisher.experiments.report.write_report import _stability, summarize
+from hf_adafisher.experiments.report.write_report import stability_sections, write_report
 from tests.experiments.comparison.test_compare import CONFIGS, script
 
 SIZES, SEEDS = (16, 64, 128), (0, 1)
@@ -87,7 +87,7 @@ def write(comparison: Comparison, name: str, result: dict[str, Any]) -> None:
 
 
 def numbers(comparison: Comparison) -> dict[str, Any]:
-    stability = read_stability(group_settings(read_rows(comparison.cells, comparison.output_dir, comparison.task)))
+    stability = read_stability(group_by_setting(read_results(comparison.cells, comparison.output_dir, comparison.task)))
     assert stability is not None
     return stability.numbers()
 
@@ -118,6 +118,18 @@ def test_a_changes_nothing_but_the_batch_size(swept: Comparison) -> None:
         check(found["A, tuned again"][optim], "batch size per device", again)
 
 
+def test_another_optimizer_s_batch_sizes_do_not_count(swept: Comparison) -> None:
+    """adamw's best at 64 has no other size, though sgd was run with the same learning rate at all of them."""
+    results = read_results(swept.cells, swept.output_dir, swept.task)
+    renamed = [
+        replace(one, settings={**one.settings, "learning_rate": 1.0}) if one.settings["learning_rate"] == 0.4 else one
+        for one in results
+    ]
+    stability = read_stability(group_by_setting(renamed))
+    assert stability is not None and list(stability.families["adamw"].sizes) == [16, 64, 128]
+    assert stability.families["adamw"].tuned.others["learning_rate"] == 0.2
+
+
 def test_b_changes_nothing_but_the_learning_rate(swept: Comparison) -> None:
     found = numbers(swept)["B"]
     for optim, rates in (("adamw", (0.1, 0.2, 0.4)), ("sgd", (1.0, 3.0))):
@@ -145,7 +157,7 @@ def test_what_is_drawn_are_these_numbers(swept: Comparison, tmp_path: Path, monk
     figures = []
     create = stability_picture.new_figure
     monkeypatch.setattr(stability_picture, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
-    settings = group_settings(read_rows(swept.cells, swept.output_dir, swept.task))
+    settings = group_by_setting(read_results(swept.cells, swept.output_dir, swept.task))
     stability = read_stability(settings)
     assert stability is not None
     ((path, caption),) = draw_stability(tmp_path, stability, optimizer_styles(settings)).items()
@@ -188,7 +200,7 @@ def colour(optim: str) -> str:
 
 
 def test_the_report_has_the_picture_and_its_table(swept: Comparison) -> None:
-    printed = summarize(swept)
+    printed = write_report(swept)
     text = (swept.output_dir / "report.md").read_text()
     assert str(swept.output_dir / "stability.png") in printed and text.count("(stability.png)") == 1
     assert "| sgd | 16 | - | 3.0 | 70.94 | - |" in text  # diverged; with 3.0 the mean of 72.5 and 69.375
@@ -196,23 +208,37 @@ def test_the_report_has_the_picture_and_its_table(swept: Comparison) -> None:
     assert "_batch_size=64, learning_rate=0.4" in text[text.index("| optimizer |") :].splitlines()[2]
 
 
+def test_a_sweep_without_learning_rates_and_step_times_has_a_picture(tmp_path: Path) -> None:
+    """Panel B has no line, C no point and D no bar."""
+    entry = {"optim": "sgd", "per_device_train_batch_size": list(SIZES)}
+    comparison = create_comparison({**CONFIG, "cells": [entry]}, tmp_path, tmp_path / "out")
+    for cell in comparison.cells:
+        right = {"accuracy": cell.settings["per_device_train_batch_size"] / 256}
+        write(comparison, cell.name, {"status": "completed", "validation": right, "test": right})
+    assert f"{tmp_path / 'out' / 'stability.png'}" in write_report(comparison)
+    found = json.loads((tmp_path / "out" / "stability.json").read_text())
+    assert found["A and C"]["sgd"]["mean"] == [6.25, 25.0, 50.0] and found["B"]["sgd"]["mean"] == []
+    assert found["D"]["sgd"] == {"seconds per epoch": None, "standard deviation": None, "runs": 0}
+    assert "| sgd | 64 | 25.00 | - | 25.00 | - |" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_other_comparisons_have_no_stability(swept: Comparison) -> None:
     """One batch size, or another argument swept: nothing is drawn."""
-    rows = read_rows(swept.cells, swept.output_dir, swept.task)
+    rows = read_results(swept.cells, swept.output_dir, swept.task)
     one = [row for row in rows if row.settings["per_device_train_batch_size"] == 64]
     shared = [
         replace(row, settings={k: v for k, v in row.settings.items() if k != "per_device_train_batch_size"})
         for row in one
     ]
-    assert read_stability(group_settings(rows)) is not None
-    assert read_stability(group_settings(one)) is read_stability(group_settings(shared)) is None
-    assert _stability(swept.output_dir, group_settings(one)) == []
+    assert read_stability(group_by_setting(rows)) is not None
+    assert read_stability(group_by_setting(one)) is read_stability(group_by_setting(shared)) is None
+    assert stability_sections(swept.output_dir, group_by_setting(one)) == []
 
 
 def test_the_best_of_each_optimizer_is_a_batch_size_with_a_learning_rate(swept: Comparison) -> None:
     """The best means are 99 and 95 % less a 64th; nothing is averaged over batch sizes."""
-    settings = group_settings(read_rows(swept.cells, swept.output_dir, swept.task))
-    assert len(settings) == 6 + 1 + 6 and {len(setting.rows) for setting in settings} == {2}
+    settings = group_by_setting(read_results(swept.cells, swept.output_dir, swept.task))
+    assert len(settings) == 6 + 1 + 6 and {len(setting.cells) for setting in settings} == {2}
     assert [(best.optim, best.name) for best in best_settings(settings)] == [
         ("adamw", "per_device_train_batch_size=64, learning_rate=0.4"),
         ("sgd", "per_device_train_batch_size=128, learning_rate=3.0"),
@@ -230,11 +256,11 @@ def test_without_test_accuracies_validation_is_shown_and_a_text_has_its_perplexi
         loss = sum(map(ord, cell.name)) % 7 / 7 + 1
         split = {"loss": loss, "token_perplexity": 3 * loss}
         write(swept, cell.name, {"status": "completed", "validation": split, "test": split})
-    rows = read_rows(swept.cells, swept.output_dir, TASKS["clm"])
-    texts = read_stability(group_settings(rows))
-    assert texts is not None and texts.measure.name == "test token perplexity" and not texts.more_is_better
-    best = min(statistics.mean(row.values["validation loss"] or 0 for row in setting.rows)
-               for setting in group_settings(rows)
+    rows = read_results(swept.cells, swept.output_dir, TASKS["clm"])
+    texts = read_stability(group_by_setting(rows))
+    assert texts is not None and texts.metric.name == "test token perplexity" and not texts.task.more_is_better
+    best = min(statistics.mean(row.values["validation loss"] or 0 for row in setting.cells)
+               for setting in group_by_setting(rows)
                if setting.optim == "sgd" and setting.others["per_device_train_batch_size"] == 64)  # fmt: skip
     assert texts.numbers()["A and C"]["sgd"]["mean"][1] == pytest.approx(3 * best)
     assert texts.numbers()["D"]["adamw"] == {"seconds per epoch": None, "standard deviation": None, "runs": 0}
@@ -247,7 +273,7 @@ def test_the_common_size_is_one_where_all_optimizers_have_a_result(swept: Compar
     found = numbers(swept)
     assert found["common batch size"] == 16 and list(found["D"]) == ["adamw", "sgd"]
     assert found["A and C"]["sgd"]["mean"][1] is None
-    settings = group_settings(read_rows(swept.cells, swept.output_dir, swept.task))
+    settings = group_by_setting(read_results(swept.cells, swept.output_dir, swept.task))
     only = [one for one in settings if one.optim != "sgd" or one.others["per_device_train_batch_size"] == 64]
     stability = read_stability(only)
     assert stability is not None and stability.missing == ["sgd"] and list(stability.families) == ["adamw"]
@@ -275,7 +301,7 @@ def test_the_epochs_of_several_batch_sizes_are_no_budget(key: str, compare: Call
     with pytest.raises(ValueError, match="its cells have 2, the shared one"):
         compare([fixed, {"optim": "sgd", "x": 1}], budget="like=sgd:epochs=2")
     comparison = compare([swept, fixed], budget="like=sgd:epochs=2")  # which is that of a batch size all the same
-    assert comparison.like is not None and timing_cell(comparison.like).name == f"sgd,{key}=2"
+    assert comparison.reference is not None and timing_cell(comparison.reference).name == f"sgd,{key}=2"
 
 
 def test_a_dry_run_knows_epochs(tmp_path: Path, compare: Callable[..., Comparison]) -> None:

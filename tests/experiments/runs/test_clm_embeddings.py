@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTModel, OpenAIGPTTokenizer
 
 from hf_adafisher.experiments.comparison.cells import expand_cells
-from hf_adafisher.experiments.runs.clm_arguments import ModelArguments, parse_arguments
-from hf_adafisher.experiments.runs.clm_setup import load_model, prepare
+from hf_adafisher.experiments.runs.clm_arguments import ModelArguments, parse_clm_arguments
+from hf_adafisher.experiments.runs.clm_setup import load_language_model, prepare_clm_run
 
 CONFIGS = Path(__file__).parents[3] / "scripts" / "configs"
 
@@ -40,7 +40,7 @@ def test_embeddings_start_as_the_pretrained_ones_and_move_unless_frozen(
     main: Any, command: list[str], gpt1: str, tmp_path: Path, freeze: bool
 ) -> None:
     extra = ["--embeddings_from", gpt1, "--freeze_embeddings", str(freeze), "--output_dir", str(tmp_path)]
-    model = prepare(*parse_arguments([*command, *extra])).model
+    model = prepare_clm_run(*parse_clm_arguments([*command, *extra])).model
     assert isinstance(model, GPT2LMHeadModel)
     assert main([*command, *extra]) == 0
     source, trained = OpenAIGPTModel.from_pretrained(gpt1), load_file(tmp_path / "model.safetensors")
@@ -59,7 +59,7 @@ def test_the_embeddings_of_a_gpt2_do_too(tmp_path: Path, gpt1: str) -> None:
     source = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_positions=32, n_embd=16, n_layer=1, n_head=2))
     source.save_pretrained(tmp_path)
     arguments = ModelArguments(n_embd=16, n_head=2, n_layer=1, embeddings_from=str(tmp_path))
-    model = load_model(arguments, AutoTokenizer.from_pretrained(gpt1), block_size=8)
+    model = load_language_model(arguments, AutoTokenizer.from_pretrained(gpt1), block_size=8)
     rows = model.get_input_embeddings().weight
     assert torch.equal(rows, source.transformer.wte.weight[: len(rows)]) and len(rows) < 400
 
@@ -73,7 +73,7 @@ def test_the_embeddings_of_a_gpt2_do_too(tmp_path: Path, gpt1: str) -> None:
 )
 def test_embeddings_that_do_not_fit(command: list[str], gpt1: str, extra: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare(*parse_arguments([*command, "--embeddings_from", gpt1, *extra]))
+        prepare_clm_run(*parse_clm_arguments([*command, "--embeddings_from", gpt1, *extra]))
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path, gpt1: str) -> None:
@@ -83,7 +83,7 @@ def test_another_kind_of_model_is_refused(tmp_path: Path, gpt1: str) -> None:
                        word_embed_proj_dim=16)).save_pretrained(tmp_path)  # fmt: skip
     arguments = ModelArguments(n_embd=16, n_head=2, n_layer=1, embeddings_from=str(tmp_path))
     with pytest.raises(ValueError, match="is a opt; embeddings can be taken from: openai-gpt, gpt2"):
-        load_model(arguments, AutoTokenizer.from_pretrained(gpt1), block_size=8)
+        load_language_model(arguments, AutoTokenizer.from_pretrained(gpt1), block_size=8)
 
 
 def test_arguments_that_contradict_each_other() -> None:
@@ -105,7 +105,7 @@ def test_the_preset_of_the_paper_with_a_stand_in(name: str, main: Any, files: di
                "eval_strategy": "no", "per_device_train_batch_size": 1, "use_cpu": True}  # fmt: skip
     cell = next(cell for cell in expand_cells({**config, "common": common}) if cell.optim == "adafisherw")
     arguments = [*cell.arguments(), "--output_dir", str(tmp_path / "out")]
-    model = prepare(*parse_arguments(arguments)).model
+    model = prepare_clm_run(*parse_clm_arguments(arguments)).model
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert trainable == 28_351_488 + 2 * 768  # GPT-2 has one LayerNorm more than GPT-1
     if name.startswith("wikitext2"):  # the two differ in their text alone

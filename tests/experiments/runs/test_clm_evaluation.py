@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.data import count_words
+from hf_adafisher.data.text import count_words
 
 
 def test_the_first_lines_alone_are_evaluated(

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adafisher.data import count_words
+from hf_adafisher.data.text import count_words
 from hf_adafisher.experiments.runs.checkpoints import find_checkpoint
-from hf_adafisher.experiments.runs.clm_arguments import parse_arguments
-from hf_adafisher.experiments.runs.clm_setup import prepare
+from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
+from hf_adafisher.experiments.runs.clm_setup import prepare_clm_run
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.scripts import read_results
 
@@ -139,17 +139,17 @@ def test_broken_checkpoints_end_in_one_line_and_stay_as_they_are(
 def test_a_used_output_directory_gives_a_warning(
     finished: Path, command: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    prepare(*parse_arguments([*command, "--output_dir", str(finished)]))
+    prepare_clm_run(*parse_clm_arguments([*command, "--output_dir", str(finished)]))
     assert "starts anew" in caplog.text and "--resume_from_checkpoint last" in caplog.text
     caplog.clear()
     longer = ["--max_steps", "6", "--output_dir", str(finished), "--resume_from_checkpoint", "last"]
-    prepare(*parse_arguments([*command, *longer]))
+    prepare_clm_run(*parse_clm_arguments([*command, *longer]))
     assert "starts anew" not in caplog.text
 
 
 def test_initial_weights_depend_on_the_seed_and_not_on_the_optimizer(command: list[str], tmp_path: Path) -> None:
     def weights(*flags: str) -> torch.Tensor:
-        model = prepare(*parse_arguments([*command, "--output_dir", str(tmp_path), *flags])).model
+        model = prepare_clm_run(*parse_clm_arguments([*command, "--output_dir", str(tmp_path), *flags])).model
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     first = weights("--optim", "adafisherw")
@@ -173,7 +173,7 @@ def test_a_json_file_says_the_same_as_flags(
 
 @pytest.mark.parametrize("optim", available_optimizers())
 def test_every_optimizer_parses(optim: str, tmp_path: Path) -> None:
-    training = parse_arguments(["--optim", optim, "--output_dir", str(tmp_path)])[2]
+    training = parse_clm_arguments(["--optim", optim, "--output_dir", str(tmp_path)])[2]
     assert training.optim == optim and training.per_device_train_batch_size == 16
     assert training.lr_scheduler_type == "cosine" and training.logging_steps == 10
 
@@ -189,14 +189,14 @@ def test_flags_win_over_the_script_defaults(tmp_path: Path) -> None:
         "--eval_strategy",
         "no",
     ]
-    training = parse_arguments(["--output_dir", str(tmp_path), *flags])[2]
+    training = parse_clm_arguments(["--output_dir", str(tmp_path), *flags])[2]
     assert (training.lr_scheduler_type, training.warmup_steps, training.learning_rate) == ("linear", 0, 0.5)
     assert training.eval_strategy == "no"
 
 
 def test_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_arguments(["--help"])
+        parse_clm_arguments(["--help"])
     assert stop.value.code == 0 and "--train_file" in capsys.readouterr().out
 
 
@@ -223,7 +223,7 @@ def test_a_diverged_run_leaves_no_card_or_results_of_an_earlier_one(
 def test_fine_tuning_starts_from_the_given_model(main: Any, command: list[str], finished: Path, tmp_path: Path) -> None:
     command = [*command, "--model_name_or_path", str(finished), "--output_dir", str(tmp_path)]
     before = load_file(finished / "model.safetensors")
-    state = prepare(*parse_arguments(command)).model.state_dict()
+    state = prepare_clm_run(*parse_clm_arguments(command)).model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in before.items())
     assert main([*command, "--learning_rate", "1e-2"]) == 0
     assert read_results(tmp_path)["test"]["loss"] < read_results(finished)["test"]["loss"]
@@ -236,11 +236,11 @@ def test_another_architecture_from_scratch(command: list[str], tmp_path: Path) -
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaConfig(**sizes, vocab_size=7, max_position_embeddings=16).save_pretrained(tmp_path)
     flags = ["--config_name", str(tmp_path), "--output_dir", str(tmp_path / "out")]
-    run = prepare(*parse_arguments([*command, *flags]))
+    run = prepare_clm_run(*parse_clm_arguments([*command, *flags]))
     assert run.model.config.model_type == "llama"
     assert run.model.get_input_embeddings().weight.shape == (len(run.tokenizer), 16)
     with pytest.raises(ValueError, match=r"block_size is 17, the model's context 16: use --block_size 16"):
-        prepare(*parse_arguments([*command, *flags, "--block_size", "17"]))
+        prepare_clm_run(*parse_clm_arguments([*command, *flags, "--block_size", "17"]))
 
 
 def test_a_run_goes_on_without_matplotlib(

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 from hf_adafisher.data.images.corpora import load_images
-from hf_adafisher.experiments.runs.image_arguments import parse_arguments
+from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
 from tests.data.images.image_samples import class_folders, picture
 from tests.experiments.runs.image_runs import TINY, prepared, run
@@ -214,7 +214,7 @@ def test_label_smoothing_is_for_training_alone(tmp_path: Path) -> None:
 
 def test_help_can_be_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_arguments(["--help"])
+        parse_image_arguments(["--help"])
     assert stop.value.code == 0 and "--layer_decay" in capsys.readouterr().out
 
 

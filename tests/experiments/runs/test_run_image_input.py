@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 
-from hf_adafisher.experiments.runs.image_arguments import parse_arguments
+from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
 from hf_adafisher.experiments.runs.run import PreparedRun, run_script
 from tests.data.images.image_samples import class_folders, picture
 from tests.experiments.runs.image_runs import TINY, run
@@ -218,11 +219,20 @@ def test_a_refused_resume_leaves_the_earlier_run_as_it_was(caplog: pytest.LogCap
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_without_scikit_learn_nothing_is_trained(
+    refused: Check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The evaluation at the end needs it."""
+    class_folders(tmp_path / "images", {"red": 8, "blue": 8})
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    refused([*TINY, "--data_dir", tmp_path / "images"], "scikit-learn: pip install 'hf_adafisher[vision]'")
+
+
 def test_options_that_exclude_each_other_are_known_before_the_data_is(tmp_path: Path) -> None:
     """The arguments alone tell, wherever they come from."""
     for flags in (["--freeze_backbone"], ["--layer_decay", "2"], ["--model_options", "a"]):
         with pytest.raises(ValueError, match=r"freeze_backbone|layer_decay|model_options"):
-            parse_arguments([*flags, "--output_dir", str(tmp_path)])
+            parse_image_arguments([*flags, "--output_dir", str(tmp_path)])
 
 
 def test_an_error_of_several_lines_is_told_in_one(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_adafisher import AdaFisher, AdaFisherW
 from hf_adafisher.experiments.runs.image import ImageRun
-from hf_adafisher.experiments.runs.image_arguments import parse_arguments
+from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
 from hf_adafisher.optimizers.factory.create import available_optimizers, optimizer_record
 from tests.data.images.image_samples import class_folders
 from tests.experiments.runs.image_runs import TINY, TINY_RESNET, prepared, run
@@ -77,9 +77,9 @@ def test_the_learning_rate_follows_from_the_optimizer(digits: dict[str, Path], t
     rates = {name: optimizer_record(name).learning_rate.value for name in available_optimizers()}
     rates |= {"adafisher": 0.02, "adafisherw": 0.02}
     for name, rate in rates.items():
-        assert parse_arguments(["--optim", name, "--output_dir", str(tmp_path)])[2].learning_rate == rate
-    assert parse_arguments(["--output_dir", str(tmp_path)])[2].learning_rate == 0.02
-    assert parse_arguments(["--learning_rate", "0.5", "--output_dir", str(tmp_path)])[2].learning_rate == 0.5
+        assert parse_image_arguments(["--optim", name, "--output_dir", str(tmp_path)])[2].learning_rate == rate
+    assert parse_image_arguments(["--output_dir", str(tmp_path)])[2].learning_rate == 0.02
+    assert parse_image_arguments(["--learning_rate", "0.5", "--output_dir", str(tmp_path)])[2].learning_rate == 0.5
     pretrained = ["--model_name_or_path", digits["cct"], *FEW, "--output_dir", tmp_path]
     for flags, rate in (
         ([], 0.001),

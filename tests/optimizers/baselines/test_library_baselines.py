@@ -817,7 +817,10 @@ def test_shampoo_passes_its_options_on_to_both_parts() -> None:
     for key in ("momentum", "matrix_eps", "weight_decouple", "fixed_decay"):
         assert full[key] == options[key]
     assert (rest["lr"], rest["betas"], rest["eps"], rest["maximize"]) == (0.02, (0.7, 0.8), 1e-3, True)
-    assert (optimizer._parts[True].maximize, optimizer._parts[True].preconditioning_compute_steps) == (True, 3)
+    assert (optimizer._optimizers[True].maximize, optimizer._optimizers[True].preconditioning_compute_steps) == (
+        True,
+        3,
+    )
 
 
 # --- which weights are what -----------------------------------------------------------------

@@ -10,35 +10,35 @@ _KEYS = {"source", "measure", "by", "values"}
 
 
 @dataclass(frozen=True)
-class Paper:
-    """What was published for the setting of a comparison.
+class PublishedResults:
+    """Published numbers for the setting of a comparison.
 
     Attributes:
-        source: Where.
-        measure: What was measured, as the title of a column says it.
+        source: Publication and table.
+        metric: Metric as the title of a column.
         values: Numbers by the optimizer's name.
     """
 
     source: str
-    measure: str
+    metric: str
     values: Mapping[str, float]
 
     @property
     def title(self) -> str:
         """Title of the column."""
-        return f"paper: {self.measure}"
+        return f"paper: {self.metric}"
 
     @property
     def note(self) -> str:
-        """What stands below the table."""
+        """Note below the table."""
         return (
             f'The column "{self.title}" is {self.source}, as published: measured on other machines, with the '
             "learning rates of its authors."
         )
 
 
-def read_paper(config: Mapping[str, Any]) -> Paper | None:
-    """The published numbers of a configuration, or None if it has none for its setting.
+def read_published_results(config: Mapping[str, Any]) -> PublishedResults | None:
+    """Read the published numbers of a configuration, or None if it has none for its setting.
 
     Args:
         config: With ``"paper": {"source": text, "measure": title, "values": {optimizer: number}}``. With
@@ -58,4 +58,4 @@ def read_paper(config: Mapping[str, Any]) -> Paper | None:
         values = values.get(str(config.get("common", {}).get(paper["by"])), {})
     if not all(isinstance(value, int | float) for value in values.values()):
         raise ValueError(f'the values of "paper" are numbers by optimizer, got {values}; is "by" missing?')
-    return Paper(paper["source"], paper["measure"], values) if values else None
+    return PublishedResults(paper["source"], paper["measure"], values) if values else None

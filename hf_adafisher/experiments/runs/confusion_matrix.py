@@ -7,25 +7,25 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_adafisher.experiments.outputs import new_panels
+from hf_adafisher.experiments.drawing import new_panels
 
 _WITH_NUMBERS = 20
-"""Up to so many classes each cell shows its number."""
+"""Largest number of classes with a number in each cell."""
 _WITH_NAMES = 200
-"""Up to so many classes the axes show their names."""
+"""Largest number of classes with names at the axes."""
 _LONGEST_NAME = 24
 
 
 def write_confusion_matrix(
     path: Path, counts: Sequence[Sequence[int]] | np.ndarray, class_names: Sequence[str], title: str = ""
 ) -> bool:
-    """Draws how often each class (row) was taken for each class (column), coloured by its share of the row.
+    """Draw a confusion matrix, true classes by row, coloured by the share of the row.
 
     Args:
         path: PNG file to write.
-        counts: shape (classes, classes).
-        class_names: in the order of their numbers.
-        title: of the picture; the accuracy is added.
+        counts: Shape (classes, classes).
+        class_names: In the order of their numbers.
+        title: Of the picture; the accuracy is added.
 
     Returns:
         False if matplotlib is not installed: then nothing is drawn, and a warning says so.

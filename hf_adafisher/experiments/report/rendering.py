@@ -1,0 +1,52 @@
+"""Rendering of a report: one HTML page that needs no other file, and Markdown."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader
+
+from hf_adafisher.experiments.report.tables import Table
+
+_TEMPLATE = "report.html.jinja"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report: text, a table with a note below it, pictures with their captions, a command.
+
+    Attributes:
+        is_text: The table holds text, which is aligned left and broken into lines, not numbers.
+    """
+
+    title: str
+    text: str = ""
+    table: Table | None = None
+    note: str = ""
+    pictures: Mapping[Path, str] = field(default_factory=dict)
+    command: str = ""
+    is_text: bool = False
+
+
+def render_html(title: str, sections: Sequence[Section]) -> str:
+    """Render the page, with the pictures inside it and without any script."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
+    environment.filters["base64"] = lambda path: base64.b64encode(path.read_bytes()).decode("ascii")
+    return environment.get_template(_TEMPLATE).render(title=title, sections=sections)
+
+
+def render_markdown(title: str, sections: Sequence[Section]) -> str:
+    """Render Markdown, with pictures as links to files beside it."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts += [f"## {section.title}"] if section.title else []
+        parts += [section.text] if section.text else []
+        parts += [section.table.markdown().rstrip()] if section.table is not None else []
+        parts += [section.note] if section.note else []
+        parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in section.pictures.items()]
+        parts += [f"```bash\n{section.command}\n```"] if section.command else []
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,46 @@
+"""The numbers and the files that docs/architecture.md names."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def traced() -> dict[str, dict[str, int]]:
+    command = [sys.executable, str(ROOT / "scripts" / "trace_step.py"), "--json"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout)
+
+
+def test_the_page_quotes_what_the_trace_counts(traced: dict[str, dict[str, int]]) -> None:
+    quoted = re.findall(r"<!--(idle|due) (files|functions)-->(\d+)", PAGE)
+    assert len(quoted) == 4
+    assert {(kind, what): int(number) for kind, what, number in quoted} == {
+        (kind, what): traced[kind][what] for kind in ("idle", "due") for what in ("files", "functions")
+    }
+
+
+def test_a_step_stays_short(traced: dict[str, dict[str, int]]) -> None:
+    assert traced["idle"]["files"] <= 7 and traced["idle"]["functions"] <= 20
+    assert traced["due"]["files"] <= 12 and traced["due"]["functions"] <= 50
+
+
+def test_every_file_and_name_that_the_page_names_exists() -> None:
+    names = re.findall(r"`([\w/.]+(?:\.py|/))`", PAGE)
+    assert len(names) > 30
+    roots = [ROOT, ROOT / "hf_adafisher", *(path for path in (ROOT / "hf_adafisher").rglob("*") if path.is_dir())]
+    missing = [name for name in names if not any((root / name).exists() for root in roots)]
+    assert not missing
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_adafisher").rglob("*.py"))
+    defined = set(re.findall(r"(?:def|class) (\w+)", source))
+    called = re.findall(r"`(?:(\w+)\.)?(_?[a-zA-Z]\w*)`", PAGE)
+    words = {name for owner, name in called if owner or name[0].isupper() or name.endswith("_")}
+    assert words and words <= defined
