@@ -1,12 +1,14 @@
-"""Times AdaFisherW's step against AdamW's, a training iteration, and how both grow.
+"""Time AdaFisherW's step against AdamW's, a training iteration, and the growth of both.
 
     python scripts/benchmark_step.py --model gpt2-20m --rounds 15 --json out/step.json
     python scripts/benchmark_step.py --model gpt2-20m --compiled --rounds 15
     python scripts/benchmark_step.py --all-optimizers --rounds 15
     python scripts/benchmark_step.py --whole-iteration --rounds 15
     python scripts/benchmark_step.py --scaling --plot out/scaling.png
+    python scripts/benchmark_step.py --count-operators --json out/operators.json
 
-All that is compared runs alternately in this one process; medians are shown, with quartiles.
+All that is compared runs alternately in this one process; medians are shown, with quartiles. Operators are counted on
+the CPU.
 """
 
 from __future__ import annotations
@@ -19,16 +21,20 @@ from pathlib import Path
 
 import torch
 
-from hf_adafisher.experiments.benchmark import scaling as benchmark_scaling
-from hf_adafisher.experiments.benchmark import step as benchmark
-from hf_adafisher.experiments.benchmark import trainer_step as benchmark_trainer
+from hf_adafisher.experiments.benchmark.iteration import measure_iteration
+from hf_adafisher.experiments.benchmark.measurement import as_table
+from hf_adafisher.experiments.benchmark.operators import measure_operators, operators_table
+from hf_adafisher.experiments.benchmark.scaling import draw_scaling, measure_scaling
+from hf_adafisher.experiments.benchmark.step import measure_optimizers, measure_step
+from hf_adafisher.experiments.benchmark.trainer_step import measure_trainer
+from hf_adafisher.experiments.benchmark.workloads import MODELS
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; returns 0."""
+    """Measure, print and write the result; return 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(benchmark.MODELS), default="gpt2-20m", help="default gpt2-20m")
+    parser.add_argument("--model", choices=list(MODELS), default="gpt2-20m", help="default gpt2-20m")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds (default 15, at least 2)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, which is timed by CUDA events (default cpu)")
@@ -37,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode.add_argument("--all-optimizers", action="store_true", help="step() of every installed optimizer")
     mode.add_argument("--whole-iteration", action="store_true", help="due and idle steps, whole training iterations")
     mode.add_argument("--scaling", action="store_true", help="growth with width, depth, vocabulary and batch")
+    mode.add_argument("--count-operators", action="store_true", help="operators that an idle step launches, on the CPU")
     parser.add_argument("--json", type=Path, help="file for the result")
     parser.add_argument("--plot", type=Path, help="picture for --scaling")
     arguments = parser.parse_args(argv)
@@ -48,16 +55,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     load, rounds, device = os.getloadavg()[0], arguments.rounds, arguments.device
     if arguments.scaling:
-        result = benchmark_scaling.measure_scaling(rounds, device)
+        result = measure_scaling(rounds, device)
     elif arguments.whole_iteration:
-        result = benchmark.measure_iteration(rounds, device, arguments.compiled)
-        result["rows"] |= benchmark_trainer.measure_trainer(rounds, device)
+        result = measure_iteration(rounds, device, arguments.compiled)
+        result["rows"] |= measure_trainer(rounds, device)
     elif arguments.all_optimizers:
-        result = benchmark.measure_optimizers(arguments.model, rounds, device)
+        result = measure_optimizers(arguments.model, rounds, device)
+    elif arguments.count_operators:
+        result = measure_operators(arguments.compiled)
+        print(operators_table(result["operators"]))
     else:
-        result = benchmark.measure_step(arguments.model, rounds, device, arguments.compiled)
+        result = measure_step(arguments.model, rounds, device, arguments.compiled)
     if "rows" in result:
-        print(benchmark.as_table(result["rows"]))
+        print(as_table(result["rows"]))
     for name, points in result.get("points", {}).items():
         for point in points:
             print(name, ", ".join(f"{key} {value:.4g}" for key, value in point.items()))
@@ -72,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         write_json(arguments.json, result)
     if arguments.plot:
-        benchmark_scaling.write_scaling(arguments.plot, result)
+        draw_scaling(arguments.plot, result)
     return 0
 
 

@@ -1,13 +1,13 @@
-"""Compares what optimizers divide by with the exact diagonal of the Fisher, layer by layer.
+"""Compare the divisors of optimizers with the exact diagonal of the Fisher, layer by layer.
 
 A small model is trained with AdaFisher(W). Then the exact diagonal is computed from the gradients of single examples,
-and four estimates of the same run are held against it: AdaFisher's F~, the same before normalisation (S (x) H), Adam's
-moving average of squared gradients, and what K-FAC divides by. Numbers are rank correlations, correlations of the
+and four estimates of the same run are compared with it: AdaFisher's F~, the same before normalisation (S (x) H), Adam's
+moving average of squared gradients, and K-FAC's divisor. Numbers are rank correlations, correlations of the
 logarithms, and log10 of the ratio of the means; "exact, half and half" is the same between two halves of the examples.
 
 The exact diagonal is that of the end, and the estimates are averages over the training, each with its own steps and
 decay. A second table has controls that average as F~ does, S (x) H without its scaling layer by layer, and K-FAC with
-a hundredth and a hundred times of the damping. What every column and row holds is printed below the tables.
+a hundredth and a hundred times of the damping. A legend of all columns and rows is printed below the tables.
 
     python scripts/compare_fisher.py --steps 200 --seeds 0 1 2 --output figures/exact_fisher.png
     python scripts/compare_fisher.py --kind true --steps 200 --output figures/true_fisher.png
@@ -20,10 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_adafisher.experiments.figures.runs import figure_parser, optimizer_choice, run_figure
-from hf_adafisher.experiments.fisher_accuracy.comparison import FisherSettings, compare_fisher
+from hf_adafisher.experiments.figures.command_line import figure_parser, run_figure
+from hf_adafisher.experiments.fisher_accuracy.evaluation import FisherSettings, compare_fisher
 from hf_adafisher.experiments.fisher_accuracy.exact_fisher import KINDS
-from hf_adafisher.experiments.fisher_accuracy.report import FURTHER, LEGEND, agreement_table, draw_agreement
+from hf_adafisher.experiments.fisher_accuracy.picture import CONTROL_COLUMNS, LEGEND, agreement_table, draw_agreement
 
 TABLES = {
     "spearman": "Spearman's rank correlation with the exact diagonal",
@@ -33,7 +33,7 @@ TABLES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains, compares, prints the tables, draws; returns the exit status, 2 for bad input."""
+    """Train, compare, print the tables and draw; return the exit status, 2 for bad input."""
     parser = figure_parser(__doc__, "figures/exact_fisher.png")
     parser.add_argument("--optimizer", help="adafisher or adafisherw, or NAME:argument=value,... (default: the task's)")
     parser.add_argument("--steps", type=int, default=200, help="of the training (default 200)")
@@ -48,23 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, further = parser.parse_known_args(argv)
 
     def work() -> list[Path]:
-        settings = FisherSettings(
-            task=args.task,
-            output=args.output,
-            optimizer=None if args.optimizer is None else optimizer_choice(args.optimizer),
-            steps=args.steps,
-            kind=args.kind,
-            examples=args.examples,
-            draws=args.draws,
-            kfac_damping=args.kfac_damping,
-            max_factor_dim=args.max_factor_dim,
-            seeds=args.seeds,
-            further=further,
-        )
+        settings = FisherSettings(**vars(args), further=further)
         found = compare_fisher(settings)
         for measure, title in TABLES.items():
             print(f"\n{title}:\n\n{agreement_table(found, measure).markdown()}")
-            print(f"{title}, controls:\n\n{agreement_table(found, measure, FURTHER).markdown()}")
+            print(f"{title}, controls:\n\n{agreement_table(found, measure, CONTROL_COLUMNS).markdown()}")
         print(LEGEND.format(damping=f"{args.kfac_damping:g}"))
         return draw_agreement(found, args.output)
 

@@ -1,4 +1,4 @@
-"""Draws which layers the curvature speeds up and which it holds back, from the record of a run.
+"""Draw the relative step size of each layer from the curvature record of a run.
 
 The run is one of any Trainer with AdaFisher or AdaFisherW and callbacks=[CurvatureCallback()], which writes
 curvature.jsonl into its folder:
@@ -6,9 +6,9 @@ curvature.jsonl into its folder:
     python scripts/plot_curvature.py out
     python scripts/plot_curvature.py out --layers "*.weight" --output weights.png
 
-It prints the layers at both ends and what recording cost. A layer's step is the root mean square of momentum / F over
-that of its momentum: how far the curvature lets it move for what its gradients ask, here divided by the same of the
-layer in the middle of the model.
+It prints both ends of the ranking and the cost of recording. A layer's step is the root mean square of momentum / F
+over that of its momentum, here divided by its median over all layers: above 1 the curvature speeds a layer up, below 1
+it holds it back.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_adafisher.experiments.figures.curvature_picture import draw_curvature
-from hf_adafisher.experiments.figures.runs import run_figure
+from hf_adafisher.experiments.figures.command_line import run_figure
+from hf_adafisher.experiments.figures.layers.picture import draw_curvature
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draws it; returns the exit status: 0, or 2 where there is nothing to draw."""
+    """Draw it; return the exit status: 0, or 2 without anything to draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run, or its curvature.jsonl")
     parser.add_argument(

@@ -1,12 +1,12 @@
-"""Draws how the values of a layer's Fisher diagonal are spread, step by step (Figure 4 of the AdaFisher paper).
+r"""Draw histograms of a layer's Fisher diagonal, step by step (Figure 4 of the AdaFisher paper).
 
 AdaFisher's diagonal, by which its momentum is divided, stands beside the second moment of Adam, which starts from the
 same weights and sees the same data. Both are counted in logarithmic bins; the lines are the quartiles.
 
     python scripts/plot_fisher_histogram.py --layer cct.layers.0.intermediate --steps 300 --output figures/histogram.png
-    python scripts/plot_fisher_histogram.py --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 20 \\
+    python scripts/plot_fisher_histogram.py --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 20 \
         --layer transformer.h.0.mlp.c_fc
-    python scripts/plot_fisher_histogram.py --task image --model resnet18 --dataset cifar10 --layer classifier.1 \\
+    python scripts/plot_fisher_histogram.py --task image --model resnet18 --dataset cifar10 --layer classifier.1 \
         --optimizers adafisher:learning_rate=0.01 adam:learning_rate=0.001
 
 A wrong name of a layer, or none, is answered with those that there are.
@@ -18,15 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_adafisher.experiments.figures.histogram import HistogramSettings, collect_histograms
-from hf_adafisher.experiments.figures.histogram_picture import draw_histograms, spread_in_decades
-from hf_adafisher.experiments.figures.runs import figure_parser, run_figure
+from hf_adafisher.experiments.figures.command_line import figure_parser, run_figure
+from hf_adafisher.experiments.figures.histogram.collect import HistogramSettings, collect_histograms
+from hf_adafisher.experiments.figures.histogram.picture import draw_histograms, spread_in_decades
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Trains both, draws, says how wide the values spread; returns the exit status, 2 for bad input."""
+    """Train both, draw, and print the spread of the values; return the exit status, 2 for bad input."""
     parser = figure_parser(__doc__, "figures/histogram.png")
-    parser.add_argument("--layer", help="name of the module whose weight is looked at")
+    parser.add_argument("--layer", help="name of the module whose weight is counted")
     parser.add_argument(
         "--optimizers",
         nargs="+",
@@ -39,24 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, further = parser.parse_known_args(argv)
 
     def work() -> list[Path]:
-        settings = HistogramSettings(
-            task=args.task,
-            output=args.output,
-            layer=args.layer,
-            optimizers=args.optimizers,
-            steps=args.steps,
-            every=args.every,
-            bins_per_decade=args.bins_per_decade,
-            further=further,
-        )
-        found = collect_histograms(settings)
+        found = collect_histograms(HistogramSettings(**vars(args), further=further))
         files = draw_histograms(found, args.output)
         for panel in found["panels"]:
             row = panel["rows"][-1]
-            half, whole = spread_in_decades(row)
+            middle_half, full = spread_in_decades(row)
             print(
-                f"{panel['optimizer']}, step {row['step']}: the middle half of the values spans {half:.2f} decades, "
-                f"all of them {whole:.2f}"
+                f"{panel['optimizer']}, step {row['step']}: the middle half of the values spans {middle_half:.2f} "
+                f"decades, all of them {full:.2f}"
             )
         return files
 

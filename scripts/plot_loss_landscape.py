@@ -1,18 +1,18 @@
-"""Draws the ways of several optimizers, from one start, over the loss of the plane that holds them (Figure 1).
+r"""Draw the trajectories of several optimizers, from one start, over the loss of their plane (Figure 1).
 
     python scripts/plot_loss_landscape.py --optimizers adafisher adam sgd --steps 100 --output out/fig1.png
-    python scripts/plot_loss_landscape.py --task clm --n_layer 2 --n_embd 64 --n_head 2 \\
+    python scripts/plot_loss_landscape.py --task clm --n_layer 2 --n_embd 64 --n_head 2 \
         --optimizers adafisherw adamw:learning_rate=0.001 --output out/clm.png
 
-The plane is that of the two principal components of all trajectories. It goes through their common start, so that
-every path begins at its true loss; with --origin mean it goes through the mean of all weights on the way. Others are
-two random directions around the first optimizer's end, or two of your own, with filter normalisation (Li et al. 2018):
+The plane is spanned by the two principal components of all trajectories. It goes through their common start, so that
+every path begins at its true loss; with --origin mean it goes through the mean of all snapshots. Other planes have two
+random directions around the first optimizer's end, or two of your own, with filter normalisation (Li et al. 2018):
 
     python scripts/plot_loss_landscape.py --plane random --plane_seed 1 --output out/random.png
     python scripts/plot_loss_landscape.py --plane directions.pt --output out/own.png
 
-where ``torch.save([{name: tensor, ...}, {name: tensor, ...}], "directions.pt")`` wrote two directions, with the names
-and shapes of the model's trainable parameters.
+with ``torch.save([{name: tensor, ...}, {name: tensor, ...}], "directions.pt")`` for the file, with the names and shapes
+of the model's trainable parameters.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_adafisher.experiments.drawing import save_figure
-from hf_adafisher.experiments.figures.landscape_picture import draw_landscape
-from hf_adafisher.experiments.figures.landscape_run import trace_landscape
-from hf_adafisher.experiments.figures.landscape_trajectories import LandscapeSettings
-from hf_adafisher.experiments.figures.runs import figure_parser, run_figure
+from hf_adafisher.experiments.figures.command_line import figure_parser, run_figure
+from hf_adafisher.experiments.figures.landscape.picture import draw_landscape
+from hf_adafisher.experiments.figures.landscape.settings import LandscapeSettings
+from hf_adafisher.experiments.figures.landscape.trace import trace_landscape
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs it; returns the exit status: 0; 2 for bad input."""
+    """Train, draw, and return the exit status, 2 for bad input."""
     parser = figure_parser(str(__doc__), "out/landscape.png")
     add = parser.add_argument
     add("--optimizers", nargs="+", default=["adafisher", "adam", "sgd"], metavar="NAME[:ARGUMENT=VALUE,...]",
@@ -47,9 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, further = parser.parse_known_args(argv)
 
     def work() -> list[Path]:
-        settings = LandscapeSettings(**vars(arguments), further=further)
-        numbers = trace_landscape(settings)
-        return save_figure(draw_landscape(numbers), settings.output, numbers)
+        numbers = trace_landscape(LandscapeSettings(**vars(arguments), further=further))
+        return save_figure(draw_landscape(numbers), arguments.output, numbers)
 
     return run_figure(work)
 

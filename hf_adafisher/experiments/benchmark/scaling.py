@@ -1,4 +1,4 @@
-"""How an optimizer's costs grow with each size of a model, and the picture of it."""
+"""Growth of an optimizer's costs with each size of a model, and its picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_adafisher.experiments.benchmark.step import Workload, alternate, gpt2, timed, timer
+from hf_adafisher.experiments.benchmark.measurement import alternate, timed, timer
+from hf_adafisher.experiments.benchmark.workloads import Workload, gpt2
 from hf_adafisher.experiments.drawing import new_figure
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 
@@ -27,11 +28,11 @@ PANELS = (
     ("parameters", "step_ms", "step() that is not due, ms"),
     ("activations", "factor_ms", "factors of a due step, ms"),
 )
-"""What the picture shows: the x axis, the y axis, and the label of the latter."""
+"""Panels of the picture: the x axis, the y axis, and the label of the latter."""
 
 
 def measure_scaling(rounds: int, device: str = "cpu", series: Mapping[str, Sequence[int]] = SERIES) -> dict[str, Any]:
-    """How an idle step and the factors of a due one grow with each size of a GPT-2, the others held at ``BASE``."""
+    """Measure an idle step and the factors of a due one for each size of a GPT-2, the others held at ``BASE``."""
     points: dict[str, list[dict[str, float]]] = {}
     for name, sizes in series.items():
         for size in sizes:
@@ -66,25 +67,25 @@ def measure_scaling(rounds: int, device: str = "cpu", series: Mapping[str, Seque
                 }
             )
             due.close()
-    every = [point for line in points.values() for point in line]
-    return {"base": BASE, "points": points, "fits": {y: straight_line(every, x, y) for x, y, _ in PANELS}}
+    together = [point for line in points.values() for point in line]
+    return {"base": BASE, "points": points, "fits": {y: straight_line(together, x, y) for x, y, _ in PANELS}}
 
 
 def straight_line(points: Sequence[Mapping[str, float]], x: str, y: str) -> dict[str, float]:
-    """The least squares line through all points.
+    """Fit the least squares line through all points.
 
     Returns:
-        ``ms_per_million`` of what is on the axis ``x``, ``intercept_ms``, and ``r_squared``, the share of the variance
-        of ``y`` that the line matches_forward: 1 where growth is exactly linear.
+        ``ms_per_million`` units of ``x``, ``intercept_ms``, and ``r_squared``, the share of the variance of ``y`` that
+        the line explains: 1 for exactly linear growth.
     """
     millions, values = [point[x] / 1e6 for point in points], [point[y] for point in points]
     slope, intercept = statistics.linear_regression(millions, values)
-    explained = statistics.correlation(millions, values) ** 2
-    return {"ms_per_million": slope, "intercept_ms": intercept, "r_squared": explained}
+    r_squared = statistics.correlation(millions, values) ** 2
+    return {"ms_per_million": slope, "intercept_ms": intercept, "r_squared": r_squared}
 
 
 def _activations(work: Workload) -> int:
-    """Values that the layers with parameters read and return in one forward pass: what factors are summed over."""
+    """Count the inputs and outputs of the layers with parameters in one forward pass, which factors are sums over."""
     total = 0
 
     def count(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -100,7 +101,7 @@ def _activations(work: Workload) -> int:
     return total
 
 
-def write_scaling(path: Path, result: Mapping[str, Any]) -> None:
+def draw_scaling(path: Path, result: Mapping[str, Any]) -> None:
     """Draw an idle step over the parameters and the time for factors over the activations."""
     figure, panels = new_figure(1, 2, (11, 4.5), sharey=False)
     for axes, (x, y, label) in zip(panels, PANELS, strict=True):

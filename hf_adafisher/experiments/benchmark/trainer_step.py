@@ -1,4 +1,4 @@
-"""A whole training step under Trainer: AdaFisherW's against that of ``adamw_torch_fused``, in turns."""
+"""Time of a whole training step under Trainer: AdaFisherW's against that of ``adamw_torch_fused``, in turns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_adafisher.experiments.benchmark.step import T_COV, gpt2, summary
+from hf_adafisher.experiments.benchmark.iteration import T_COV
+from hf_adafisher.experiments.benchmark.measurement import compare_times
+from hf_adafisher.experiments.benchmark.workloads import gpt2
 from hf_adafisher.experiments.runs.callbacks import StepTimer
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.trainer import AdaFisherTrainer
@@ -24,7 +26,7 @@ WARM_UP = 2
 
 
 class _Turns:
-    """Lets several threads run one after the other, in a fixed order, as long as none of them has failed."""
+    """Turns of several threads in a fixed order, until one of them fails."""
 
     def __init__(self, count: int) -> None:
         self.count, self.now = count, 0
@@ -32,39 +34,41 @@ class _Turns:
         self._changed = threading.Condition()
 
     def wait(self, index: int) -> None:
-        """Until it is this one's turn."""
+        """Block until it is the turn of thread ``index``."""
         with self._changed:
             self._changed.wait_for(lambda: self.now == index or self.failure is not None)
         if self.failure is not None:
             raise RuntimeError("another run of this comparison failed") from self.failure
 
     def end(self, failure: BaseException | None = None) -> None:
-        """The next one's turn."""
+        """Pass the turn to the next thread."""
         with self._changed:
             self.failure = self.failure or failure
             self.now = (self.now + 1) % self.count
             self._changed.notify_all()
 
 
-class _TakeTurns(StepTimer):
-    """Times a run's steps; after every T_COV of them others run."""
+class TurnTimer(StepTimer):
+    """Times the steps of a run that passes its turn on after every T_COV of them."""
 
     def __init__(self, turns: _Turns, index: int) -> None:
         super().__init__()
         self.turns, self.index = turns, index
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Wait for the turn, then start the clock."""
         if state.global_step % T_COV == 0:
             self.turns.wait(self.index)
         super().on_step_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock, and pass the turn on after the last step of it."""
         super().on_step_end(args, state, control, **kwargs)
         if state.global_step % T_COV == 0:
             self.turns.end()
 
     def turn_ms(self) -> list[float]:
-        """Mean milliseconds of a step in each turn."""
+        """Mean duration of a step in each turn, in milliseconds."""
         return [1e3 * fmean(self.seconds[i : i + T_COV]) for i in range(0, len(self.seconds), T_COV)]
 
 
@@ -80,24 +84,24 @@ class _SameBatch(Dataset[dict[str, Tensor]]):
 
 
 def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str, dict[str, float]]:
-    """Forward, backward, clipping, step and zero_grad under Trainer at T_cov = 10, milliseconds a step.
+    """Time forward, backward, clipping, step and zero_grad under Trainer at T_cov = 10, in milliseconds a step.
 
     Both runs are real ``train()`` calls, each in a thread of its own; they take turns of ten steps, one of them due.
 
     Args:
-        rounds: Turns of each that count.
-        device: ``cpu``, or ``cuda`` where there is one.
-        sizes: Of the GPT-2, see ``hf_adafisher.experiments.benchmark.step.gpt2``.
+        rounds: Number of turns of each run that count.
+        device: ``cpu`` or ``cuda``.
+        sizes: Sizes of the GPT-2, see ``hf_adafisher.experiments.benchmark.workloads.gpt2``.
     """
     names = ("adamw_torch_fused", "adafisherw")
     turns, watches, threads = _Turns(len(names)), [], []
     steps = T_COV * (rounds + WARM_UP)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(transformers_logging.set_verbosity, verbosity)
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        stack.callback(transformers_logging.set_verbosity, verbosity)
         for index, name in enumerate(names):
-            watch = _TakeTurns(turns, index)
+            watch = TurnTimer(turns, index)
             trainer = _trainer(name, folder, device, steps, watch, sizes)
             threads.append(threading.Thread(target=_run, args=(trainer, turns), daemon=True))
             watches.append(watch)
@@ -108,7 +112,7 @@ def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str,
     if turns.failure is not None:
         raise turns.failure
     times: Sequence[list[float]] = [watch.turn_ms()[WARM_UP:] for watch in watches]
-    return {f"Trainer step, {name}": summary(own, times[0]) for name, own in zip(names, times, strict=True)}
+    return {f"Trainer step, {name}": compare_times(own, times[0]) for name, own in zip(names, times, strict=True)}
 
 
 def _trainer(name: str, folder: str, device: str, steps: int, watch: TrainerCallback, sizes: dict[str, int]) -> Trainer:

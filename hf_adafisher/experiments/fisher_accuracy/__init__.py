@@ -1,1 +1,1 @@
-"""The diagonal Kronecker Fisher against the exact diagonal."""
+"""Agreement of the diagonal Kronecker Fisher with the exact diagonal."""

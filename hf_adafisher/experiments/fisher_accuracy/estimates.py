@@ -1,4 +1,4 @@
-"""What K-FAC and Adam would know after somebody else's training run: collected beside it, without changing it."""
+"""Statistics of K-FAC and Adam, collected during a run of another optimizer without changing it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_adafisher.experiments.fisher_accuracy.exact_average import ExactAverage
 from hf_adafisher.experiments.fisher_accuracy.exact_fisher import count_terms
-from hf_adafisher.experiments.fisher_accuracy.window import ExactAverage
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
 from hf_adafisher.fisher.diagonals import OUTPUT_GRAD
 from hf_adafisher.fisher.recorder import FactorRecorder
@@ -23,23 +23,23 @@ from hf_adafisher.optimizers.baselines.kfac_blocks import (
 
 
 class KroneckerFactors:
-    """The full factors ``A`` and ``G`` of K-FAC's blocks, averaged as K-FAC does, over the steps that are recorded.
+    """Full factors ``A`` and ``G`` of K-FAC's blocks, averaged as K-FAC does, over the steps that are recorded.
 
     ``A`` and ``G`` are in the unit of one term of the loss, as ``hf_adafisher.optimizers.baselines.kfac.KFAC`` has
     them. Their diagonals are AdaFisher's factors: the diagonal of ``A (x) G``, before any inversion, is ``S (x) H``
-    without normalisation times the positions of a layer that serve one term. So ``diagonals`` gives what only
-    K-FAC does: it inverts the damped factors as matrices, and divides a value by one over the diagonal of
+    without normalisation times the positions of a layer that serve one term. ``diagonals`` shows the part that is
+    K-FAC's alone: it inverts the damped factors as matrices, and divides a single value by one over the diagonal of
 
         ``(A + pi sqrt(damping) I)^-1 (x) (G + sqrt(damping) / pi I)^-1``
 
-    if one looks at that value alone; ``pi`` as in ``kfac_inverse.split_damping``. Its ranks depend on the damping, and
-    without any there is none: factors of few examples have no inverse. What K-FAC has without damping and inversion,
-    the diagonal of ``A (x) G``, has the ranks of ``S (x) H`` within a layer.
+    with ``pi`` as in ``kfac_inverse.split_damping``. Its ranks depend on the damping, without which factors of few
+    examples have no inverse. The diagonal of ``A (x) G``, without damping and inversion, has the ranks of ``S (x) H``
+    within a layer.
 
     Args:
-        model: hooks are put on its layers while ``arm`` says so.
-        decay: of the moving average, in [0, 1).
-        max_factor_dim: longest side with a full factor; of others the diagonal is kept.
+        model: Model whose layers get hooks.
+        decay: Decay of the moving average, in [0, 1).
+        max_factor_dim: Longest side with a full factor; of others the diagonal is kept.
     """
 
     def __init__(self, model: nn.Module, decay: float, max_factor_dim: int = 2048) -> None:
@@ -51,15 +51,20 @@ class KroneckerFactors:
         self.states = [_empty_state(block) for block in self.blocks]
 
     def arm(self, due: bool) -> None:
-        """Whether the next step is recorded."""
+        """Turn recording of the next step on or off."""
         if due:
             self.recorder.arm()
         else:
             self.recorder.disarm()
 
     def refresh(self, terms: int) -> bool:
-        """Takes in what a step recorded, whose loss was the mean of so many terms; False, and nothing, if it is not
-        finite.
+        """Average a step's statistics in, unless they are not finite.
+
+        Args:
+            terms: Number of terms in the mean that the loss is.
+
+        Returns:
+            False for statistics that are not finite.
         """
         sample = self.recorder.flush()
         if sample.non_finite:
@@ -73,7 +78,7 @@ class KroneckerFactors:
         return True
 
     def diagonals(self, damping: float) -> dict[int, Tensor]:
-        """What K-FAC divides each value by, by ``id(parameter)``, for weights and the biases in their blocks."""
+        """K-FAC's divisor of each value, by ``id(parameter)``, for weights and the biases in their blocks."""
         found: dict[int, Tensor] = {}
         for block, state in zip(self.blocks, self.states, strict=True):
             if block.has_statistics(state):
@@ -82,7 +87,7 @@ class KroneckerFactors:
         return found
 
     def products(self) -> dict[int, Tensor]:
-        """The diagonal of ``A (x) G`` itself, by ``id(parameter)``: ``S (x) H`` for one term of the loss."""
+        """Diagonal of ``A (x) G`` itself, by ``id(parameter)``: ``S (x) H`` for one term of the loss."""
         found: dict[int, Tensor] = {}
         for block, state in zip(self.blocks, self.states, strict=True):
             if block.has_statistics(state):
@@ -99,13 +104,13 @@ def _empty_state(block: Block) -> dict[str, Tensor]:
 
 
 def _outer(rows: Tensor, columns: Tensor) -> Tensor:
-    """The diagonal of a Kronecker product as a matrix, from two factors or their diagonals."""
+    """Diagonal of a Kronecker product as a matrix, from two factors or their diagonals."""
     left, right = (side.diagonal() if side.dim() == 2 else side for side in (rows, columns))
     return torch.outer(left, right)
 
 
 def _split(block: Block, matrix: Tensor) -> dict[int, Tensor]:
-    """A matrix of a block's values as those of its weight and, if that is in it, its bias."""
+    """Split a matrix of a block's values into those of its weight and, if the block has it, its bias."""
     if block.bias is None:
         return {id(block.weight): matrix.reshape(block.weight.shape)}
     axis = block.uses[0].input_axis
@@ -114,12 +119,12 @@ def _split(block: Block, matrix: Tensor) -> dict[int, Tensor]:
 
 
 class SecondMoments:
-    """Adam's moving average of squared gradients, over the gradients of a run that another optimizer makes.
+    """Adam's moving average of squared gradients, over the gradients of a run of another optimizer.
 
     They are the gradients that this optimizer gets: clipped, if the run clips.
 
     Args:
-        beta2: its decay, in [0, 1).
+        beta2: Decay of the average, in [0, 1).
     """
 
     def __init__(self, beta2: float) -> None:
@@ -128,7 +133,7 @@ class SecondMoments:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Takes in the gradients that the model's parameters have."""
+        """Average the present gradients of the model's parameters in."""
         for p in model.parameters():
             if p.grad is not None:
                 square = p.grad.to(statistics_dtype(p.dtype)).square()
@@ -139,31 +144,32 @@ class SecondMoments:
                 self._averages[id(p)].update_([square], self.beta2)
 
     def moments(self) -> dict[int, Tensor]:
-        """Bias-corrected, ``v / (1 - beta2^t)``, by ``id(parameter)``."""
+        """Bias-corrected second moments, ``v / (1 - beta2^t)``, by ``id(parameter)``."""
         return {key: average.mean()[0] for key, average in self._averages.items()}
 
 
 class RunObserver:
-    """Collects both beside a run that trains with AdaFisher(W), and controls for what they average over.
+    """Collects both during a run of AdaFisher(W), with controls for the steps and decays that they average over.
 
     AdaFisher's factors and K-FAC's are averages over the steps on which AdaFisher refreshes, with its decay; Adam's
     second moment is one over all steps, with its own. The controls average over AdaFisher's steps with its decay too.
 
-    Use ``after_step`` as the function of an ``AtSteps`` for every step, and ``close`` when training has ended.
+    Use ``after_step`` as the function of a ``StepCallback`` for every step, and ``close`` when training has ended.
 
     Args:
-        model: that is trained.
-        ema_decay: AdaFisher's, for the factors too.
-        beta2: of the second moment.
-        max_factor_dim: see ``KroneckerFactors``.
+        model: Model that is trained.
+        ema_decay: AdaFisher's decay, for the factors too.
+        beta2: Decay of the second moment.
+        max_factor_dim: See ``KroneckerFactors``.
 
     Attributes:
-        factors: of K-FAC.
-        moments: of Adam, over all steps.
-        window_moments: squared gradients, averaged as AdaFisher averages its factors.
-        window: the exact diagonals of the same mini-batches, averaged so too.
-        last_terms: terms of the loss of the last step that was due.
-        last_scale: AdaFisher's ``gradient_scale`` in it.
+        factors: Factors of K-FAC.
+        moments: Second moments of Adam, over all steps.
+        window_moments: Squared gradients, averaged as AdaFisher averages its factors.
+        window: Exact diagonals of the same mini-batches, averaged in the same way.
+        terms: Number of terms of the present step's loss so far.
+        last_terms: Number of terms of the loss of the last step that was due.
+        last_scale: AdaFisher's ``gradient_scale`` in that step.
     """
 
     def __init__(self, model: nn.Module, ema_decay: float, beta2: float, max_factor_dim: int) -> None:
@@ -171,7 +177,7 @@ class RunObserver:
         self.factors = KroneckerFactors(model, ema_decay, max_factor_dim)
         self.moments, self.window_moments = SecondMoments(beta2), SecondMoments(ema_decay)
         self.last_terms, self.last_scale = 0, 1.0
-        self._terms = 0
+        self.terms = 0
         self._due = True
         self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
         self.factors.arm(True)
@@ -182,22 +188,22 @@ class RunObserver:
                 self.window.add(module, args, kwargs)
             labels = kwargs.get("labels")
             if labels is None or labels.is_floating_point():  # smoothed or mixed: those of images
-                self._terms += len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+                self.terms += len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
             else:
-                self._terms += count_terms(labels)
+                self.terms += count_terms(labels)
 
     def after_step(self, step: int, model: nn.Module, optimizer: Any) -> None:
-        """Takes in the step's gradients, and its factors if it was due; then follows the optimizer's schedule."""
+        """Average the step's gradients in, and its factors if it was due; then follow the optimizer's schedule."""
         self.moments.update(model)
-        if self._due and self.factors.refresh(self._terms):
+        if self._due and self.factors.refresh(self.terms):
             self.window_moments.update(model)
             self.window.refresh()
-            self.last_terms, self.last_scale = self._terms, optimizer.gradient_scale
-        self.window.forget()
-        self._terms, self._due = 0, optimizer.refresh_due
+            self.last_terms, self.last_scale = self.terms, optimizer.gradient_scale
+        self.window.discard()
+        self.terms, self._due = 0, optimizer.refresh_due
         self.factors.arm(self._due)
 
     def close(self) -> None:
-        """Removes every hook."""
+        """Remove every hook."""
         self._handle.remove()
         self.factors.recorder.close()

@@ -1,20 +1,20 @@
-"""The exact diagonal of the Fisher of a small model, by gradients of single examples.
+"""Exact diagonal of the Fisher of a small model, from the gradients of single examples.
 
 For a model ``p(y | x)`` with examples ``x_n``, labels ``y_n`` and weights ``w``:
 
     ``empirical:  F = 1/M sum_n (d log p(y_n | x_n) / dw)^2``           labels of the data
     ``true:       F = 1/M sum_n sum_y p(y | x_n) (d log p(y | x_n) / dw)^2``     labels of the model's own distribution
 
-squares being elementwise. For a classifier, an example is one image, ``M`` the number of examples, and the sum over
+with elementwise squares. For a classifier, an example is one image, ``M`` the number of examples, and the sum over
 ``y`` is made in full. For a causal language model, an example is a sequence, ``log p`` the sum over its predicted
 tokens, and ``M`` the number of predicted tokens in all examples: the unit is one term of the loss in both cases. Given
 their contexts, labels that are drawn from the model are independent and their gradients have mean zero: the true Fisher
-of a sequence is the sum of its tokens', and drawing labels for all of them at once is right in expectation. With the
-labels of the data, gradients of neighbouring tokens do correlate, and the empirical diagonal has that in it.
+of a sequence is the sum of its tokens', and labels drawn for all of them at once are right in expectation. With the
+labels of the data, gradients of neighbouring tokens do correlate, and the empirical diagonal contains their products.
 
 A layer that is used at many positions (tokens, pixels) has the gradient ``sum_t g_t x_t^T``, whose square has cross
-terms between positions. AdaFisher's ``S (x) H = mean(g^2) mean(x^2)`` leaves these out, as well as what ``g`` and ``x``
-have to do with each other; this is what a comparison with the exact diagonal measures.
+terms between positions. AdaFisher's ``S (x) H = mean(g^2) mean(x^2)`` leaves these out, as well as the correlation of
+``g`` and ``x``; a comparison with the exact diagonal measures the effect of both.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("empirical", "true")
 FEW_CLASSES = 100
-"""Up to so many classes the sum over labels is made in full; beyond, and for tokens, labels are drawn."""
+"""Largest number of classes for a full sum over labels; beyond, and for tokens, labels are drawn."""
 _IGNORED = -100
-"""The label of tokens that are not predicted."""
+"""Label of tokens that are not predicted."""
 _VALUES_AT_ONCE = 1 << 25
-"""Gradients of single examples, in values, that are held at the same time."""
+"""Largest number of values in the gradients of single examples that are held at the same time."""
 _EXAMPLES_AT_ONCE = 64
 
 Batch = Mapping[str, Any]
@@ -49,16 +49,16 @@ Diagonals = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ExactFisher:
-    """What ``exact_fisher`` found.
+    """Exact diagonal over a set of examples.
 
     Attributes:
-        diagonals: of all examples, by the parameter's name, in its shape.
-        halves: the same of every other example: two diagonals of half as many examples each. How far they agree says
-            how much of the diagonal is chance with so few examples. It is no ceiling: neither half is the truth, and an
-            estimate that averages over more examples can be closer to ``diagonals`` than the halves are to each other.
-        examples: how many.
-        terms: terms of the loss in them, M.
-        looped: whether examples were taken one by one.
+        diagonals: Diagonal over all examples, by the parameter's name, in its shape.
+        halves: Diagonals over every other example, half as many each. Their agreement shows the sampling noise of the
+            diagonal. It is no ceiling: neither half is the truth, and an estimate that averages over more examples can
+            be closer to ``diagonals`` than the halves are to each other.
+        examples: Number of examples.
+        terms: Number of terms of the loss in them, M.
+        looped: True if examples were taken one by one.
     """
 
     diagonals: Diagonals
@@ -79,26 +79,26 @@ def exact_fisher(
     one_by_one: bool = False,
     progress: bool = False,
 ) -> ExactFisher:
-    """The exact diagonal of the Fisher over these examples, for every trainable parameter; see the module.
+    """Compute the exact diagonal of the Fisher for every trainable parameter; see the module for its definition.
 
-    It works on a copy of the model in evaluation mode: no dropout, and BatchNorm with its running statistics, without
+    A copy of the model in evaluation mode does the work: no dropout, and BatchNorm with its running statistics, without
     which the gradient of a single example is not defined. Time: one forward and backward an example, times the classes
     (or ``draws``) for the true Fisher. Memory: ``chunk`` gradients of all parameters, and three more tensors of that
     size.
 
     Args:
-        model: returns logits, or an object with ``logits``: (batch, classes), or (batch, tokens, vocabulary) with
+        model: Returns logits, or an object with ``logits``: (batch, classes), or (batch, tokens, vocabulary) with
             labels that are shifted by one, as causal language models of transformers do.
-        batches: tensors with one row an example, by the names of the model's arguments, and ``labels`` (integers).
+        batches: Tensors with one row an example, by the names of the model's arguments, and ``labels`` (integers).
         kind: "empirical" or "true".
-        draws: labels drawn for each example where the true Fisher's sum over labels is too long, at least 1.
-        seed: of these labels.
-        chunk: examples at once; None for what fits about 128 MiB, at most 64.
-        one_by_one: without trying ``torch.func.vmap``, for a model that is known not to go through it.
-        progress: whether to show a bar.
+        draws: Labels drawn for each example where the true Fisher's sum over labels is too long, at least 1.
+        seed: Seed of these labels.
+        chunk: Number of examples at once; None for about 128 MiB, at most 64.
+        one_by_one: Do not try ``torch.func.vmap``, for a model that is known not to support it.
+        progress: Show a progress bar.
 
     Raises:
-        ValueError: an argument outside its range, no examples, labels that are no class numbers.
+        ValueError: An argument outside its range, no examples, labels that are no class numbers.
     """
     _check(batches, kind, draws, chunk)
     model = _prepared(model)
@@ -111,7 +111,7 @@ def exact_fisher(
     )
     generator = torch.Generator().manual_seed(seed)
     terms, examples = [0, 0], 0
-    parts = [part for batch in batches for part in _parts(batch, chunk)]
+    parts = [part for batch in batches for part in _split_batch(batch, chunk)]
     for inputs, labels in tqdm(parts, desc=f"{kind} Fisher", disable=not progress):
         member = (torch.arange(examples, examples + len(labels)) % 2).to(labels.device)
         examples += len(labels)
@@ -122,9 +122,9 @@ def exact_fisher(
                 squares = gradient.to(halves[0][name].dtype).square()
                 for half in range(2):
                     halves[half][name] += torch.tensordot((weights * (member == half)).to(squares), squares, dims=1)
-    whole = {name: (halves[0][name] + halves[1][name]) / sum(terms) for name in gradients.params}
+    total = {name: (halves[0][name] + halves[1][name]) / sum(terms) for name in gradients.params}
     each = [{name: value / max(terms[i], 1) for name, value in half.items()} for i, half in enumerate(halves)]
-    return ExactFisher(whole, (each[0], each[1]), examples, sum(terms), gradients.looped)
+    return ExactFisher(total, (each[0], each[1]), examples, sum(terms), gradients.looped)
 
 
 def _check(batches: Sequence[Batch], kind: str, draws: int, chunk: int | None) -> None:
@@ -145,7 +145,7 @@ def _check(batches: Sequence[Batch], kind: str, draws: int, chunk: int | None) -
 
 
 def _prepared(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that does not search texts without a mask for padding, which vmap could not."""
+    """Copy in evaluation mode that does not search texts without a mask for padding, which vmap could not."""
     model = copy.deepcopy(model).eval()
     config: Any = getattr(model, "config", None)
     if getattr(config, "pad_token_id", None) is not None:
@@ -154,7 +154,7 @@ def _prepared(model: nn.Module) -> nn.Module:
 
 
 def count_terms(labels: Tensor) -> int:
-    """Terms of the loss behind a batch's labels: examples (N,), or the tokens of (N, T) that are predicted."""
+    """Count the terms of the loss of a batch: its examples (N,), or the predicted tokens of (N, T)."""
     return len(labels) if labels.dim() == 1 else int((labels[:, 1:] != _IGNORED).sum())
 
 
@@ -162,8 +162,8 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """``log p(labels)`` of one example, in nats, a scalar.
 
     Args:
-        logits: (classes,) or (tokens, vocabulary).
-        labels: a class number (), or ids (tokens,), of which the first and those of -100 are not predicted.
+        logits: Shape (classes,) or (tokens, vocabulary).
+        labels: A class number (), or ids (tokens,), of which the first and those of -100 are not predicted.
     """
     if labels.dim() == 0:
         return logits.log_softmax(-1).gather(-1, labels[None])[0]
@@ -173,7 +173,7 @@ def log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class _ExampleGradients:
-    """Gradients of ``log p(labels)`` of each example of a batch, all at once where the model lets vmap through."""
+    """Gradients of ``log p(labels)`` of each example of a batch, all at once where the model supports vmap."""
 
     def __init__(self, model: nn.Module, looped: bool = False) -> None:
         self.model = model
@@ -186,12 +186,12 @@ class _ExampleGradients:
         return log_likelihood(logits_of(torch.func.functional_call(self.model, params, (), batch))[0], labels)
 
     def __call__(self, inputs: dict[str, Tensor], labels: Tensor) -> Diagonals:
-        """By the parameter's name, shape (examples, *parameter)."""
+        """Compute the gradients, by the parameter's name, shape (examples, *parameter)."""
         if not self.looped:
             try:
                 with sdpa_kernel(SDPBackend.MATH):  # the others go through a batch one by one
                     return self._at_once(self.params, inputs, labels)
-            except Exception as error:  # whatever it is, the loop shows whether it was vmap's
+            except Exception as error:  # the loop shows if vmap was its cause
                 self.looped = True
                 reason = str(error).strip().partition("\n")[0]
                 logger.warning(
@@ -212,21 +212,21 @@ class _ExampleGradients:
 
     @torch.no_grad()
     def probabilities(self, inputs: dict[str, Tensor]) -> Tensor:
-        """The model's own distribution over labels, in the shape of its logits."""
+        """Model's own distribution over labels, in the shape of its logits."""
         logits = logits_of(self.model(**inputs))
         return logits.to(statistics_dtype(logits.dtype)).softmax(-1)
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits of a model's outputs."""
+    """Logits of a model's outputs."""
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
-def _parts(batch: Batch, chunk: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """A batch in parts of at most ``chunk`` examples: the model's inputs and the labels."""
+def _split_batch(batch: Batch, chunk: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Split a batch into the inputs and labels of at most ``chunk`` examples each."""
     inputs = {key: value for key, value in batch.items() if key != "labels" and isinstance(value, Tensor)}
     mask = inputs.get("attention_mask")
-    if mask is not None and bool(mask.all()):  # says nothing, and models look at its values, which vmap cannot
+    if mask is not None and bool(mask.all()):  # no information, and models look at its values, which vmap cannot
         del inputs["attention_mask"]
     labels = batch["labels"]
     for start in range(0, len(labels), chunk):
@@ -241,7 +241,7 @@ def _label_sets(
     draws: int,
     generator: torch.Generator,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The labels to take gradients for, and the weight of each example's square."""
+    """Labels to take gradients for, and the weight of each example's square."""
     if kind == "empirical":
         yield labels, torch.ones(len(labels), device=labels.device)
         return
@@ -253,7 +253,7 @@ def _label_sets(
     flat = shares.reshape(-1, shares.shape[-1]).float().cpu()
     for _ in range(draws):
         drawn = torch.multinomial(flat, 1, generator=generator).reshape(shares.shape[:-1]).to(labels)
-        if labels.dim() == 2:  # what stands at a position predicts the next one
+        if labels.dim() == 2:  # each position predicts the next one
             drawn = torch.where(labels[:, 1:] == _IGNORED, labels[:, 1:], drawn[:, :-1])
             drawn = torch.cat([labels[:, :1], drawn], dim=1)
         yield drawn, torch.full((len(labels),), 1.0 / draws, dtype=shares.dtype, device=labels.device)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.comparison.tasks import TASKS
-from hf_adafisher.experiments.figures.runs import DIGITS_LEARNING_RATES, optimizer_choice, prepare_run
+from hf_adafisher.experiments.figures.training_run import DIGITS_LEARNING_RATES, prepare_run
 from hf_adafisher.experiments.report.results import CellResult, SettingResults, best_settings, group_by_setting
 
 CELLS = Path(__file__).parents[3] / "docs" / "results" / "digits-small" / "cells.csv"
@@ -36,7 +36,7 @@ def test_the_rates_of_the_digits_are_the_best_of_the_committed_comparison() -> N
 @pytest.mark.parametrize("name", ["adafisher", "adafisherw", "schedule_free_adamw"])
 def test_a_figures_run_has_what_else_that_comparison_set(name: str, tmp_path: Path) -> None:
     """Damping and learning rate belong together, and so do the rate and its schedule."""
-    args: Any = prepare_run("digits", 1, tmp_path / "a.png", optimizer_choice(name), ["--use_cpu"]).training_args
+    args: Any = prepare_run("digits", 1, tmp_path / "a.png", name, ["--use_cpu"]).training_args
     others = {"lr_scheduler_type": "cosine", **best()[name].others}
     assert args.lr_scheduler_type == others["lr_scheduler_type"]
     for key in others.keys() - {"lr_scheduler_type"}:

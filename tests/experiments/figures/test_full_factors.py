@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_adafisher import AdaFisherW
-from hf_adafisher.experiments.figures.dominance_study import draw_factors, measure_layer, skipped_layers
-from hf_adafisher.experiments.figures.full_factors import collect_factors
+from hf_adafisher.experiments.figures.factors.full_factors import collect_factors
+from hf_adafisher.experiments.figures.factors.study import draw_factors, measure_layer, skipped_layers
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from tests.experiments.figures.factor_networks import Net, Tagger, loss_of, net_and_batch
 
@@ -78,24 +78,27 @@ def test_diagonals_are_what_adafisher_records() -> None:
 
 
 def test_looking_leaves_no_trace() -> None:
-    net, batch = net_and_batch()
-    optimizer = AdaFisherW(net, update_interval=1)
-    net.train()
-    loss_of(net, batch).backward()
-    recorder = optimizer._statistics.open_recorder()
-    pending = {t.name: pair.output_grad_factor.clone() for t, pair in recorder._pending.items()}
-    hooks = {name: dict(module._forward_hooks) for name, module in net.named_modules()}
-    kept = {name: value.clone() for name, value in net.state_dict().items()}
-    grads = [p.grad.clone() for p in net.parameters() if p.grad is not None]
-    random = torch.get_rng_state()
-    collect_factors(net, in_two(batch), loss_of, max_dim=100)
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
-    assert all(torch.equal(p.grad, grad) for p, grad in zip(net.parameters(), grads, strict=True))
-    assert all(module.training for module in net.modules())
-    assert {name: dict(module._forward_hooks) for name, module in net.named_modules()} == hooks
-    after = {t.name: pair.output_grad_factor for t, pair in recorder._pending.items()}
-    assert after.keys() == pending.keys() and all(torch.equal(after[name], pending[name]) for name in pending)
+    """Between backward and step: model, gradients, hooks and random numbers stay, and the step is that without it."""
+    stepped = []
+    for looking in (False, True):
+        net, batch = net_and_batch()
+        optimizer = AdaFisherW(net, update_interval=1)
+        net.train()
+        loss_of(net, batch).backward()
+        hooks = {name: dict(module._forward_hooks) for name, module in net.named_modules()}
+        kept = {name: value.clone() for name, value in net.state_dict().items()}
+        grads = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+        random = torch.get_rng_state()
+        if looking:
+            collect_factors(net, in_two(batch), loss_of, max_dim=100)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(value, kept[name]) for name, value in net.state_dict().items())
+        assert all(torch.equal(p.grad, grad) for p, grad in zip(net.parameters(), grads, strict=True))
+        assert all(module.training for module in net.modules())
+        assert {name: dict(module._forward_hooks) for name, module in net.named_modules()} == hooks
+        optimizer.step()
+        stepped.append((net.state_dict(), optimizer.state_dict()["state"]))
+    torch.testing.assert_close(*stepped, rtol=0, atol=0)
 
 
 def test_an_embeddings_inputs_are_token_frequencies() -> None:
@@ -105,11 +108,11 @@ def test_an_embeddings_inputs_are_token_frequencies() -> None:
     found = collect_factors(tagger, [batch], loss_of, max_dim=3)
     words = found["words"]
     torch.testing.assert_close(words.moments[INPUT], torch.tensor([3.0, 3, 2, 0, 1, 0, 1]) / 10)
-    assert words.moments[OUTPUT_GRAD].shape == (3, 3) and words.layer.by_nature == {INPUT} and not words.layer.cut
+    assert words.moments[OUTPUT_GRAD].shape == (3, 3) and words.layer.by_nature == {INPUT} and not words.layer.too_long
     assert not words.broadcast and found["positions"].broadcast
     row = measure_layer(found["positions"])
     assert row.note == "S of gradients summed over a batch, H diagonal by nature"
-    assert row.measures[INPUT].energy_share == 1.0 and row.dimensions == {INPUT: 5, OUTPUT_GRAD: 3}
+    assert row.dominance[INPUT].energy_share == 1.0 and row.dimensions == {INPUT: 5, OUTPUT_GRAD: 3}
     skipped = skipped_layers(tagger, found)
     assert skipped.keys() == {"unused", "grouped"} and "grouped" in skipped["grouped"]
 
@@ -146,7 +149,7 @@ def test_only_one_layer_on_request() -> None:
 def test_factors_that_are_too_long_keep_their_diagonal_alone() -> None:
     net, batch = net_and_batch()
     conv = collect_factors(net, [batch], loss_of, max_dim=17)["conv"]
-    assert conv.layer.cut == {INPUT} and conv.measured().keys() == {OUTPUT_GRAD}
+    assert conv.layer.too_long == {INPUT} and conv.dominance().keys() == {OUTPUT_GRAD}
     torch.testing.assert_close(conv.moments[INPUT].flatten(), slow_factors(net, batch)["conv"][0].diagonal())
     assert measure_layer(conv).note == "H too long"
     assert [factor.side for factor in draw_factors(1, conv, 0.1)] == [OUTPUT_GRAD]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hf_adafisher.experiments.figures import histogram, histogram_picture
-from hf_adafisher.experiments.figures.histogram import (
+from hf_adafisher.experiments.figures.histogram import collect, picture
+from hf_adafisher.experiments.figures.histogram.collect import (
     HistogramSettings,
     check_second_moment,
     collect_histograms,
@@ -22,7 +22,11 @@ from hf_adafisher.experiments.figures.histogram import (
     prepare_pair,
     second_moment,
 )
-from hf_adafisher.experiments.figures.runs import DIGITS_LEARNING_RATES, AtSteps, optimizer_choice, prepare_run
+from hf_adafisher.experiments.figures.training_run import (
+    DIGITS_LEARNING_RATES,
+    StepCallback,
+    prepare_run,
+)
 from tests.experiments.runs.image_runs import TINY
 from tests.scripts import load_script
 
@@ -40,12 +44,12 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: Any) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(histogram, "collect_panel", train)
+    monkeypatch.setattr(collect, "collect_panel", train)
 
 
 def plain_run(chosen: HistogramSettings, optimizer: str) -> tuple[Any, dict[int, dict[str, Any]]]:
-    """The same training without the figure: its model, and the weight's tensors after every step."""
-    run = prepare_run(chosen.task, chosen.steps, chosen.output, optimizer_choice(optimizer), chosen.further)
+    """Train without the figure; return the model, and the weight's tensors after every step."""
+    run = prepare_run(chosen.task, chosen.steps, chosen.output, optimizer, chosen.further)
     seen: dict[int, dict[str, Any]] = {}
 
     def keep(step: int, model: Any, found: Any) -> None:
@@ -56,12 +60,12 @@ def plain_run(chosen: HistogramSettings, optimizer: str) -> tuple[Any, dict[int,
         else:
             seen[step]["exp_avg_sq"] = found.state[weight]["exp_avg_sq"].clone()
 
-    run.new_trainer([AtSteps(None, keep)]).train()
+    run.new_trainer([StepCallback(None, keep)]).train()
     return run.model, seen
 
 
 def test_counts_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(histogram, "_CHUNK", 50)
+    monkeypatch.setattr(collect, "_CHUNK", 50)
     values = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).mul(3).exp()
     values[0] = torch.tensor([0.0, math.inf, math.nan, -math.inf, 0.0])
     row = count_values(values, 7, 3)
@@ -129,7 +133,7 @@ def test_defaults_fit_the_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["adam", "lamb", "adamw_torch", "schedule_free_adamw"])
 def test_second_moments_are_found(tmp_path: Path, name: str) -> None:
-    run = prepare_run("digits", 1, tmp_path / "a.png", optimizer_choice(name), [*RUN, *TINY])
+    run = prepare_run("digits", 1, tmp_path / "a.png", name, [*RUN, *TINY])
     state = torch.random.get_rng_state()
     check_second_moment(run)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -181,8 +185,8 @@ def test_script_on_text_with_zeros(
 ) -> None:
     """The last position of a window predicts nothing, so its row of the table never has a gradient."""
     titles: list[str] = []
-    titled = histogram_picture._title
-    monkeypatch.setattr(histogram_picture, "_title", lambda panel: titles.append(titled(panel)) or titles[-1])
+    titled = picture.panel_title
+    monkeypatch.setattr(picture, "panel_title", lambda panel: titles.append(titled(panel)) or titles[-1])
     output = tmp_path / "pictures" / "text.png"
     cut = command.index("--max_steps")
     flags = ["--task", "clm", "--layer", "transformer.wpe", "--steps", "3", "--output", str(output), *command[:cut]]
@@ -195,9 +199,9 @@ def test_script_on_text_with_zeros(
     assert found["shape"] == [16, 16] and fisher["damping"] == 0.003
     assert [row["zeros"] for row in moment["rows"]] == [16, 16, 16] and not any(r["zeros"] for r in fisher["rows"])
     assert titles[0].endswith("all values drawn") and "zero, not drawn: 6.2% to 6.2% of the values" in titles[1]
-    shares = histogram_picture.densities(moment, 20)
+    shares = picture.densities(moment, 20)
     np.testing.assert_allclose(shares.sum(1) / 20, 15 / 16)
-    half, whole = histogram_picture.spread_in_decades(moment["rows"][-1])
+    half, whole = picture.spread_in_decades(moment["rows"][-1])
     assert 10**half == pytest.approx(moment["rows"][-1]["quartiles"][3] / moment["rows"][-1]["quartiles"][1])
     assert f"adamw, step 3: the middle half of the values spans {half:.2f} decades, all of them {whole:.2f}" in (
         capsys.readouterr().out
@@ -214,8 +218,8 @@ def test_script_says_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_a_diverged_run_is_said(tmp_path: Path) -> None:
     rows = [{"step": 1, "counts": [3], "zeros": 0, "not_finite": 1, "quartiles": [1.0, 1.1, 1.2, 1.3, 10.0]}]
     panel = {"optimizer": "adam", "learning_rate": 9.0, "diverged_at": 2, "log10_edges": [0.0, 0.1], "rows": rows}
-    assert "diverged at step 2" in histogram_picture._title(panel)
-    assert "not finite, not drawn: 25.0% to 25.0%" in histogram_picture._title(panel)
+    assert "diverged at step 2" in picture.panel_title(panel)
+    assert "not finite, not drawn: 25.0% to 25.0%" in picture.panel_title(panel)
     empty = {**panel, "log10_edges": [0.0], "rows": []}
     with pytest.raises(ValueError, match="no value of adam is finite and above zero"):
-        histogram_picture.draw_histograms({"panels": [empty], "bins_per_decade": 10}, tmp_path / "a.png")
+        picture.draw_histograms({"panels": [empty], "bins_per_decade": 10}, tmp_path / "a.png")

@@ -17,12 +17,21 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from hf_adafisher.experiments.figures import landscape, landscape_directions, landscape_picture, landscape_run
-from hf_adafisher.experiments.figures.buffers import flat_buffers, load_buffers, refresh_statistics
-from hf_adafisher.experiments.figures.landscape import Plane
-from hf_adafisher.experiments.figures.landscape_run import trace_landscape
-from hf_adafisher.experiments.figures.landscape_trajectories import LandscapeSettings, Trajectory, prepare_optimizers
-from hf_adafisher.experiments.figures.runs import fixed_batches, mean_loss
+from hf_adafisher.experiments.figures.landscape import directions, picture, trace
+from hf_adafisher.experiments.figures.landscape import plane as plane_module
+from hf_adafisher.experiments.figures.landscape.losses import losses_at
+from hf_adafisher.experiments.figures.landscape.model_state import (
+    copy_buffers,
+    flat_weights,
+    load_buffers,
+    load_weights,
+    refresh_statistics,
+)
+from hf_adafisher.experiments.figures.landscape.plane import Plane, grid_axes, principal_plane
+from hf_adafisher.experiments.figures.landscape.settings import LandscapeSettings
+from hf_adafisher.experiments.figures.landscape.trace import trace_landscape
+from hf_adafisher.experiments.figures.landscape.trajectories import Trajectory, prepare_optimizers
+from hf_adafisher.experiments.figures.training_run import fixed_batches, mean_loss
 from hf_adafisher.training.trainer import AdaFisherTrainer
 from tests.experiments.runs.image_runs import TINY, TINY_RESNET
 from tests.scripts import load_script
@@ -41,7 +50,7 @@ def settings(folder: Path, **changes: Any) -> LandscapeSettings:
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sums over weights are made in many parts."""
-    monkeypatch.setattr(landscape, "_CHUNK", 64)
+    monkeypatch.setattr(plane_module, "_CHUNK", 64)
 
 
 @pytest.fixture
@@ -49,7 +58,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: Any) -> None:
         raise AssertionError("training began")
 
-    monkeypatch.setattr(landscape_run, "train", train)
+    monkeypatch.setattr(trace, "train", train)
 
 
 def walks(size: int = 37, lengths: tuple[int, ...] = (6, 4, 5)) -> list[Tensor]:
@@ -59,7 +68,7 @@ def walks(size: int = 37, lengths: tuple[int, ...] = (6, 4, 5)) -> list[Tensor]:
 
 def test_principal_plane_is_that_of_the_singular_vectors(narrow: None) -> None:
     trajectories = walks()
-    plane = landscape.principal_plane(trajectories)
+    plane = principal_plane(trajectories)
     points = torch.cat(trajectories).double().numpy()
     left, values, right = np.linalg.svd(points - points.mean(0), full_matrices=False)
     np.testing.assert_allclose(plane.centre, points.mean(0), rtol=1e-6)
@@ -75,7 +84,7 @@ def test_plane_through_the_start_is_that_of_the_singular_vectors(narrow: None) -
     start = walks()[0][0]
     trajectories = [start + size * (way - way[0]) for way, size in zip(walks(), (1.0, 30.0, 0.01), strict=True)]
     trajectories.append(start[None])  # one that diverged at once
-    plane = landscape.principal_plane(trajectories, start)
+    plane = principal_plane(trajectories, start)
     moved = [(points - start).double().numpy() for points in trajectories]
     rows = np.concatenate([way / max(float(np.linalg.norm(way)), 1e-300) for way in moved])
     left, values, right = np.linalg.svd(rows, full_matrices=False)
@@ -89,7 +98,7 @@ def test_plane_through_the_start_is_that_of_the_singular_vectors(narrow: None) -
 
 
 def test_projection_is_least_squares_and_the_rest_is_counted(narrow: None) -> None:
-    points, (first, second) = walks()[0], landscape_directions.random_directions(37, 0)
+    points, (first, second) = walks()[0], directions.random_directions(37, 0)
     plane = Plane(walks()[1][0], torch.stack([first, 0.2 * first + second]))
     found = plane.project(points)
     for point, coordinates, distance in zip(points, found.coordinates, found.distances, strict=True):
@@ -104,7 +113,7 @@ def test_projection_is_least_squares_and_the_rest_is_counted(narrow: None) -> No
 
 
 def test_a_path_in_the_plane_has_no_variance_outside_of_it() -> None:
-    plane = landscape.principal_plane(walks())
+    plane = principal_plane(walks())
     way = torch.stack([plane.vector(x, y) for x, y in ((0.0, 1.0), (2.0, -1.0), (3.0, 0.5))])
     found = plane.project(way)
     assert found.outside < 1e-10 and found.distances.max() < 1e-5
@@ -115,9 +124,9 @@ def test_a_path_in_the_plane_has_no_variance_outside_of_it() -> None:
 @pytest.mark.parametrize("points", [torch.arange(4.0)[:, None] * torch.ones(9), torch.ones(5, 9), torch.randn(2, 9)])
 def test_points_on_a_line_have_no_plane(points: Tensor) -> None:
     with pytest.raises(ValueError, match="lie on a line"):
-        landscape.principal_plane([points])
+        principal_plane([points])
     with pytest.raises(ValueError, match="lie on a line"):
-        landscape.principal_plane([points[:1], points[:1].clone()], points[0])
+        principal_plane([points[:1], points[:1].clone()], points[0])
 
 
 class Quadratic(nn.Module):
@@ -136,10 +145,10 @@ class Quadratic(nn.Module):
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_losses_of_a_quadratic_are_those_of_its_formula(jobs: int) -> None:
-    model, plane = Quadratic(), landscape.principal_plane(walks(10))
-    xs, ys = landscape.grid_axes([plane.project(walks(10)[0]).coordinates], 4)
+    model, plane = Quadratic(), principal_plane(walks(10))
+    xs, ys = grid_axes([plane.project(walks(10)[0]).coordinates], 4)
     at = [(x, y) for y in ys for x in xs]
-    losses = landscape.losses_at(
+    losses = losses_at(
         model, [partial(plane.vector, *point) for point in at], lambda own: own().item(), jobs=jobs, progress=False
     )
     a = (model.root.T @ model.root).double().numpy()
@@ -166,21 +175,21 @@ def test_a_planar_trajectory_keeps_its_losses_in_the_plane() -> None:
     """Both are losses of the model in evaluation mode, which is left as it was."""
     model, inputs, labels = network().train(), torch.randn(20, 5), torch.randint(3, (20,))
     model[1].running_mean.normal_()
-    weights = landscape.flat_weights(model)
-    sides = [0.3 * side for side in landscape_directions.random_directions(len(weights), 5)]
+    weights = flat_weights(model)
+    sides = [0.3 * side for side in directions.random_directions(len(weights), 5)]
     points = torch.stack([weights + math.cos(t) * sides[0] + t * sides[1] for t in range(5)])
-    plane = landscape.principal_plane([points[:2], points[2:]])
+    plane = principal_plane([points[:2], points[2:]])
     assert sum(plane.explained or ()) == pytest.approx(1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate = partial(landscape.losses_at, model, loss=partial(cross_entropy, inputs, labels), progress=False)
+    evaluate = partial(losses_at, model, loss=partial(cross_entropy, inputs, labels), progress=False)
     found = evaluate([partial(plane.vector, *at) for at in plane.project(points).coordinates.tolist()])
     assert found == pytest.approx(evaluate([point.clone for point in points]), rel=1e-5)
     assert model.training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     for point, loss in zip(points, found, strict=True):
-        landscape.load_weights(model.eval(), point)
-        assert torch.equal(landscape.flat_weights(model), point)
+        load_weights(model.eval(), point)
+        assert torch.equal(flat_weights(model), point)
         assert loss == pytest.approx(cross_entropy(inputs, labels, model), rel=1e-5)
 
 
@@ -189,9 +198,9 @@ def test_each_vector_goes_with_its_own_buffers(jobs: int) -> None:
     """In any order, on copies that others have used before; the model keeps its own."""
     model = nn.BatchNorm1d(1, affine=True, eps=0.0)
     means = torch.arange(12.0)[torch.randperm(12, generator=torch.Generator().manual_seed(0))]
-    kept = [{**flat_buffers(model), "running_mean": mean[None]} for mean in means]
+    kept = [{**copy_buffers(model), "running_mean": mean[None]} for mean in means]
     vectors = [partial(torch.tensor, [1.0, 100.0 * index]) for index in range(12)]  # scale, shift
-    found = landscape.losses_at(
+    found = losses_at(
         model, vectors, lambda own: own(torch.zeros(1, 1)).item(), buffers=kept, jobs=jobs, progress=False
     )
     assert found == [100 * index - mean for index, mean in enumerate(means.tolist())]
@@ -200,9 +209,9 @@ def test_each_vector_goes_with_its_own_buffers(jobs: int) -> None:
 
 def test_buffers_that_do_not_change_are_kept_once() -> None:
     model = nn.BatchNorm1d(2)
-    first = flat_buffers(model)
+    first = copy_buffers(model)
     model.running_var.mul_(3)
-    second = flat_buffers(model, first)
+    second = copy_buffers(model, first)
     assert first["running_mean"] is second["running_mean"] is not model.running_mean
     assert first["running_var"].tolist() == [1, 1] and second["running_var"].tolist() == [3, 3]
     load_buffers(model, first)
@@ -213,14 +222,14 @@ def test_jobs_work_at_the_same_time_each_on_a_model_of_its_own() -> None:
     together, seen = threading.Barrier(2, timeout=20), []
 
     def loss(model: nn.Module) -> float:
-        value = float(landscape.flat_weights(model).sum())
+        value = float(flat_weights(model).sum())
         together.wait()  # only two threads get past it
         seen.append((threading.get_ident(), id(model)))
-        return value + float(landscape.flat_weights(model).sum())
+        return value + float(flat_weights(model).sum())
 
     model = nn.Linear(2, 1)
     vectors = [partial(torch.full, (3,), float(value)) for value in range(6)]
-    assert landscape.losses_at(model, vectors, loss, jobs=2, progress=False) == [6.0 * value for value in range(6)]
+    assert losses_at(model, vectors, loss, jobs=2, progress=False) == [6.0 * value for value in range(6)]
     assert len({thread for thread, _ in seen}) == 2 and id(model) not in {own for _, own in seen}
 
 
@@ -235,7 +244,7 @@ def four_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_job_computes_with_one_thread_and_leaves_torch_its_own(four_threads: None, jobs: int) -> None:
-    evaluate = partial(landscape.losses_at, nn.Linear(2, 1), [lambda: torch.ones(3)] * 9, jobs=jobs, progress=False)
+    evaluate = partial(losses_at, nn.Linear(2, 1), [lambda: torch.ones(3)] * 9, jobs=jobs, progress=False)
     assert evaluate(lambda _: torch.get_num_threads()) == [1] * 9
     assert torch.get_num_threads() == 4
     with pytest.raises(ZeroDivisionError):
@@ -261,11 +270,11 @@ class Filters(nn.Module):
 
 def test_filters_of_a_direction_get_the_norms_of_the_weights() -> None:
     model = Filters()
-    weights, (direction, _) = landscape.flat_weights(model), landscape_directions.random_directions(0, 0)
+    weights, (direction, _) = flat_weights(model), directions.random_directions(0, 0)
     direction = torch.randn(len(weights))
     target, given = Filters(), Filters()
-    landscape.load_weights(given, direction)
-    landscape.load_weights(target, landscape_directions.filter_normalized(model, weights, direction))
+    load_weights(given, direction)
+    load_weights(target, directions.filter_normalized(model, weights, direction))
     parts = {name: value.detach() for name, value in target.named_parameters() if value.requires_grad}
     filters = {
         "embedding.weight": lambda w: [w[row] for row in range(6)],
@@ -292,38 +301,38 @@ def test_filters_of_a_direction_get_the_norms_of_the_weights() -> None:
 def test_a_filter_without_direction_stays_without() -> None:
     model = nn.Linear(3, 2, bias=False)
     direction = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-    found = landscape_directions.filter_normalized(model, landscape.flat_weights(model), direction)
+    found = directions.filter_normalized(model, flat_weights(model), direction)
     assert not found[:3].any() and found[3] == found[4] > 0
 
 
 def test_a_tied_weight_is_counted_once() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight
-    assert len(landscape.flat_weights(model)) == 15
-    landscape.load_weights(model, torch.arange(15.0))
+    assert len(flat_weights(model)) == 15
+    load_weights(model, torch.arange(15.0))
     assert torch.equal(model[1].weight, torch.arange(15.0).view(5, 3))
 
 
 def test_grid_leaves_room_around_the_trajectories() -> None:
-    xs, ys = landscape.grid_axes([torch.tensor([[0.0, 1.0], [4.0, 1.5]]), torch.tensor([[2.0, -0.5]])], 7)
+    xs, ys = grid_axes([torch.tensor([[0.0, 1.0], [4.0, 1.5]]), torch.tensor([[2.0, -0.5]])], 7)
     np.testing.assert_allclose(xs, np.linspace(-1, 5, 7))
     np.testing.assert_allclose(ys, np.linspace(-1, 2, 7))
-    xs, ys = landscape.grid_axes([torch.tensor([[0.0, 0.1], [4.0, 0.2]])], 3, extent=1.5)
+    xs, ys = grid_axes([torch.tensor([[0.0, 0.1], [4.0, 0.2]])], 3, extent=1.5)
     np.testing.assert_allclose(xs, [-1.5, 1.75, 5])
     np.testing.assert_allclose(ys, [-1.5, 0, 1.5])
 
 
 def test_a_diverging_corner_does_not_hide_the_valley() -> None:
     losses = 1.0 + np.add.outer(np.linspace(-1, 1, 20) ** 2, np.linspace(-1, 1, 20) ** 2)
-    plain = landscape_picture.contour_levels(losses, start=1.5)
+    plain = picture.contour_levels(losses, start=1.5)
     losses[0, :3] = (math.inf, math.nan, 1e9)
-    levels = landscape_picture.contour_levels(losses, start=1.5)
+    levels = picture.contour_levels(losses, start=1.5)
     assert levels[0] == losses[np.isfinite(losses)].min() and (np.diff(levels) > 0).all()
     np.testing.assert_allclose(levels, plain, rtol=0.02)
     heights = levels[1:] - levels[0]
     np.testing.assert_allclose(heights[1:] / heights[:-1], heights[1] / heights[0])
-    assert landscape_picture.contour_levels(losses, start=50.0)[-1] == 50
-    flat = landscape_picture.contour_levels(np.full((2, 2), 3.0), start=3.0)
+    assert picture.contour_levels(losses, start=50.0)[-1] == 50
+    flat = picture.contour_levels(np.full((2, 2), 3.0), start=3.0)
     assert (np.diff(flat) > 0).all()
 
 
@@ -384,13 +393,13 @@ def test_numbers_of_the_plane_agree(traced: dict[str, Any], tmp_path: Path, orig
 def test_trajectories_and_buffers_are_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A path's own losses are those that a training without the figure has on the way, with its running statistics."""
     ends: list[tuple[AdaFisherTrainer, Trajectory]] = []
-    original = landscape_run.train
+    original = trace.train
 
     def train(*arguments: Any) -> Any:
         ends.append(original(*arguments))
         return ends[-1]
 
-    monkeypatch.setattr(landscape_run, "train", train)
+    monkeypatch.setattr(trace, "train", train)
     optimizers = ["sgd:learning_rate=0.05", "adam:learning_rate=0.01"]
     chosen = settings(tmp_path, network=TINY_RESNET, optimizers=optimizers)
     fresh = next(iter(prepare_optimizers(chosen).values()))  # now: new arguments would end what a trainer can do
@@ -400,17 +409,17 @@ def test_trajectories_and_buffers_are_the_models(tmp_path: Path, monkeypatch: py
     start = mean_loss(ends[0][0], fresh.model.eval(), batches)
     shared = ends[0][0].model
     for (trainer, trajectory), path in zip(ends, paths, strict=True):
-        assert torch.equal(trajectory.points[0], landscape.flat_weights(fresh.model))
-        assert torch.equal(trajectory.points[-1], landscape.flat_weights(trainer.model))
+        assert torch.equal(trajectory.points[0], flat_weights(fresh.model))
+        assert torch.equal(trajectory.points[-1], flat_weights(trainer.model))
         assert path["loss_of_snapshot"][0] == pytest.approx(start, rel=1e-5)
         own = mean_loss(ends[0][0], trainer.model.eval(), batches)
         assert path["loss_of_snapshot"][-1] == pytest.approx(own, rel=1e-5)
         for index, point in enumerate(trajectory.points):
-            landscape.load_weights(shared, point)
+            load_weights(shared, point)
             load_buffers(shared, trajectory.buffers[index])
             assert path["loss_of_snapshot"][index] == pytest.approx(mean_loss(ends[0][0], shared, batches), rel=1e-5)
     # In the plane the statistics are those of the examples, here by torch's own way to take them.
-    landscape.load_weights(shared, ends[0][1].points[0])
+    load_weights(shared, ends[0][1].points[0])
     momenta = [module.momentum for module in shared.modules() if isinstance(module, nn.BatchNorm2d)]
     torch.optim.swa_utils.update_bn([batch["pixel_values"] for batch in batches], shared)
     in_plane = mean_loss(ends[0][0], shared.eval(), batches)
@@ -418,7 +427,7 @@ def test_trajectories_and_buffers_are_the_models(tmp_path: Path, monkeypatch: py
         assert path["loss_in_plane"][0] == pytest.approx(in_plane, rel=1e-4) and abs(in_plane / start - 1) > 1e-3
     assert momenta == [module.momentum for module in ends[1][0].model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert numbers["plane"]["buffers"] == "BatchNorm statistics of these examples at every point"
-    told = [text.get_text() for text in landscape_picture.draw_landscape(numbers).legends[0].get_texts()]
+    told = [text.get_text() for text in picture.draw_landscape(numbers).legends[0].get_texts()]
     assert "in this plane: BatchNorm statistics of these examples at every point; at ends: their own" in told
 
 
@@ -443,14 +452,14 @@ def test_a_last_batch_of_one_example_has_a_loss_but_no_statistics(tmp_path: Path
     trainer = next(iter(prepare_optimizers(settings(tmp_path, further=flags, network=[])).values())).new_trainer([])
     batches, model = fixed_batches(trainer, cast(Any, trainer.train_dataset), 9), trainer.model.eval()
     assert [len(batch["labels"]) for batch in batches] == [4, 4, 1]
-    found = landscape_run._loss_in_plane(trainer, batches, model)
+    found = trace.loss_in_plane(trainer, batches, model)
     torch.optim.swa_utils.update_bn([batch["pixel_values"] for batch in batches[:2]], model)
     assert found == pytest.approx(mean_loss(trainer, model.eval(), batches), rel=1e-5)
 
 
 def test_a_model_without_statistics_needs_no_word_about_them(traced: dict[str, Any]) -> None:
     assert traced["numbers"]["plane"]["buffers"] is None
-    told = [text.get_text() for text in landscape_picture.draw_landscape(traced["numbers"]).legends[0].get_texts()]
+    told = [text.get_text() for text in picture.draw_landscape(traced["numbers"]).legends[0].get_texts()]
     assert len(told) == 3 and not any("statistics" in text for text in told)
 
 
@@ -475,7 +484,7 @@ def test_statistics_that_are_not_finite_end_a_trajectory(tmp_path: Path) -> None
 
     create = run.new_trainer
     object.__setattr__(run, "new_trainer", lambda callbacks: create([*callbacks, Spoil()]))
-    _, trajectory = landscape_run.train(run, settings(tmp_path, every=1), "sgd")
+    _, trajectory = trace.train(run, settings(tmp_path, every=1), "sgd")
     assert trajectory.steps == [0, 1, 2] and trajectory.diverged_at == 3
     assert len(trajectory.buffers) == len(trajectory.points) == 3
 
@@ -491,9 +500,9 @@ def test_every_loss_stands_at_its_place(tmp_path: Path, monkeypatch: pytest.Monk
     def losses_at(_: nn.Module, vectors: list[Any], *__: Any, **___: Any) -> list[float]:
         return [(x + 10 * y).item() for vector in vectors for x, y in planes[0].project(vector()[None]).coordinates]
 
-    original = landscape_run.choose_plane
-    monkeypatch.setattr(landscape_run, "choose_plane", choose_plane)
-    monkeypatch.setattr(landscape_run, "losses_at", losses_at)
+    original = trace.choose_plane
+    monkeypatch.setattr(trace, "choose_plane", choose_plane)
+    monkeypatch.setattr(trace, "losses_at", losses_at)
     numbers = trace_landscape(settings(tmp_path))
     xs, ys = np.array(numbers["grid"]["x"]), np.array(numbers["grid"]["y"])
     np.testing.assert_allclose(numbers["grid"]["loss"], xs[None, :] + 10 * ys[:, None], atol=1e-4)
@@ -510,7 +519,7 @@ def test_a_diverged_optimizer_leaves_the_others_their_picture(tmp_path: Path) ->
     assert good["diverged_at"] is None and len(good["steps"]) == 5
     assert bad["diverged_at"] == 1 and bad["steps"] == [0]
     numbers["grid"]["loss"][0][0] = None  # as a loss that is not finite stands in JSON
-    flat, lifted, *_ = landscape_picture.draw_landscape(numbers).axes
+    flat, lifted, *_ = picture.draw_landscape(numbers).axes
     assert "not finite" in flat.get_title()
     told = [line.get_label() for line in flat.lines]
     for line, index in ((0, -1), (4, 0)):  # true losses beside those in the plane: of the first one's end, of the start
@@ -521,7 +530,7 @@ def test_a_diverged_optimizer_leaves_the_others_their_picture(tmp_path: Path) ->
         np.testing.assert_array_equal(ways[0][:2], [good["x"], good["y"]])
         np.testing.assert_array_equal([*ways[1][0], *ways[1][1]], [good["x"][-1], good["y"][-1]])
         np.testing.assert_array_equal([*ways[4][0], *ways[4][1]], [good["x"][0], good["y"][0]])
-    top = landscape_picture.contour_levels(np.array(numbers["grid"]["loss"], dtype=float), good["loss_in_plane"][0])[-1]
+    top = picture.contour_levels(np.array(numbers["grid"]["loss"], dtype=float), good["loss_in_plane"][0])[-1]
     np.testing.assert_array_equal(lifted.lines[0].get_data_3d()[2], np.minimum(good["loss_in_plane"], top))
 
 
@@ -627,12 +636,12 @@ def test_directions_of_another_model_are_refused(tmp_path: Path, change: Any, me
     path, model = tmp_path / "directions.pt", network()
     pair = [model_parameters(model), model_parameters(model)]
     torch.save(pair, path)
-    for found, given in zip(landscape_directions.read_directions(path, model), pair, strict=True):
-        landscape.load_weights(model, found)
+    for found, given in zip(directions.read_directions(path, model), pair, strict=True):
+        load_weights(model, found)
         assert all(torch.equal(model.get_parameter(name), value) for name, value in given.items())
     torch.save(change(pair), path)
     with pytest.raises(ValueError) as caught:
-        landscape_directions.read_directions(path, model)
+        directions.read_directions(path, model)
     assert message in str(caught.value)
 
 

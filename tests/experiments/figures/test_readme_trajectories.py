@@ -1,4 +1,4 @@
-"""What the README says about the picture of the trajectories stands in the numbers beside it."""
+"""The README's numbers of the trajectories, against the file beside the picture."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How the Fisher diagonal's values are spread while a layer trains, beside Adam's second moment (AdaFisher, Fig. 4).
+"""Distribution of a layer's Fisher diagonal during training, beside Adam's second moment (AdaFisher, Fig. 4).
 
-The paper's figure shows that the values by which AdaFisher divides lie close together, where Adam's second moment runs
-over many orders of magnitude.
+In the paper's figure the values by which AdaFisher divides lie close together, where Adam's second moment spans many
+orders of magnitude.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from hf_adafisher.experiments.figures.runs import (
-    AtSteps,
-    OptimizerChoice,
+from hf_adafisher.experiments.figures.command_line import require_at_least
+from hf_adafisher.experiments.figures.training_run import (
+    StepCallback,
     check_same_start,
-    optimizer_choice,
     prepare_run,
+    weights_by_layer,
 )
 from hf_adafisher.experiments.runs.callbacks import StopOnDivergence
 from hf_adafisher.experiments.runs.run import PreparedRun
@@ -30,13 +30,13 @@ from hf_adafisher.optimizers.factory.create import available_optimizers, create_
 from hf_adafisher.training.arguments import optimizer_name
 
 ROWS = 50
-"""About so many rows, unless told otherwise."""
+"""Default number of rows, approximately."""
 PEERS = {"adafisher": "adam", "adafisherw": "adamw"}
-"""Whose moment is drawn beside AdaFisher(W)'s diagonal."""
+"""Default of the second optimizer, by the first."""
 _PEER_RATE = "learning_rate=0.001"
-"""Its learning rate where ``prepare_run`` knows no better one: Trainer's own default, 5e-5, is for fine-tuning."""
+"""Its learning rate without a better one of ``prepare_run``: Trainer's own default, 5e-5, is for fine-tuning."""
 _ROTATED = frozenset({"soap"})
-"""Optimizers whose second moment is not that of the weight's own values, but of their combinations."""
+"""Optimizers whose second moment is that of a rotated gradient, not of the weight's own values."""
 _CHUNK = 1 << 22
 
 Values = Callable[[Any, Tensor], Tensor]
@@ -44,22 +44,22 @@ Values = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class HistogramSettings:
-    """What to train and what to draw.
+    """Settings of the two runs and of the histograms.
 
     Attributes:
-        task: one of ``runs.TASKS``.
-        output: the picture.
-        layer: name of the module whose ``weight`` is looked at.
-        optimizers: two of them, as ``runs.optimizer_choice`` reads them: AdaFisher or AdaFisherW, and one with a second
-            moment; None for the one that fits the network, and Adam or AdamW at a learning rate of 0.001, on the digits
-            at the best of those tried there.
-        steps: optimizer steps of each of the two runs, at least 1.
-        every: steps between two rows, from 1 to ``steps``; None for about 50 rows.
-        bins_per_decade: at least 1.
-        further: arguments of both runs.
+        task: One of ``reserved_arguments.TASKS``.
+        output: File of the picture.
+        layer: Name of the module whose ``weight`` is counted.
+        optimizers: Two names, as ``prepare_run`` reads them: AdaFisher or AdaFisherW, and one with a second moment;
+            None for the one that fits the network, and Adam or AdamW at a learning rate of 0.001, on the digits at the
+            best of those tried there.
+        steps: Number of optimizer steps of each run, at least 1.
+        every: Steps between two rows, from 1 to ``steps``; None for about 50 rows.
+        bins_per_decade: Number of bins per decade, at least 1.
+        further: Arguments of both runs.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: A value outside its range.
     """
 
     task: str
@@ -72,9 +72,7 @@ class HistogramSettings:
     further: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name in ("steps", "bins_per_decade"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1")
+        require_at_least(self, steps=1, bins_per_decade=1)
         if self.every is not None and not 1 <= self.every <= self.steps:
             raise ValueError(f"--every is {self.every}; it must be in 1..{self.steps}, the number of steps")
         if self.optimizers is not None and len(self.optimizers) != 2:
@@ -82,23 +80,22 @@ class HistogramSettings:
 
     @property
     def row_steps(self) -> list[int]:
-        """After which steps the values are counted; the last one is always among them."""
+        """Steps after which the values are counted; the last one is always among them."""
         every = self.every or max(1, round(self.steps / ROWS))
         return sorted({*range(every, self.steps + 1, every), self.steps})
 
 
 @dataclass(frozen=True)
-class Row:
-    """The values of one step.
+class HistogramRow:
+    """Histogram of the values at one step.
 
     Attributes:
-        step: optimizer step after which they were counted.
-        first: the first bin's number; bin ``k`` of ``b`` per decade holds ``10^(k/b) <= value < 10^((k+1)/b)``.
-        counts: values in that bin and those after it.
-        zeros: values of zero (or below), in no bin.
-        not_finite: values that are infinite or not a number, in no bin.
-        quartiles: smallest, first quartile, median, third quartile and largest of the values in bins; empty where
-            there are none.
+        step: Optimizer step after which the values were counted.
+        first: Number of the first bin; bin ``k`` of ``b`` per decade holds ``10^(k/b) <= value < 10^((k+1)/b)``.
+        counts: Number of values in that bin and those after it.
+        zeros: Number of values of zero (or below), in no bin.
+        not_finite: Number of values that are infinite or not a number, in no bin.
+        quartiles: Minimum, first quartile, median, third quartile and maximum of the values in bins; empty without any.
     """
 
     step: int
@@ -109,13 +106,13 @@ class Row:
     quartiles: list[float]
 
 
-def count_values(values: Tensor, step: int, bins_per_decade: int) -> Row:
-    """Counts values in logarithmic bins; see ``Row``.
+def count_values(values: Tensor, step: int, bins_per_decade: int) -> HistogramRow:
+    """Count values in logarithmic bins; see ``HistogramRow``.
 
     Args:
-        values: of any shape, at least one.
-        step: for the row.
-        bins_per_decade: at least 1.
+        values: At least one value, in any shape.
+        step: Optimizer step of the row.
+        bins_per_decade: Number of bins per decade, at least 1.
     """
     flat = values.detach().reshape(-1).cpu()
     finite = flat[flat.isfinite()]
@@ -128,20 +125,14 @@ def count_values(values: Tensor, step: int, bins_per_decade: int) -> Row:
     first = min(found, default=0)
     counts = [found.get(number, 0) for number in range(first, max(found, default=-1) + 1)]
     quartiles = np.quantile(positive.double().numpy(), (0, 0.25, 0.5, 0.75, 1)).tolist() if len(positive) else []
-    return Row(step, first, counts, len(finite) - len(positive), len(flat) - len(finite), quartiles)
-
-
-def weights_by_layer(model: nn.Module) -> dict[str, Tensor]:
-    """The trainable weights of a model, of at least two values, by the names of the modules that own them."""
-    owned = {name: module._parameters.get("weight") for name, module in model.named_modules() if name}
-    return {name: p for name, p in owned.items() if p is not None and p.requires_grad and p.numel() > 1}
+    return HistogramRow(step, first, counts, len(finite) - len(positive), len(flat) - len(finite), quartiles)
 
 
 def choose_weight(model: nn.Module, layer: str | None) -> Tensor:
-    """The weight of a layer.
+    """Weight of the layer of this name.
 
     Raises:
-        ValueError: there is no such layer, or it has no weight that trains; the message lists those that do.
+        ValueError: The model has no such layer, or it has no trainable weight; the message lists those that do.
     """
     weights = weights_by_layer(model)
     if layer not in weights:
@@ -152,7 +143,7 @@ def choose_weight(model: nn.Module, layer: str | None) -> Tensor:
 
 
 def fisher_values(optimizer: Any, weight: Tensor) -> Tensor:
-    """AdaFisher's damped, normalised diagonal; raises RuntimeError without statistics."""
+    """AdaFisher's damped, normalised diagonal; RuntimeError without statistics."""
     return optimizer.fisher_diagonal(weight)
 
 
@@ -160,7 +151,7 @@ def second_moment(optimizer: Any, weight: Tensor) -> Tensor:
     """Adam's moving average of squared gradients, bias-corrected: ``v / (1 - beta2^t)``.
 
     Raises:
-        RuntimeError: the optimizer has none of the weight's shape.
+        RuntimeError: The optimizer has none of the weight's shape.
     """
     state: dict[str, Any] = optimizer.state.get(weight, {})
     moment = state.get("exp_avg_sq")
@@ -172,32 +163,31 @@ def second_moment(optimizer: Any, weight: Tensor) -> Tensor:
 
 
 def prepare_pair(settings: HistogramSettings) -> list[tuple[PreparedRun, Values]]:
-    """Both runs, and how the values of each are read; all inputs checked: same start, same data.
+    """Prepare both runs with the functions that read their values, and check optimizers, layer, start and data.
 
     Raises:
-        ValueError: optimizers without a Fisher diagonal or a second moment, no such layer, an argument that would let
-            the second run start elsewhere or see other data, several processes, and what ``runs.prepare_run`` refuses.
+        ValueError: Optimizers without a Fisher diagonal or a second moment, no such layer, an argument that changes the
+            start or the data of the second run, several processes, or an error of ``prepare_run``.
     """
-    given = settings.optimizers or (None, None)
+    chosen, peer = settings.optimizers or (None, None)
 
-    def prepared(text: str | None) -> PreparedRun:
-        choice: OptimizerChoice | None = None if text is None else optimizer_choice(text)
-        return prepare_run(settings.task, settings.steps, settings.output, choice, settings.further)
+    def prepare(optimizer: str | None) -> PreparedRun:
+        return prepare_run(settings.task, settings.steps, settings.output, optimizer, settings.further)
 
-    first = prepared(given[0])
+    first = prepare(chosen)
     name = optimizer_name(first.training_args)
     if name not in PEERS:
         raise ValueError(f"the first optimizer is {name!r}; it must be adafisher or adafisherw, whose F is drawn")
     choose_weight(first.model, settings.layer)
-    peer = given[1] or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}")
-    second = prepared(peer)
+    peer = peer or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}")
+    second = prepare(peer)
     check_second_moment(second)
-    check_same_start({given[0] or name: first, peer: second})
+    check_same_start({chosen or name: first, peer: second})
     return [(first, fisher_values), (second, second_moment)]
 
 
 def check_second_moment(run: PreparedRun) -> None:
-    """Raises ValueError unless the run's optimizer has a second moment, as one step of a tiny layer shows."""
+    """Refuse an optimizer without a second moment, found by one step of a tiny layer."""
     name, args = optimizer_name(run.training_args), run.training_args
     refusal = f"the second optimizer is {name!r}, which has no exp_avg_sq of a weight's values; use adam, adamw or lamb"
     if name in _ROTATED:
@@ -221,31 +211,30 @@ def check_second_moment(run: PreparedRun) -> None:
 
 
 def collect_histograms(settings: HistogramSettings) -> dict[str, Any]:
-    """Trains both optimizers and counts the weight's values; the trainings are what they would be without that.
+    """Train both optimizers and count the weight's values, which does not change the runs.
 
     Returns:
-        What ``draw_histograms`` draws and the JSON file holds.
+        The numbers that ``draw_histograms`` draws and the JSON file holds.
 
     Raises:
-        ValueError: see ``prepare_pair``, all before any training; a layer that gets no gradient.
+        ValueError: See ``prepare_pair``, all before any training; a layer that gets no gradient.
     """
     runs = prepare_pair(settings)
     weight = choose_weight(runs[0][0].model, settings.layer)
-    told = {"task": settings.task, "layer": settings.layer, "shape": list(weight.shape), "steps": settings.steps}
-    told |= {"bins_per_decade": settings.bins_per_decade, "seed": runs[0][0].training_args.seed}
-    damping = runs[0][0].training_args.optimizer_options()["damping"]
-    told |= runs[0][0].describe()
+    args = runs[0][0].training_args
+    provenance = {"task": settings.task, "layer": settings.layer, "shape": list(weight.shape), "steps": settings.steps}
+    provenance |= {"bins_per_decade": settings.bins_per_decade, "seed": args.seed, **runs[0][0].describe()}
     panels = []
     while runs:
-        run, values = runs.pop(0)  # its model and optimizer are not needed while the next one trains
+        run, values = runs.pop(0)  # frees its model and optimizer while the next one trains
         panels.append(collect_panel(settings, run, values))
-    panels[0]["damping"] = damping
-    return {**told, "panels": panels}
+    panels[0]["damping"] = args.optimizer_options()["damping"]
+    return {**provenance, "panels": panels}
 
 
 def collect_panel(settings: HistogramSettings, run: PreparedRun, values: Values) -> dict[str, Any]:
-    """Trains one optimizer and counts the values of its rows."""
-    rows: list[Row] = []
+    """Train one optimizer and count the values of its rows."""
+    rows: list[HistogramRow] = []
 
     def count(step: int, model: nn.Module, optimizer: Any) -> None:
         try:
@@ -255,7 +244,7 @@ def collect_panel(settings: HistogramSettings, run: PreparedRun, values: Values)
         rows.append(count_values(found, step, settings.bins_per_decade))
 
     watch = StopOnDivergence()
-    trainer = run.new_trainer([AtSteps(settings.row_steps, count), watch])  # sets the seed: same order of the data
+    trainer = run.new_trainer([StepCallback(settings.row_steps, count), watch])  # sets the seed: same order of the data
     trainer.train()
     first = min((row.first for row in rows if row.counts), default=0)
     last = max((row.first + len(row.counts) for row in rows if row.counts), default=0)

@@ -1,123 +1,49 @@
-"""Which layers the curvature speeds up and which it holds back: a picture of what CurvatureCallback recorded."""
+"""Picture of a curvature record: maps of layers and steps, and a ranking by relative step size."""
 
 from __future__ import annotations
 
-import fnmatch
+import itertools
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, empty_figure, save_figure
-from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
-from hf_adafisher.training.curvature_callback import CURVATURE_FILE, read_curvature
+from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record, record_file
 
 PICTURE_FILE = "curvature.png"
 BARS = 12
-"""How many layers the ranking shows at either end."""
+"""Number of layers at either end of the ranking."""
 _LABELS = 60
-"""More names than these cannot be read one below the other."""
+"""Largest number of names below each other."""
 _LONGEST = 48
-"""Longer names are cut in their middle: what distinguishes layers stands at both ends."""
-
-
-@dataclass(frozen=True)
-class CurvatureRecord:
-    """A record as tables of L layers and T refreshes.
-
-    Attributes:
-        layers: names of the parameters, in the model's order.
-        steps: at which the factors were refreshed, ascending.
-        tables: of each of ``NUMBERS`` an array (L, T), nan where there is none.
-        relative_step: array (L, T): ``step_gain`` divided by its median over all layers at that refresh. Above 1 the
-            curvature lets a layer move further for the same momentum than it does the layer in the middle.
-        cost: share of the run's time that recording took; None where it was not noted.
-    """
-
-    layers: list[str]
-    steps: list[int]
-    tables: dict[str, np.ndarray]
-    relative_step: np.ndarray
-    cost: float | None
-
-    def ranking(self) -> list[tuple[str, float]]:
-        """The layers and their relative step, largest first: geometric mean over the later half of the refreshes."""
-        late = self.relative_step[:, len(self.steps) // 2 :]
-        means = {}
-        for name, row in zip(self.layers, late, strict=True):
-            logs = [math.log(value) for value in row if value > 0]  # also false for nan
-            if logs:
-                means[name] = math.exp(statistics.fmean(logs))
-        return sorted(means.items(), key=lambda item: -item[1])
-
-    def chosen(self, pattern: str) -> CurvatureRecord:
-        """The layers whose names fit the pattern (``*``, ``?``, ``[...]``); still relative to the whole model.
-
-        Raises:
-            ValueError: none does.
-        """
-        rows = [row for row, name in enumerate(self.layers) if fnmatch.fnmatchcase(name, pattern)]
-        if not rows:
-            some = ", ".join(self.layers[:3])
-            raise ValueError(f"no layer fits --layers {pattern!r}; there are {len(self.layers)}, such as {some}")
-        tables = {key: table[rows] for key, table in self.tables.items()}
-        return CurvatureRecord(
-            [self.layers[row] for row in rows], self.steps, tables, self.relative_step[rows], self.cost
-        )
-
-
-def load_record(run: Path) -> CurvatureRecord:
-    """The record of a run.
-
-    Args:
-        run: its folder, or the file.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is empty, or something else.
-    """
-    file = _record_file(run)
-    lines = read_curvature(file)
-    layers = list(dict.fromkeys(name for line in lines for name in line["layers"]))
-    if not layers:
-        raise ValueError(f"{file} is empty: the run has not refreshed its factors yet")
-    tables = {
-        key: np.array([[_number(line["layers"].get(name, {}).get(key)) for line in lines] for name in layers])
-        for key in NUMBERS
-    }
-    gain = tables["step_gain"]
-    middle = [statistics.median([value for value in column if value > 0] or [math.nan]) for column in gain.T]
-    seconds = sum(line.get("interval_seconds", 0.0) for line in lines)
-    cost = sum(line.get("record_seconds", 0.0) for line in lines) / seconds if seconds else None
-    return CurvatureRecord(layers, [line["step"] for line in lines], tables, gain / np.array(middle), cost)
+"""Longest name; longer ones are cut in their middle, since both ends distinguish layers."""
 
 
 def draw_curvature(run: Path, output: Path | None = None, layers: str = "*") -> list[Path]:
-    """Draws the record of a run, and prints which layers come first and last.
+    """Draw the record of a run, and print both ends of the ranking.
 
     Four maps of layers (rows, in the model's order) and steps: the median of the damped Fisher, its condition number,
     the share of values at the floor, and the relative step; and a ranking by the last.
 
     Args:
-        run: the run's folder, or its ``curvature.jsonl``.
-        output: PNG; SVG and JSON stand beside it. Default: ``curvature.png`` beside the record.
-        layers: pattern of the names to show.
+        run: Folder of the run, or its ``curvature.jsonl``.
+        output: PNG file; SVG and JSON stand beside it. Default: ``curvature.png`` beside the record.
+        layers: Pattern of the names to show.
 
     Returns:
         The three files.
 
     Raises:
-        FileNotFoundError: there is no record.
-        ValueError: it is empty or something else, or no layer fits the pattern.
+        FileNotFoundError: There is no record.
+        ValueError: The record is empty or malformed, or no layer fits the pattern.
         ImportError: matplotlib is not installed.
     """
-    record = load_record(run).chosen(layers)
-    prefix = _common_prefix(record.layers)
-    figure = _draw(record, prefix)
+    record = load_record(run).select(layers)
+    prefix = common_prefix(record.layers)
+    figure = draw_record(record, prefix)
     ranking = record.ranking()
     _print_ranking(record, ranking)
     numbers = {
@@ -128,15 +54,7 @@ def draw_curvature(run: Path, output: Path | None = None, layers: str = "*") -> 
         "ranking": [{"layer": name, "relative_step": value} for name, value in ranking],
         "share_of_time_recording": record.cost,
     }
-    return save_figure(figure, output or _record_file(run).with_name(PICTURE_FILE), numbers)
-
-
-def _record_file(run: Path) -> Path:
-    return run / CURVATURE_FILE if run.is_dir() else run
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+    return save_figure(figure, output or record_file(run).with_name(PICTURE_FILE), numbers)
 
 
 def _print_ranking(record: CurvatureRecord, ranking: Sequence[tuple[str, float]], shown: int = 5) -> None:
@@ -151,38 +69,37 @@ def _print_ranking(record: CurvatureRecord, ranking: Sequence[tuple[str, float]]
 
 
 def _ends(ranking: Sequence[tuple[str, float]], each: int) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
-    """The first and the last of a ranking, nobody twice."""
+    """First and last entries of a ranking, without any overlap."""
     if len(ranking) <= 2 * each:
         middle = (len(ranking) + 1) // 2
         return list(ranking[:middle]), list(ranking[middle:])
     return list(ranking[:each]), list(ranking[-each:])
 
 
-def _common_prefix(names: Sequence[str]) -> str:
-    """What all names begin with, up to a point: not worth repeating in every label."""
+def common_prefix(names: Sequence[str]) -> str:
+    """Common beginning of all names, up to a dot, which the labels leave out."""
     if len(names) < 2:
         return ""
     parts = [name.split(".")[:-1] for name in names]
-    same = 0
-    while all(len(part) > same and part[same] == parts[0][same] for part in parts):
-        same += 1
-    return "".join(f"{part}." for part in parts[0][:same])
+    shared = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*parts, strict=False))
+    return "".join(f"{column[0]}." for column in shared)
 
 
 # --- drawing ----------------------------------------------------------------------------------
 
 
-def _draw(record: CurvatureRecord, prefix: str) -> Any:
+def draw_record(record: CurvatureRecord, prefix: str) -> Any:
+    """Draw the maps and the ranking; labels leave ``prefix`` out."""
     rows, tables = len(record.layers), record.tables
     labels = [_short(name.removeprefix(prefix)) for name in record.layers]
     height = min(max(0.17 * min(rows, _LABELS) + 2.0, 5.0), 12.5)
     figure = empty_figure((13.5 + 0.11 * max(map(len, labels)), height))
     panels = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.15))
     floor, middle = "share of values at the floor\n(F < 2 damping)", "relative step\n(log2; the middle layer has 0)"
-    _heat_map(panels[0], record, _log10(tables["fisher_median"]), "median of the damped Fisher F\n(log10)")
-    _heat_map(panels[1], record, _log10(tables["condition_number"]), "condition, max F / min F\n(log10)")
+    _heat_map(panels[0], record, np.log10(_positive(tables["fisher_median"])), "median of the damped Fisher F\n(log10)")
+    _heat_map(panels[1], record, np.log10(_positive(tables["condition_number"])), "condition, max F / min F\n(log10)")
     _heat_map(panels[2], record, tables["floor_share"], floor, limits=(0, 1))
-    _heat_map(panels[3], record, _log2(record.relative_step), middle, centred=True)
+    _heat_map(panels[3], record, np.log2(_positive(record.relative_step)), middle, centred=True)
     _label_rows(panels[0], labels)
     for axes in panels[1:4]:
         axes.set_yticks([])
@@ -199,12 +116,8 @@ def _short(name: str) -> str:
     return f"{name[: _LONGEST // 2]}…{name[-(_LONGEST // 2 - 1) :]}"
 
 
-def _log10(table: np.ndarray) -> np.ndarray:
-    return np.log10(np.where(table > 0, table, np.nan))
-
-
-def _log2(table: np.ndarray) -> np.ndarray:
-    return np.log2(np.where(table > 0, table, np.nan))
+def _positive(table: np.ndarray) -> np.ndarray:
+    return np.where(table > 0, table, np.nan)
 
 
 def _heat_map(
@@ -216,7 +129,7 @@ def _heat_map(
     limits: tuple[float, float] | None = None,
     centred: bool = False,
 ) -> None:
-    """Rows from the top in the model's order; grey where there is no number."""
+    """Draw rows from the top in the model's order; grey where there is no number."""
     finite = table[np.isfinite(table)]
     if limits is None and finite.size:
         limits = float(finite.min()), float(finite.max())
@@ -243,7 +156,7 @@ def _heat_map(
 
 
 def _edges(steps: Sequence[int]) -> np.ndarray:
-    """Every refresh reaches from its step to the next one; the last is as long as the one before."""
+    """Edges of the refreshes, each from its step to the next one; the last is as long as the one before."""
     last = steps[-1] - steps[-2] if len(steps) > 1 else 1
     return np.array([*steps, steps[-1] + last], dtype=float)
 
@@ -263,7 +176,7 @@ def _ordinal(number: int) -> str:
 
 
 def _bars(axes: Any, ranking: Sequence[tuple[str, float]]) -> None:
-    """The layers at both ends; a gap where some between them are left out."""
+    """Draw the layers at both ends, with a gap for those between them."""
     first, last = _ends(ranking, BARS)
     gap = len(first) + len(last) < len(ranking)
     places = [*range(len(first)), *(len(first) + gap + place for place in range(len(last)))]

@@ -12,33 +12,39 @@ import pytest
 import torch
 from torch import nn
 
-from hf_adafisher.experiments.figures import dominance_picture, dominance_study
-from hf_adafisher.experiments.figures.dominance import gershgorin_disks
-from hf_adafisher.experiments.figures.dominance_study import StudyOptions, choose_layer, measure_layer
-from hf_adafisher.experiments.figures.full_factors import collect_factors, factor_layers
-from hf_adafisher.experiments.figures.runs import OptimizerChoice, prepare_run
+from hf_adafisher.experiments.figures.factors import picture, study
+from hf_adafisher.experiments.figures.factors.diagonal_dominance import gershgorin_disks
+from hf_adafisher.experiments.figures.factors.full_factors import collect_factors, factor_layers
+from hf_adafisher.experiments.figures.factors.study import FactorSettings, choose_layer, measure_layer
+from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from tests.experiments.figures.factor_networks import Tagger, loss_of, net_and_batch
 from tests.experiments.runs.image_runs import QUICK, TINY
 from tests.scripts import load_script
 
 TINY_RUN = [*TINY, *QUICK]
+
+
+def settings(**changes: Any) -> FactorSettings:
+    return FactorSettings(**{"task": "digits", "output": Path("figure.png"), **changes})
+
+
 TINY_TEXT = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300", "--block_size", "16"]
 
 
 def test_layers_that_can_be_named() -> None:
     tagger = Tagger()
     assert list(factor_layers(tagger, 100)) == ["words", "positions", "unused", "head"]
-    assert choose_layer(tagger, StudyOptions()).name == "head"  # of two full ones, not an Embedding
-    assert choose_layer(tagger, StudyOptions("words")).by_nature == {INPUT}
+    assert choose_layer(tagger, settings()).name == "head"  # of two full ones, not an Embedding
+    assert choose_layer(tagger, settings(layer="words")).by_nature == {INPUT}
     with pytest.raises(ValueError, match="'norm': there is none; layers that can be named: words, positions, unused"):
-        choose_layer(tagger, StudyOptions("norm"))
+        choose_layer(tagger, settings(layer="norm"))
     with pytest.raises(
         ValueError, match=r"'unused': both factors are longer than --max_dim 2; .* words, positions, head"
     ):
-        choose_layer(tagger, StudyOptions("unused", max_dim=2))
+        choose_layer(tagger, settings(layer="unused", max_dim=2))
     with pytest.raises(ValueError, match="at most 1"):
-        choose_layer(nn.Sequential(nn.Linear(2, 2)), StudyOptions(max_dim=1))
+        choose_layer(nn.Sequential(nn.Linear(2, 2)), settings(max_dim=1))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +63,7 @@ def test_layers_that_can_be_named() -> None:
 )
 def test_options_out_of_range_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        StudyOptions(**wrong)
+        settings(**wrong)
 
 
 DROPOUT = ["--model_options", "hidden_size=16,conv_width=8,hidden_dropout_prob=0.2,drop_path_rate=0.2"]
@@ -68,7 +74,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     """Dropout, augmentation and statistics at every step: whatever the figure could disturb."""
-    choice = OptimizerChoice(optimizer, {"learning_rate": "0.001", "update_interval": "1"})
+    choice = f"{optimizer}:learning_rate=0.001,update_interval=1"
     further = [*TINY_RUN, *DROPOUT, "--crop_padding", "1", "--flip", "0.5"]
     plain = prepare_run("digits", 4, tmp_path / "a.png", choice, further)
     trainer = plain.new_trainer([])
@@ -82,14 +88,14 @@ def test_the_training_is_bitwise_that_without_the_figure(
         object.__setattr__(run, "new_trainer", lambda callbacks: trainers.append(create(callbacks)) or trainers[-1])
         return run
 
-    monkeypatch.setattr(dominance_study, "prepare_run", keep)
-    study = dominance_study.study_factors(
-        "digits", tmp_path / "b.png", StudyOptions(steps=[1, 2, 4], examples=40), choice, further
+    monkeypatch.setattr(study, "prepare_run", keep)
+    found = study.study_factors(
+        settings(output=tmp_path / "b.png", steps=[1, 2, 4], examples=40, optimizer=choice, further=further)
     )
-    assert [factor.step for factor in study.drawn] == [1, 1, 2, 2, 4, 4] and study.examples == 40
+    assert [factor.step for factor in found.drawn] == [1, 1, 2, 2, 4, 4] and found.examples == 40
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, trainers[0].model.state_dict()[name]), name
-    states = [t._raw_optimizer().state_dict()["state"] for t in (trainer, trainers[0])]
+    states = [t.optimizer.state_dict()["state"] for t in (trainer, trainers[0])]
     assert states[0].keys() == states[1].keys() and len(states[0]) > 10
     for index, state in states[0].items():
         for key, value in state.items():
@@ -164,10 +170,9 @@ def test_bad_input_is_one_line(
 def test_disks_and_spectra_are_drawn_as_measured() -> None:
     net, batch = net_and_batch()
     factors = collect_factors(net, [batch], loss_of, max_dim=100)
-    drawn = dominance_study.draw_factors(7, factors["conv"], 0.01)
+    drawn = study.draw_factors(7, factors["conv"], 0.01)
     rows = {7: [measure_layer(layer) for layer in factors.values()]}
-    study = dominance_study.FactorStudy("a net", "conv", StudyOptions(steps=[7], disks=5), 8, drawn, rows, {})
-    figure = dominance_picture.layer_figure(study)
+    figure = picture.layer_figure(study.FactorStudy("a net", "conv", settings(steps=[7], disks=5), 8, drawn, rows, {}))
     left, right = figure.axes[:2]
     centres, radii = gershgorin_disks(factors["conv"].moments[INPUT])
     largest = radii.argsort(descending=True)[:5]
@@ -180,6 +185,6 @@ def test_disks_and_spectra_are_drawn_as_measured() -> None:
     assert "5 largest disks" in left.get_title()
     line = next(line for line in right.lines if line.get_label() == "eigenvalues")
     np.testing.assert_allclose(line.get_ydata(), np.linalg.eigvalsh(factors["conv"].moments[INPUT])[::-1], rtol=1e-6)
-    bars = dominance_picture.layers_figure(rows[7], "a net").axes[0].patches
+    bars = picture.layers_figure(rows[7], "a net").axes[0].patches
     widths = [bar.get_width() for bar in bars]
-    assert widths == [row.measures[side].energy_share for side in (INPUT, OUTPUT_GRAD) for row in rows[7]]
+    assert widths == [row.dominance[side].energy_share for side in (INPUT, OUTPUT_GRAD) for row in rows[7]]

@@ -1,4 +1,4 @@
-"""How diagonal a matrix is: Gershgorin disks, shares of energy, spectra under noise."""
+"""Diagonal dominance of a matrix: Gershgorin disks, shares of energy, spectra under noise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_adafisher.experiments.figures.dominance import (
+from hf_adafisher.experiments.figures.factors.diagonal_dominance import (
     energy_share,
     gershgorin_disks,
     independent_share,

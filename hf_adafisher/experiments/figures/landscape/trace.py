@@ -1,4 +1,4 @@
-"""From settings to all that the picture shows: the plane of several optimizers' trajectories and its losses."""
+"""Trajectories of several optimizers, their plane, and its losses: all numbers of the picture."""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.experiments.figures.buffers import load_buffers, refresh_statistics, running_norms
-from hf_adafisher.experiments.figures.landscape import (
+from hf_adafisher.experiments.figures.landscape.directions import normalized_plane, random_directions, read_directions
+from hf_adafisher.experiments.figures.landscape.losses import losses_at
+from hf_adafisher.experiments.figures.landscape.model_state import (
+    batch_norms_with_statistics,
+    flat_weights,
+    load_buffers,
+    refresh_statistics,
+)
+from hf_adafisher.experiments.figures.landscape.plane import (
     Plane,
     Projection,
-    flat_weights,
     grid_axes,
-    losses_at,
     principal_plane,
 )
-from hf_adafisher.experiments.figures.landscape_directions import normalized_plane, random_directions, read_directions
-from hf_adafisher.experiments.figures.landscape_trajectories import (
-    LandscapeSettings,
-    Trajectory,
-    prepare_optimizers,
-    train,
-)
-from hf_adafisher.experiments.figures.runs import fixed_batches, mean_loss
+from hf_adafisher.experiments.figures.landscape.settings import LandscapeSettings
+from hf_adafisher.experiments.figures.landscape.trajectories import Trajectory, prepare_optimizers, train
+from hf_adafisher.experiments.figures.training_run import fixed_batches, mean_loss
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 
 def trace_landscape(settings: LandscapeSettings) -> dict[str, Any]:
-    """Trains every optimizer, chooses the plane, and evaluates its losses.
+    """Train every optimizer, choose the plane, and evaluate its losses.
 
     Returns:
-        What ``landscape_picture.draw_landscape`` draws and the JSON file holds; losses that are not finite are nan.
+        The numbers that ``draw_landscape`` draws and the JSON file holds; losses that are not finite are nan.
 
     Raises:
-        ValueError: see ``LandscapeSettings`` and ``runs.prepare_run``, all before any training; trajectories that span
-            no plane, or a plane without any finite loss.
+        ValueError: See ``LandscapeSettings`` and ``prepare_run``, all before any training; trajectories that span no
+            plane, or a plane without any finite loss.
     """
     runs = prepare_optimizers(settings)
     labels, first = list(runs), next(iter(runs.values()))
-    told = {
+    provenance = {
         "task": settings.task,
         "corpus": first.describe()["corpus"]["name"],
         "model": first.describe()["model"],
@@ -56,28 +56,28 @@ def trace_landscape(settings: LandscapeSettings) -> dict[str, Any]:
     check_statistics(settings, first)
     model: nn.Module = copy.deepcopy(first.model)  # before Trainer, which may change how the model is called
     directions = given_directions(settings, model)
-    judge: AdaFisherTrainer | None = None
+    evaluator: AdaFisherTrainer | None = None
     trajectories: dict[str, Trajectory] = {}
     for label in labels:
         trainer, trajectories[label] = train(runs.pop(label), settings, label)
-        judge = judge or trainer
-    assert judge is not None
-    model.to(judge.args.device)
+        evaluator = evaluator or trainer
+    assert evaluator is not None
+    model.to(evaluator.args.device)
     load_buffers(model, trajectories[labels[0]].buffers[-1])
     plane = choose_plane(settings, model, directions, list(trajectories.values()))
-    return {**told, **measure(settings, judge, model, plane, trajectories)}
+    return {**provenance, **evaluate_plane(settings, evaluator, model, plane, trajectories)}
 
 
 def check_statistics(settings: LandscapeSettings, run: PreparedRun) -> None:
-    """Raises ValueError where BatchNorm's statistics would be those of single examples, which have no variance."""
+    """Refuse batches of one example, which have no variance, for a model with BatchNorm."""
     sizes = {"--examples": settings.examples, "--per_device_eval_batch_size": run.training_args.eval_batch_size}
     for name, size in sizes.items():
-        if size < 2 and running_norms(run.model):
+        if size < 2 and batch_norms_with_statistics(run.model):
             raise ValueError(f"{name} is {size}; with BatchNorm, which needs a variance, it must be at least 2")
 
 
 def given_directions(settings: LandscapeSettings, model: nn.Module) -> list[Tensor] | None:
-    """The directions of the plane before filter normalisation; None if they come from the trajectories."""
+    """Directions of the plane before filter normalisation; None if they come from the trajectories."""
     if settings.plane == "pca":
         return None
     if settings.plane == "random":
@@ -88,32 +88,32 @@ def given_directions(settings: LandscapeSettings, model: nn.Module) -> list[Tens
 def choose_plane(
     settings: LandscapeSettings, model: nn.Module, directions: list[Tensor] | None, trajectories: Sequence[Trajectory]
 ) -> Plane:
-    """The principal plane of all trajectories, or that of given directions around the end of the first one."""
+    """Principal plane of all trajectories, or plane of given directions around the end of the first one."""
     if directions is None:
         start = None if settings.origin == "mean" else trajectories[0].points[0]
         return principal_plane([trajectory.points for trajectory in trajectories], start)
     return normalized_plane(model, trajectories[0].points[-1], directions)
 
 
-def measure(
+def evaluate_plane(
     settings: LandscapeSettings,
-    judge: AdaFisherTrainer,
+    evaluator: AdaFisherTrainer,
     model: nn.Module,
     plane: Plane,
     trajectories: Mapping[str, Trajectory],
 ) -> dict[str, Any]:
-    """The losses on the grid, where the trajectories are projected to, and of the snapshots themselves.
+    """Evaluate losses on the grid, at the projections of the trajectories, and of the snapshots themselves.
 
     Args:
-        settings: what to draw.
-        judge: computes losses.
-        model: with the buffers to use in the plane, but for BatchNorm's running statistics: there every point has those
-            of the figure's examples. Its weights are not touched.
-        plane: to draw.
-        trajectories: by the optimizers' labels.
+        settings: Settings of the figure.
+        evaluator: Trainer that computes losses.
+        model: Model with the buffers to use in the plane, except for BatchNorm's running statistics, which every point
+            has of the figure's examples. Its weights are not touched.
+        plane: Plane of the figure.
+        trajectories: By the optimizers' labels.
 
     Raises:
-        ValueError: no loss on the grid is finite.
+        ValueError: No loss on the grid is finite.
     """
     projections = {label: plane.project(trajectory.points) for label, trajectory in trajectories.items()}
     extent = settings.extent if settings.extent is not None else float(plane.explained is None)
@@ -121,14 +121,14 @@ def measure(
     vectors: list[Callable[[], Tensor]] = [partial(plane.vector, float(x), float(y)) for y in ys for x in xs]
     for found in projections.values():
         vectors += [partial(plane.vector, x, y) for x, y in found.coordinates.tolist()]
-    batches = fixed_batches(judge, cast(Any, judge.train_dataset), settings.examples)
-    jobs = settings.jobs or (torch.get_num_threads() if judge.args.device.type == "cpu" else 1)
-    quiet = judge.args.disable_tqdm
-    more: Any = {"jobs": jobs, "progress": not quiet}
-    losses = iter(losses_at(model, vectors, partial(_loss_in_plane, judge, batches), label="grid of losses", **more))
+    batches = fixed_batches(evaluator, cast(Any, evaluator.train_dataset), settings.examples)
+    jobs = settings.jobs or (torch.get_num_threads() if evaluator.args.device.type == "cpu" else 1)
+    more: Any = {"jobs": jobs, "progress": not evaluator.args.disable_tqdm}
+    loss = partial(loss_in_plane, evaluator, batches)
+    losses = iter(losses_at(model, vectors, loss, label="grid of losses", **more))
     vectors = [point.clone for trajectory in trajectories.values() for point in trajectory.points]
     buffers = [buffers for trajectory in trajectories.values() for buffers in trajectory.buffers]
-    loss = partial(_mean_loss, judge, batches)
+    loss = partial(mean_loss, evaluator, batches=batches)
     true = iter(losses_at(model, vectors, loss, buffers=buffers, label="losses of snapshots", **more))
     surface = [[next(losses) for _ in xs] for _ in ys]
     if not any(math.isfinite(value) for row in surface for value in row):
@@ -141,28 +141,24 @@ def measure(
     }
     return {
         "examples": sum(len(batch["labels"]) for batch in batches),
-        "plane": {**_describe(settings, plane), "buffers": _whose_buffers(settings, model, trajectories)},
+        "plane": {**_describe_plane(settings, plane), "buffers": _describe_buffers(settings, model, trajectories)},
         "grid": {"x": xs.tolist(), "y": ys.tolist(), "loss": surface},
         "optimizers": paths,
     }
 
 
-def _mean_loss(judge: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
-    return mean_loss(judge, model, batches)
-
-
-def _loss_in_plane(judge: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
-    """Of weights that no training passed through, whose running statistics nobody knows."""
-    if running_norms(model):  # a single example may have no variance
+def loss_in_plane(evaluator: AdaFisherTrainer, batches: Sequence[dict[str, Any]], model: nn.Module) -> float:
+    """Mean loss of weights off the trajectories, with running statistics recomputed from the batches."""
+    if batch_norms_with_statistics(model):  # a single example may have no variance
         several = [[batch] for batch in batches if len(batch["labels"]) > 1]
-        refresh_statistics(model, [partial(_mean_loss, judge, batch) for batch in several])
-    return mean_loss(judge, model, batches)
+        refresh_statistics(model, [partial(mean_loss, evaluator, batches=batch) for batch in several])
+    return mean_loss(evaluator, model, batches)
 
 
 def _path(
     trajectory: Trajectory, found: Projection, in_plane: Sequence[float], of_snapshots: Sequence[float]
 ) -> dict[str, Any]:
-    """What is told about one optimizer."""
+    """Numbers of one optimizer."""
     return {
         "learning_rate": trajectory.learning_rate,
         "diverged_at": trajectory.diverged_at,
@@ -177,13 +173,13 @@ def _path(
     }
 
 
-def _describe(settings: LandscapeSettings, plane: Plane) -> dict[str, Any]:
+def _describe_plane(settings: LandscapeSettings, plane: Plane) -> dict[str, Any]:
     if plane.explained is None:
         kind = f"two random directions (seed {settings.plane_seed})" if settings.plane == "random" else settings.plane
         word = "random" if settings.plane == "random" else "given"
         return {
             "kind": f"{kind}, filter-normalised; zero for vectors (biases) and norm layers",
-            "centre": f"end of {settings.choices[0].label}",
+            "centre": f"end of {settings.optimizers[0]}",
             "axes": [f"{word} direction {k} (1: the norm of each filter)" for k in (1, 2)],
             "explained": None,
         }
@@ -201,15 +197,17 @@ def _describe(settings: LandscapeSettings, plane: Plane) -> dict[str, Any]:
     }
 
 
-def _whose_buffers(settings: LandscapeSettings, model: nn.Module, trajectories: Mapping[str, Trajectory]) -> str | None:
-    """Those of the losses in the plane; None where training changes none."""
-    norms = running_norms(model)
+def _describe_buffers(
+    settings: LandscapeSettings, model: nn.Module, trajectories: Mapping[str, Trajectory]
+) -> str | None:
+    """Description of the buffers of the losses in the plane; None where training changes none."""
+    norms = batch_norms_with_statistics(model)
     others = any(
         not torch.equal(value, trajectory.buffers[0][name])
         for trajectory in trajectories.values()
         for name, value in trajectory.buffers[-1].items()
         if name.rpartition(".")[0] not in norms
     )
-    told = ["BatchNorm statistics of these examples at every point"] if norms else []
-    told += [f"buffers of the end of {settings.choices[0].label}"] if others else []
-    return ", ".join(told) or None
+    parts = ["BatchNorm statistics of these examples at every point"] if norms else []
+    parts += [f"buffers of the end of {settings.optimizers[0]}"] if others else []
+    return ", ".join(parts) or None

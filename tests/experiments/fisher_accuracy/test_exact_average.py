@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_adafisher import AdaFisherW
-from hf_adafisher.experiments.fisher_accuracy import comparison as fisher_comparison
+from hf_adafisher.experiments.fisher_accuracy import evaluation
 from hf_adafisher.experiments.fisher_accuracy.agreement import AGAINST_WINDOW, CONTROLS, ESTIMATES, TOGETHER
-from hf_adafisher.experiments.fisher_accuracy.comparison import FisherSettings, compare_fisher, compare_one, prepare
 from hf_adafisher.experiments.fisher_accuracy.estimates import RunObserver
+from hf_adafisher.experiments.fisher_accuracy.evaluation import (
+    FisherSettings,
+    compare_fisher,
+    compare_run,
+    prepare_seed,
+)
+from hf_adafisher.experiments.fisher_accuracy.exact_average import ExactAverage
 from hf_adafisher.experiments.fisher_accuracy.exact_fisher import exact_fisher
-from hf_adafisher.experiments.fisher_accuracy.report import FURTHER, agreement_table, draw_agreement
-from hf_adafisher.experiments.fisher_accuracy.window import ExactAverage
+from hf_adafisher.experiments.fisher_accuracy.picture import CONTROL_COLUMNS, agreement_table, draw_agreement
 from tests.experiments.runs.image_runs import TINY
 
 RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16", *TINY]
@@ -173,7 +178,7 @@ def test_labels_without_an_exact_diagonal_leave_the_control_out(
     assert {row["layer"]: set(row["measures"]) & {*CONTROLS, *AGAINST_WINDOW} for row in found["layers"]}[
         TOGETHER
     ] == present
-    table = agreement_table(found, "spearman", FURTHER)
+    table = agreement_table(found, "spearman", CONTROL_COLUMNS)
     assert list(table.columns[2:]) == [label for name, label in CONTROLS.items() if name in present]
     assert len(draw_agreement(found, tmp_path / "a.png")) == 3
 
@@ -198,7 +203,7 @@ def test_one_step_without_class_numbers_ends_the_average(
 
 def test_the_comparison_has_all_controls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dampings = []
-    plain = fisher_comparison.RunObserver
+    plain = evaluation.RunObserver
 
     def watched(*args: Any) -> RunObserver:
         observer = plain(*args)
@@ -208,9 +213,9 @@ def test_the_comparison_has_all_controls(tmp_path: Path, monkeypatch: pytest.Mon
         )
         return observer
 
-    monkeypatch.setattr(fisher_comparison, "RunObserver", watched)
+    monkeypatch.setattr(evaluation, "RunObserver", watched)
     chosen = settings(tmp_path, kfac_damping=0.02)
-    rows, _ = compare_one(chosen, prepare(chosen, 0))
+    rows, _ = compare_run(chosen, prepare_seed(chosen, 0))
     assert dampings == pytest.approx([0.02, 0.0002, 2.0])
     for row in rows:
         assert {"exact_window", "second_moment_window", "product_unscaled", *AGAINST_WINDOW} <= row.measures.keys()

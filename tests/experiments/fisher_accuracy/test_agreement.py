@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_adafisher.experiments.fisher_accuracy import comparison as fisher_comparison
+from hf_adafisher.experiments.fisher_accuracy import evaluation
 from hf_adafisher.experiments.fisher_accuracy.agreement import (
     ESTIMATES,
     HALVES,
@@ -24,9 +24,9 @@ from hf_adafisher.experiments.fisher_accuracy.agreement import (
     mean_of,
     over_seeds,
 )
-from hf_adafisher.experiments.fisher_accuracy.comparison import FisherSettings, compare_fisher
+from hf_adafisher.experiments.fisher_accuracy.evaluation import FisherSettings, compare_fisher
 from hf_adafisher.experiments.fisher_accuracy.exact_fisher import ExactFisher
-from hf_adafisher.experiments.fisher_accuracy.report import MEAN, agreement_table, draw_agreement
+from hf_adafisher.experiments.fisher_accuracy.picture import MEAN, agreement_table, draw_agreement
 
 NAMES = (*ESTIMATES, HALVES)
 
@@ -85,11 +85,17 @@ def gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     for measure in second[1].measures["fisher"]:
         second[1].measures["fisher"][measure] = math.nan
     results = iter([[row("a", 0.4), row("b", 0.2), row(TOGETHER, 0.4)], second])
-    told = {"model": {"type": "net"}, "corpus": {"name": "text"}, "optimizer": "adafisher", "steps": 1, "seeds": [0, 1]}
-    told |= {"kind": "true", "examples": 9, "kfac_damping": 0.01}
-    monkeypatch.setattr(fisher_comparison, "prepare", lambda *_: None)
-    monkeypatch.setattr(fisher_comparison, "compare_one", lambda *_: (next(results), SimpleNamespace()))
-    monkeypatch.setattr(fisher_comparison, "_told", lambda *_: told)
+    common = {
+        "model": {"type": "net"},
+        "corpus": {"name": "text"},
+        "optimizer": "adafisher",
+        "steps": 1,
+        "seeds": [0, 1],
+    }
+    common |= {"kind": "true", "examples": 9, "kfac_damping": 0.01}
+    monkeypatch.setattr(evaluation, "prepare_seed", lambda *_: None)
+    monkeypatch.setattr(evaluation, "compare_run", lambda *_: (next(results), SimpleNamespace()))
+    monkeypatch.setattr(evaluation, "describe_comparison", lambda *_: common)
     return compare_fisher(FisherSettings("digits", tmp_path / "a.png", seeds=(0, 1)))
 
 
@@ -111,7 +117,7 @@ def test_the_picture_marks_what_not_all_seeds_have(
     gaps: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pictures: list[Any] = []
-    save = "hf_adafisher.experiments.fisher_accuracy.report.save_figure"
+    save = "hf_adafisher.experiments.fisher_accuracy.picture.save_figure"
     monkeypatch.setattr(save, lambda figure, *_: pictures.append(figure) or [])
     draw_agreement(gaps, tmp_path / "a.png")
     (axes,) = pictures[0].axes

@@ -1,4 +1,4 @@
-"""The comparison of Fisher diagonals as tables and as a picture."""
+"""Tables and picture of the agreement of Fisher diagonals."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LABELS = {
     **CONTROLS,
     **{key: label for key, (_, label) in AGAINST_WINDOW.items()},
 }
-"""Titles of the columns, by the key in the JSON file."""
-MAIN = (*ESTIMATES, HALVES)
+"""Titles of the columns by their key in the JSON file."""
+MAIN_COLUMNS = (*ESTIMATES, HALVES)
 """Columns of the first table."""
-FURTHER = (*CONTROLS, *AGAINST_WINDOW)
+CONTROL_COLUMNS = (*CONTROLS, *AGAINST_WINDOW)
 """Columns of the table of controls."""
 LEGEND = f"""\
 All columns are held against the exact diagonal at the last weights, unless they say against what.
@@ -44,18 +44,18 @@ of the mini-batches of AdaFisher's steps and "v, averaged as F~" the square of t
 K-FAC: one over the diagonal of its damped inverse, whose ranks depend on the damping {{damping}}, which nobody tuned.
 Without damping and inversion its diagonal has, within a layer whose weight is not tied, the ranks of S (x) H.
 """
-"""What stands in the tables; to be formatted with ``damping``."""
+"""Explanation of the tables, to be formatted with ``damping``."""
 
 
-def agreement_table(found: Mapping[str, Any], measure: str, columns: Sequence[str] = MAIN) -> Table:
-    """One measure of every layer and estimate, the mean over layers with its spread over seeds last.
+def agreement_table(found: Mapping[str, Any], measure: str, columns: Sequence[str] = MAIN_COLUMNS) -> Table:
+    """Table of one measure for every layer and estimate, the mean over layers with its spread over seeds last.
 
-    A number that not all seeds have, or a mean over not all layers, says so.
+    A number of fewer seeds than all, or a mean over fewer layers, has a note with their number.
 
     Args:
-        found: of ``compare_fisher``.
-        measure: a key of ``MEASURES``.
-        columns: keys of ``LABELS``; those of which there is nothing are left out.
+        found: Result of ``compare_fisher``.
+        measure: A key of ``MEASURES``.
+        columns: Keys of ``LABELS``; those without any number are left out.
     """
     names = [name for name in columns if name in found["mean"]]
     rows = []
@@ -78,18 +78,21 @@ def _number(spread: Mapping[str, Any] | None) -> str:
 
 
 def _fewer(spread: Mapping[str, Any] | None, what: str, of: int) -> str:
-    """A note where a mean is over fewer than all."""
+    """Note for a mean over fewer than all."""
     return "" if spread is None or not 0 < spread[what] < of else f" ({spread[what]} of {of} {what})"
 
 
 def draw_agreement(found: Mapping[str, Any], output: Path) -> list[Path]:
-    """A dot for every layer and estimate: rank correlation with the exact diagonal; returns the files.
+    """Draw the rank correlation with the exact diagonal, one dot for every layer and estimate.
 
     A dot is hollow if not all seeds have that number.
 
     Args:
-        found: of ``compare_fisher``.
-        output: where to.
+        found: Result of ``compare_fisher``.
+        output: PNG file; SVG and JSON stand beside it.
+
+    Returns:
+        The three files.
     """
     rows = found["layers"]
     figure, (axes,) = new_figure(1, 1, (8.0, 2.1 + 0.33 * len(rows)))
@@ -100,11 +103,11 @@ def draw_agreement(found: Mapping[str, Any], output: Path) -> list[Path]:
         offset = 0.24 - 0.12 * index  # equal numbers must not hide each other
         colour = COLOURS[index + (name == WINDOW)]  # black is that of the halves
         look = {"color": colour, "marker": MARKERS[index], "linestyle": "", "markersize": 6}
-        for whole in (True, False):
+        for all_seeds in (True, False):
             chosen = [_dot(row, name, height + offset) for row, height in zip(rows, heights, strict=True)]
-            points = [(x, y) for x, y, seeds in chosen if (seeds == len(found["seeds"])) is whole and seeds]
-            hollow |= bool(points) and not whole
-            more = {"label": LABELS[name]} if whole else {"markerfacecolor": "none"}
+            points = [(x, y) for x, y, seeds in chosen if (seeds == len(found["seeds"])) is all_seeds and seeds]
+            hollow |= bool(points) and not all_seeds
+            more = {"label": LABELS[name]} if all_seeds else {"markerfacecolor": "none"}
             axes.plot([x for x, _ in points], [y for _, y in points], **look, **more)
     halves = [_dot(row, HALVES, height) for row, height in zip(rows, heights, strict=True)]
     bars = {"color": "black", "marker": "|", "markersize": 14, "linestyle": "", "label": LABELS[HALVES]}
@@ -125,6 +128,6 @@ def draw_agreement(found: Mapping[str, Any], output: Path) -> list[Path]:
 
 
 def _dot(row: Mapping[str, Any], name: str, height: float) -> tuple[float, float, int]:
-    """Where an estimate's dot stands, and how many seeds are in it."""
+    """Position of an estimate's dot, and its number of seeds."""
     spread = row["measures"].get(name, {}).get("spearman", {"mean": math.nan, "seeds": 0})
     return spread["mean"], height, spread["seeds"]

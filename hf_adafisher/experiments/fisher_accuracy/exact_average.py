@@ -1,4 +1,4 @@
-"""The exact diagonal with AdaFisher's data and window of training: what is left of a difference when both are equal."""
+"""Moving average of exact diagonals, over the same examples and steps as AdaFisher's factors."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ logger = logging.getLogger(__name__)
 
 
 class ExactAverage:
-    """The moving average of the exact empirical diagonals of mini-batches, each at the weights that saw it.
+    """Moving average of the exact empirical diagonals of mini-batches, each at the weights that saw it.
 
     Fed with the mini-batches of the steps on which AdaFisher refreshes its factors, and with its decay, it differs from
-    ``S (x) H`` by the Kronecker form alone: both know the same examples, at the same weights, with the same weight in
+    ``S (x) H`` by the Kronecker form alone: both have the same examples, at the same weights, with the same weight in
     the average. Two more differences are small or absent for most models: these gradients are those of the model in
     evaluation mode, so without dropout, and with BatchNorm's running statistics, which early in training are far from a
     batch's.
 
-    The model, its gradients and the generators of random numbers are left alone: a copy does the work.
+    A copy of the model does the work; the model, its gradients and the generators of random numbers stay as they are.
 
     Args:
-        model: that is trained, without hooks of others yet.
-        decay: of the average, in [0, 1).
+        model: Model that is trained, without hooks of others yet.
+        decay: Decay of the average, in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -43,10 +43,10 @@ class ExactAverage:
 
     @torch.no_grad()
     def add(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Keeps a micro-batch that the model is about to see, and at a step's first one the weights.
+        """Keep a micro-batch that the model is about to see, and at a step's first one the weights.
 
-        Labels that are no class numbers (smoothed, mixed) have no exact diagonal: the first of them ends it all, with
-        a message.
+        Labels that are no class numbers (smoothed, mixed) have no exact diagonal: the first of them ends the average,
+        with a warning.
         """
         labels = kwargs.get("labels")
         if args or not isinstance(labels, Tensor) or labels.is_floating_point():
@@ -63,17 +63,17 @@ class ExactAverage:
         rows = {key: value for key, value in kwargs.items() if isinstance(value, Tensor) and value.dim() > 0}
         self._batches.append({key: value for key, value in rows.items() if len(value) == len(labels)})
 
-    def forget(self) -> None:
-        """Drops the micro-batches of a step that does not count."""
+    def discard(self) -> None:
+        """Drop the micro-batches of a step that does not count."""
         self._batches = []
 
     def refresh(self) -> None:
-        """Takes in the step's micro-batches, each term of its loss weighing the same."""
+        """Average the step's micro-batches in, each term of its loss with the same weight."""
         batches, self._batches = self._batches, []
         if self._given_up or not batches:
             return
         found = exact_fisher(self._copy, batches, one_by_one=self._one_by_one)
-        self._one_by_one = found.looped  # one message about it is enough
+        self._one_by_one = found.looped  # one warning is enough
         for name, diagonal in found.diagonals.items():
             key = self._ids[name]
             if key not in self._averages:
@@ -81,5 +81,5 @@ class ExactAverage:
             self._averages[key].update_([diagonal], self.decay)
 
     def diagonals(self) -> dict[int, Tensor]:
-        """The bias-corrected averages by ``id(parameter)``, of one term of the loss; empty where there is none."""
+        """Bias-corrected averages by ``id(parameter)``, of one term of the loss; empty where there is none."""
         return {} if self._given_up else {key: average.mean()[0] for key, average in self._averages.items()}

@@ -1,4 +1,4 @@
-"""Which arguments of a run a figure leaves to its user, and which it decides by itself."""
+"""Arguments of a training run that a figure reserves for itself; all others are its user's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
 }
 _STEPS = "the figure's --steps says how long the training is"
 _NOT_KEPT = "the training of a figure is neither evaluated nor saved"
-_DECIDED: dict[str, tuple[str, Any]] = {
+_RESERVED: dict[str, tuple[str, Any]] = {
     "max_steps": (_STEPS, None),
     "num_train_epochs": (_STEPS, None),
     "output_dir": ("--output says where the figure stands, and the run's own files stand beside it", None),
@@ -40,22 +40,22 @@ _DECIDED: dict[str, tuple[str, Any]] = {
     "push_to_hub": (_NOT_KEPT, False),
     "curvature_log": ("only the training scripts write that record, for plot_curvature.py", False),
 }
-"""By argument of a run why it is not free, and the only value, if any, that may be given for it."""
-_OF_DIGITS: dict[str, tuple[str, Any]] = {
+"""The reason by reserved argument, and the only value, if any, that may be given for it."""
+_RESERVED_ON_DIGITS: dict[str, tuple[str, Any]] = {
     name: ("--task digits has its own images; --task image takes others", value)
     for name, value in (("dataset", "digits"), ("data_dir", None))
 }
 
 
 def given_arguments(task: str, words: Sequence[str]) -> dict[str, Any]:
-    """The arguments among the words of a command line, by their full names, with their values.
+    """Values of the arguments among the words of a command line, by their full names.
 
-    They are found by the parser of the run itself, so that every spelling counts that it takes: ``--learning_rate 1``,
-    ``--learning-rate=1``, and beginnings of names that are no other's. Words that it does not know are left out.
+    The run's own parser finds them, in every spelling that it takes: ``--learning_rate 1``, ``--learning-rate=1``,
+    and unambiguous abbreviations. Words that it does not know are left out.
 
     Args:
-        task: one of ``TASKS``.
-        words: of the command line.
+        task: One of ``TASKS``.
+        words: Words of the command line.
     """
     parser = HfArgumentParser(_ARGUMENTS[task])  # type: ignore[arg-type]  # typed too narrowly for a tuple
     parser.set_defaults(**dict.fromkeys(field.name for one in _ARGUMENTS[task] for field in fields(one)))
@@ -63,17 +63,20 @@ def given_arguments(task: str, words: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in vars(found).items() if value is not None}
 
 
-def refuse_decided(task: str, words: Sequence[str], where: str = "") -> None:
-    """Raises ValueError for an argument that the figure decides by itself; it names the argument, and says why.
+def refuse_reserved(task: str, words: Sequence[str], where: str = "") -> None:
+    """Refuse reserved arguments.
 
     Args:
-        task: one of ``TASKS``.
-        words: of the command line.
-        where: what they belong to, such as an optimizer of the figure; empty for the command line itself.
+        task: One of ``TASKS``.
+        words: Words of the command line.
+        where: The optimizer of the figure that they belong to; empty for the command line itself.
+
+    Raises:
+        ValueError: A reserved argument is given; the message names it and the reason.
     """
-    decided = {**_DECIDED, **(_OF_DIGITS if task == "digits" else {})}
+    reserved = {**_RESERVED, **(_RESERVED_ON_DIGITS if task == "digits" else {})}
     for name, value in given_arguments(task, words).items():
-        why, only = decided.get(name, ("", value))
+        why, only = reserved.get(name, ("", value))
         if value != only:
             place = f" in {where!r}" if where else ""
             raise ValueError(f"--{name} is not free here{place}: {why}")

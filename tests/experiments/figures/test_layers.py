@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from hf_adafisher import CurvatureCallback
-from hf_adafisher.experiments.figures.curvature_picture import CurvatureRecord, _draw, load_record
-from hf_adafisher.experiments.figures.runs import prepare_run
+from hf_adafisher.experiments.figures.layers.picture import common_prefix, draw_record
+from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record
+from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE
 from tests.experiments.runs.image_runs import TINY
@@ -76,11 +77,11 @@ def test_a_step_is_relative_to_the_layer_in_the_middle(tmp_path: Path) -> None:
 
 def test_chosen_layers_stay_relative_to_the_whole_model(tmp_path: Path) -> None:
     record = load_record(write_record(tmp_path, GAINS) / CURVATURE_FILE)
-    chosen = record.chosen("*.weight")
+    chosen = record.select("*.weight")
     assert chosen.layers == ["net.a.weight", "net.b.weight"]
     np.testing.assert_array_equal(chosen.relative_step, record.relative_step[[0, 2]])
     with pytest.raises(ValueError, match=r"4, such as net\.a\.weight"):
-        record.chosen("nothing*")
+        record.select("nothing*")
 
 
 def test_the_script_draws_prints_and_keeps_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,6 +121,19 @@ def test_nothing_to_draw_is_one_line_and_status_2(
     assert words in caplog.text and len(caplog.records) == 1
 
 
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [
+        (["net.a.weight", "net.a.bias"], "net.a."),
+        (["net.a.weight", "net.ab.weight", "net.late"], "net."),
+        (["one.weight", "two.weight"], ""),
+        (["net.a.weight"], ""),
+    ],
+)
+def test_a_common_prefix_ends_with_a_whole_module(names: list[str], prefix: str) -> None:
+    assert common_prefix(names) == prefix
+
+
 def many(layers: int, refreshes: int) -> list[dict[str, float | None]]:
     generator = np.random.default_rng(0)
     names = [f"model.block.{index // 4}.a_rather_long_name_of_part_{index % 4}.weight" for index in range(layers)]
@@ -130,7 +144,7 @@ def many(layers: int, refreshes: int) -> list[dict[str, float | None]]:
 def test_every_label_of_a_long_model_has_its_place(layers: int, tmp_path: Path) -> None:
     """No more names than fit, none of them over another, none outside the picture."""
     record: CurvatureRecord = load_record(write_record(tmp_path, many(layers, 5)))
-    figure = _draw(record, "model.")
+    figure = draw_record(record, "model.")
     figure.draw_without_rendering()
     maps, bars = figure.axes[:4], figure.axes[4]
     for axes in (maps[0], bars):

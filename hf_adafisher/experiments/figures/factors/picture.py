@@ -1,4 +1,4 @@
-"""Pictures of Kronecker factors: disks and spectra of one layer, and how diagonal those of all layers are."""
+"""Pictures of Kronecker factors: disks and spectra of one layer, and diagonal dominance of all layers."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import Any
 import torch
 
 from hf_adafisher.experiments.drawing import COLOURS, Style, empty_figure, new_figure, save_figure
-from hf_adafisher.experiments.figures.dominance import Dominance
-from hf_adafisher.experiments.figures.dominance_study import DrawnFactor, FactorStudy, MeasuredLayer
-from hf_adafisher.experiments.figures.full_factors import SIDES, SYMBOLS
+from hf_adafisher.experiments.figures.factors.diagonal_dominance import DiagonalDominance
+from hf_adafisher.experiments.figures.factors.full_factors import SIDES, SYMBOLS
+from hf_adafisher.experiments.figures.factors.study import DrawnFactor, FactorStudy, MeasuredLayer
 from hf_adafisher.experiments.report.tables import Table
 from hf_adafisher.fisher.diagonals import INPUT
 
 _LAYERS = 60
-"""Layers in the picture of all layers, at most; the JSON has the others too."""
+"""Largest number of layers in the picture of all layers; the JSON has the others too."""
 _RESOLUTION = 1e-8
-"""Eigenvalues below this share of the largest are rounding errors of float32 sums, and are not shown."""
+"""Smallest eigenvalue to show, relative to the largest; below are rounding errors of float32 sums."""
 _NAMES = {INPUT: "inputs", SIDES[1]: "output gradients"}
 _UNITS = {INPUT: "squared input", SIDES[1]: "squared gradient, nats²"}
 _MANY = 500
-"""More marks than that are pixels in the SVG too."""
+"""Largest number of marks that the SVG has as vectors."""
 
 
 def write_factor_pictures(study: FactorStudy, output: Path) -> list[Path]:
-    """Draws the layer's disks and spectra and, if all layers were measured, their shares of energy.
+    """Draw the layer's disks and spectra and, if all layers were measured, their shares of energy.
 
     Args:
-        study: what was found.
-        output: PNG; SVG and JSON stand beside it, and the picture of all layers as ``NAME_layers.png``.
+        study: The factors.
+        output: PNG file; SVG and JSON stand beside it, and the picture of all layers as ``NAME_layers.png``.
 
     Returns:
         The files.
@@ -41,7 +41,7 @@ def write_factor_pictures(study: FactorStudy, output: Path) -> list[Path]:
         ImportError: matplotlib is not installed.
     """
     files = save_figure(layer_figure(study), output, study_numbers(study))
-    if study.options.all_layers:
+    if study.settings.all_layers:
         step = max(study.layers)
         figure = layers_figure(study.layers[step], f"{study.title}, step {step}")
         rows = [_layer_numbers(layer) for layer in study.layers[step]]
@@ -51,7 +51,7 @@ def write_factor_pictures(study: FactorStudy, output: Path) -> list[Path]:
 
 
 def layer_table(layers: Sequence[MeasuredLayer]) -> Table:
-    """One row a layer: for each factor what ``Dominance`` says, shares in percent."""
+    """Table of the diagonal dominance of every layer's factors, shares in percent."""
     columns = ["layer", "kind", "positions"]
     for symbol in SYMBOLS.values():
         columns += [f"d of {symbol}", f"{symbol} on its diagonal (if independent)"]
@@ -60,25 +60,26 @@ def layer_table(layers: Sequence[MeasuredLayer]) -> Table:
     for layer in layers:
         cells = [layer.name, layer.kind, f"{layer.positions:,}"]
         for side in SIDES:
-            found = layer.measures.get(side)
+            found = layer.dominance.get(side)
             cells += [str(layer.dimensions[side]), *(("-",) * 3 if found is None else _cells(found))]
         rows.append([*cells, layer.note])
     return Table([*columns, "note"], rows)
 
 
-def _cells(found: Dominance) -> tuple[str, str, str]:
+def _cells(found: DiagonalDominance) -> tuple[str, str, str]:
     shares = f"{_percent(found.energy_share)} ({_percent(found.independent_share)})"
     return shares, _percent(found.dominant_rows), _number(found.mean_correlation)
 
 
 def study_numbers(study: FactorStudy) -> dict[str, Any]:
-    """What the pictures show, for the JSON; eigenvalues and disks in units of the factor (see the axes)."""
-    options = asdict(study.options) | {"layer": study.layer, "steps": list(study.options.steps)}
+    """Numbers of the pictures for the JSON; eigenvalues and disks in units of the factor (see the axes)."""
+    settings, names = study.settings, ("steps", "examples", "noise", "max_dim", "all_layers", "disks")
+    options = {"layer": study.layer, **{name: getattr(settings, name) for name in names}}
     return {
         "title": study.title,
         "options": options,
         "examples": study.examples,
-        "factors": [_factor_numbers(factor, study.options.disks) for factor in study.drawn],
+        "factors": [_factor_numbers(factor, study.settings.disks) for factor in study.drawn],
         "layers": {str(step): [_layer_numbers(layer) for layer in rows] for step, rows in study.layers.items()},
         "skipped": dict(study.skipped),
     }
@@ -106,14 +107,14 @@ def _factor_numbers(factor: DrawnFactor, disks: int) -> dict[str, Any]:
 
 
 def _layer_numbers(layer: MeasuredLayer) -> dict[str, Any]:
-    factors = {SYMBOLS[side]: asdict(found) for side, found in layer.measures.items()}
+    factors = {SYMBOLS[side]: asdict(found) for side, found in layer.dominance.items()}
     dimensions = {SYMBOLS[side]: size for side, size in layer.dimensions.items()}
     about = {"layer": layer.name, "kind": layer.kind, "positions": layer.positions, "dimensions": dimensions}
     return {**about, "factors": factors, "note": layer.note}
 
 
 def _largest(factor: DrawnFactor, disks: int) -> torch.Tensor:
-    """Which disks are drawn: those with the largest radii."""
+    """Indices of the disks to draw: those with the largest radii."""
     return factor.radii.argsort(descending=True, stable=True)[:disks]
 
 
@@ -126,12 +127,12 @@ def _number(value: float) -> str:
 
 
 def layer_figure(study: FactorStudy) -> Any:
-    """A row for each step and factor: disks in the complex plane on the left, the spectrum on the right."""
+    """Draw a row for each step and factor: disks in the complex plane on the left, the spectrum on the right."""
     rows = len(study.drawn)
     figure, panels = new_figure(rows, 2, (11.5, 3.4 * rows + 0.9), sharey=False)
     figure.suptitle(f"Kronecker factors of {study.layer}\n{study.title}, {study.examples:,} examples", fontsize=11)
     for factor, left, right in zip(study.drawn, panels[::2], panels[1::2], strict=True):
-        _draw_disks(left, factor, study.options.disks)
+        _draw_disks(left, factor, study.settings.disks)
         _draw_spectrum(right, factor)
     handles: dict[str, Any] = {}
     for axes in panels[::2]:
@@ -141,7 +142,7 @@ def layer_figure(study: FactorStudy) -> Any:
 
 
 def _draw_disks(axes: Any, factor: DrawnFactor, disks: int) -> None:
-    """Disks that reach zero are dashed: only rows of the others are dominated by their diagonal entry."""
+    """Draw disks that reach zero with dashes: their rows are not dominated by their diagonal entry."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Circle
 
@@ -171,7 +172,7 @@ def _draw_disks(axes: Any, factor: DrawnFactor, disks: int) -> None:
 
 
 def _draw_real_axis(axes: Any, factor: DrawnFactor) -> None:
-    """Eigenvalues with and without noise, and the centres of all disks."""
+    """Draw the eigenvalues with and without noise, and the centres of all disks."""
     spectrum = factor.spectrum
     zero, pixels = torch.zeros(len(factor.centres)), {"rasterized": len(factor.centres) > _MANY}
     style = {"color": COLOURS[1], "markersize": 6, "zorder": 3, **pixels}
@@ -213,7 +214,7 @@ def _draw_spectrum(axes: Any, factor: DrawnFactor) -> None:
 
 
 def layers_figure(layers: Sequence[MeasuredLayer], title: str) -> Any:
-    """Two bars a layer, one a factor; a black tick where independent coordinates would be."""
+    """Draw two bars a layer, one for each factor, with a black tick for independent coordinates."""
     shown = layers[:_LAYERS]
     figure = empty_figure((9.0, 1.6 + 0.46 * len(shown)))
     axes = figure.subplots()
@@ -221,7 +222,7 @@ def layers_figure(layers: Sequence[MeasuredLayer], title: str) -> Any:
         zip(SIDES, ({"color": COLOURS[0]}, {"color": COLOURS[5], "hatch": "////", "edgecolor": "white"}), strict=True)
     )
     for side, offset in zip(SIDES, (-0.2, 0.2), strict=True):
-        bars = [(place + offset, layer.measures.get(side)) for place, layer in enumerate(shown)]
+        bars = [(place + offset, layer.dominance.get(side)) for place, layer in enumerate(shown)]
         found = [(place, measure) for place, measure in bars if measure is not None and measure.energy_share >= 0.0]
         places = [place for place, _ in found]
         axes.barh(

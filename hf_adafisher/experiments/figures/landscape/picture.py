@@ -1,4 +1,4 @@
-"""The picture of several optimizers' trajectories over the loss of a plane."""
+"""Picture of several optimizers' trajectories over the loss of a plane."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 from hf_adafisher.experiments.drawing import DASHES, SEQUENTIAL, Style, empty_figure, line_style
 
 COLOUR_MAP = f"{SEQUENTIAL}_r"
-"""Low losses are light, so that the lines, which end there, stand out."""
+"""Light for low losses, so that the lines, which end there, stand out."""
 LEVELS = 16
 _CLIPPED_SHARE = 0.2
 _MARKS = 8
-"""Marks on a line, about."""
+"""Approximate number of marks on a line."""
 _HALF_WIDTH = 103
-"""Characters of the legend that fit into half of the figure."""
+"""Number of the legend's characters that fit into half of the figure."""
 _TURN = 30.0
-"""Degrees between the view and the steepest way up."""
+"""Angle between the view and the steepest ascent, in degrees."""
 Grid = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def contour_levels(losses: np.ndarray, start: float, count: int = LEVELS) -> np.ndarray:
-    """Levels that lie the closer the nearer to the lowest loss, up to one that most of the plane stays below.
+    """Contour levels, spaced geometrically above the lowest loss.
 
-    Their heights above the lowest loss grow by equal factors, from a hundredth of the highest one's. The highest is
-    that which a fifth of the grid exceeds, but at least the loss at the start: a corner that diverges hides no valley.
+    Their heights above the lowest loss grow by equal factors, from a hundredth of the highest one's. A fifth of the
+    grid exceeds the highest level, which is at least the loss at the start: a corner that diverges hides no valley.
 
     Args:
-        losses: of the grid; those that are not finite do not count.
-        start: the loss at the start of the trajectories.
-        count: of levels, at least 3.
+        losses: Losses of the grid; those that are not finite do not count.
+        start: Loss at the start of the trajectories.
+        count: Number of levels, at least 3.
 
     Returns:
         Ascending losses, shape (count,).
@@ -45,15 +45,15 @@ def contour_levels(losses: np.ndarray, start: float, count: int = LEVELS) -> np.
 
 
 def draw_landscape(numbers: Mapping[str, Any]) -> Any:
-    """Left the losses as contours with the trajectories, right as a surface with the trajectories lifted onto it.
+    """Draw contours of the losses with the trajectories, and beside them the surface with the trajectories on it.
 
     A white star marks the start, a large mark the end of each trajectory. The surface is cut off at the highest level.
     The legend has the true losses of both beside those in the plane: weights off the plane may have quite another
-    loss than the point below them, so that a path may seem to climb where its loss fell. Where a model has running
-    statistics (BatchNorm), the legend says which the plane's losses use.
+    loss than their projection, so that a path may seem to climb where its loss fell. For a model with running
+    statistics (BatchNorm), the legend names those of the plane's losses.
 
     Args:
-        numbers: what ``landscape_run.trace_landscape`` returns, or the JSON file holds.
+        numbers: Result of ``trace_landscape``, or the content of the JSON file.
 
     Returns:
         A figure of matplotlib.
@@ -94,7 +94,7 @@ def draw_landscape(numbers: Mapping[str, Any]) -> Any:
 
 
 class _Path:
-    """One optimizer's trajectory as it is drawn."""
+    """Drawing of one optimizer's trajectory."""
 
     def __init__(self, numbers: Mapping[str, Any]) -> None:
         self.x, self.y, self.loss = (np.array(numbers[key], dtype=float) for key in ("x", "y", "loss_in_plane"))
@@ -102,7 +102,7 @@ class _Path:
         self.outside = numbers["variance_outside_of_plane"]
 
     def draw(self, flat: Any, lifted: Any, top: float, style: Style, name: str) -> None:
-        """Line, marks and end on both panels; the legend tells how far the plane can be trusted."""
+        """Draw line, marks and end on both panels; the legend has the share of variance outside of the plane."""
         from matplotlib.patheffects import Normal, Stroke
 
         label = f"{name}: loss at its end {_number(self.end)}, in this plane {_number(self.loss[-1])}"

@@ -1,4 +1,4 @@
-"""Directions in weight space that do not come from trajectories: random or given, with filter normalisation."""
+"""Random or given directions in weight space, with filter normalisation."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.experiments.figures.landscape import Plane, scalar_products, trainable
+from hf_adafisher.experiments.figures.landscape.model_state import trainable
+from hf_adafisher.experiments.figures.landscape.plane import Plane, scalar_products
 from hf_adafisher.fisher.layers.linear import Conv1DRule
 from hf_adafisher.fisher.layers.norm import ScaleAndShiftRule
 from hf_adafisher.fisher.layers.registry import find_rule
 
 
 def normalized_plane(model: nn.Module, centre: Tensor, directions: Sequence[Tensor]) -> Plane:
-    """The plane of two given directions, filter-normalised, around given weights.
+    """Plane of two given directions, filter-normalised, around given weights.
 
     Args:
-        model: see ``filter_normalized``.
-        centre: the weights, shape (d,).
-        directions: two, each of shape (d,).
+        model: See ``filter_normalized``.
+        centre: The weights, shape (d,).
+        directions: Two directions, each of shape (d,).
 
     Raises:
-        ValueError: directions that, normalised, do not span a plane.
+        ValueError: The normalised directions do not span a plane.
     """
     plane = Plane(centre, torch.stack([filter_normalized(model, centre, direction) for direction in directions]))
     check_independent(plane.directions, "after filter normalisation ")
@@ -32,18 +33,18 @@ def normalized_plane(model: nn.Module, centre: Tensor, directions: Sequence[Tens
 
 
 def filter_normalized(model: nn.Module, weights: Tensor, direction: Tensor) -> Tensor:
-    """Gives each filter of a direction the norm of the same filter of the weights.
+    """Scale each filter of a direction to the norm of the same filter of the weights.
 
     ``d_ij <- d_ij / ||d_ij|| * ||theta_ij||`` for the j-th filter of the i-th parameter (Li et al. 2018, section 4,
-    arXiv 1712.09913), so that a step of length 1 means the same to every layer. A filter is all that leads to one
+    arXiv 1712.09913), so that a step of length 1 is comparable between layers. A filter holds all weights of one
     output: a row of a linear layer's or an embedding's weight, a column of a transposed one's (transformers' Conv1D,
     transposed convolutions), a convolution's kernels for one output channel. The direction is zero for biases and
     every other vector, and for the parameters of norm layers, as in that paper's pictures.
 
     Args:
-        model: tells which number belongs to what; its values are not used.
-        weights: theta, shape (d,).
-        direction: d, shape (d,).
+        model: Model with the names and shapes of the parameters; its values are not used.
+        weights: Weights theta, shape (d,).
+        direction: Direction d, shape (d,).
 
     Returns:
         A new vector of shape (d,).
@@ -54,7 +55,7 @@ def filter_normalized(model: nn.Module, weights: Tensor, direction: Tensor) -> T
         start = part.stop
         if axis is not None:
             others = [other for other in range(parameter.dim()) if other != axis]
-            own, target = (whole[part].view(parameter.shape) for whole in (direction, weights))
+            own, target = (vector[part].view(parameter.shape) for vector in (direction, weights))
             length = torch.linalg.vector_norm(own, dim=others, keepdim=True)
             scale = torch.linalg.vector_norm(target, dim=others, keepdim=True) / length.where(length > 0, 1.0)
             result[part] = (own * scale).reshape(-1)
@@ -62,25 +63,25 @@ def filter_normalized(model: nn.Module, weights: Tensor, direction: Tensor) -> T
 
 
 def random_directions(size: int, seed: int) -> list[Tensor]:
-    """Two vectors of independent standard normal numbers, each of shape (size,)."""
+    """Draw two vectors of independent standard normal numbers, each of shape (size,)."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(size, generator=generator) for _ in range(2)]
 
 
 def read_directions(path: Path, model: nn.Module) -> list[Tensor]:
-    """Two directions from a file that ``torch.save`` wrote: two dictionaries from parameter names to tensors.
+    """Read two directions from a file of ``torch.save``: two dictionaries from parameter names to tensors.
 
     Args:
-        path: the file.
-        model: whose trainable parameters the directions belong to.
+        path: The file.
+        model: Model whose trainable parameters the directions belong to.
 
     Returns:
-        Two vectors of shape (d,), float32, as the file has them.
+        Two vectors of shape (d,), float32, without normalisation.
 
     Raises:
-        ValueError: not such a file, other names or shapes than the model's, numbers that are not finite, directions
-            that do not span a plane.
-        OSError: no such file.
+        ValueError: Another kind of file, other names or shapes than the model's, numbers that are not finite, or
+            directions that do not span a plane.
+        OSError: The file does not exist.
     """
     try:
         pair = torch.load(path, map_location="cpu", weights_only=True)
@@ -107,7 +108,11 @@ def read_directions(path: Path, model: nn.Module) -> list[Tensor]:
 
 
 def check_independent(directions: Tensor, where: str) -> None:
-    """Raises ValueError, which begins with ``where``, for two directions, shape (2, d), that span no plane."""
+    """Check that two directions, shape (2, d), span a plane.
+
+    Raises:
+        ValueError: They do not; the message begins with ``where``.
+    """
     metric = scalar_products(directions)
     squares = metric[0, 0] * metric[1, 1]
     if not (squares > 0 and torch.isfinite(metric).all() and torch.linalg.det(metric) > 1e-8 * squares):
@@ -115,7 +120,7 @@ def check_independent(directions: Tensor, where: str) -> None:
 
 
 def _filter_axes(model: nn.Module) -> dict[str, int | None]:
-    """Of each trainable parameter the axis that counts filters; None where directions are zero."""
+    """Filter axis of each trainable parameter; None for parameters whose directions are zero."""
     owners = {id(parameter): module for module in model.modules() for parameter in module.parameters(recurse=False)}
     axes: dict[str, int | None] = {}
     for name, parameter in trainable(model).items():

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_adafisher.experiments.figures.free_arguments import given_arguments
-from hf_adafisher.experiments.figures.runs import (
+from hf_adafisher.experiments.figures.reserved_arguments import given_arguments
+from hf_adafisher.experiments.figures.training_run import (
     DIGITS_LEARNING_RATES,
     check_same_start,
     fixed_batches,
-    optimizer_choice,
     prepare_run,
 )
 from hf_adafisher.experiments.runs import clm_setup, image_setup
@@ -72,7 +71,7 @@ def test_what_the_figure_decides_is_refused_in_every_spelling(
         for words in ([f"--{option}", value], [f"--{option}={value}"]):
             with pytest.raises(ValueError, match=f"^--{name} is not free here: "):
                 prepare_run("digits", 3, tmp_path / "a.png", None, words)
-        choice = optimizer_choice(f"adam:{option}={value}")
+        choice = f"adam:{option}={value}"
         with pytest.raises(ValueError, match=f"^--{name} is not free here in 'adam:{option}={value}': "):
             prepare_run("digits", 3, tmp_path / "a.png", choice)
     assert not parsed_only
@@ -112,13 +111,20 @@ def test_learning_rates_of_the_optimizer_of_the_command_line_and_of_the_digits(
     parsed_only: list[Any], tmp_path: Path
 ) -> None:
     def rate(optimizer: str, *words: str) -> float:
-        run: Any = prepare_run("digits", 3, tmp_path / "a.png", optimizer_choice(optimizer), words)
+        run: Any = prepare_run("digits", 3, tmp_path / "a.png", optimizer, words)
         return run.learning_rate
 
     assert rate("adam") == DIGITS_LEARNING_RATES["adam"]
     for option in ("learning_rate", "learning-rate"):
         assert rate("adam", f"--{option}", "0.5") == rate("adam", f"--{option}=0.5") == 0.5
         assert rate(f"adam:{option}=0.25", "--learning_rate", "0.5") == rate(f"adam:{option}=0.25") == 0.25
+
+
+@pytest.mark.parametrize("text", ["", ":learning_rate=1", "adam:learning_rate", "adam:=1", "adam:learning_rate="])
+def test_malformed_optimizers_are_refused(parsed_only: list[Any], tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=f"'{text}' is no optimizer: write its name, or name:argument=value"):
+        prepare_run("digits", 3, tmp_path / "a.png", text)
+    assert not parsed_only
 
 
 @pytest.mark.parametrize("task", ["digits", "image", "clm"])
@@ -132,7 +138,7 @@ def test_several_processes_are_refused(
 
 
 def prepared(folder: Path, *words: str, optimizer: str = "adam") -> Any:
-    return prepare_run("digits", 2, folder / "a.v2.png", optimizer_choice(optimizer), [*QUICK, *words])
+    return prepare_run("digits", 2, folder / "a.v2.png", optimizer, [*QUICK, *words])
 
 
 def test_an_empty_folder_does_not_stay_behind(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How diagonal Kronecker factors are: Gershgorin disks, spectra under noise, shares of energy (AdaFisher, Fig. 3).
+"""Diagonal dominance of Kronecker factors: Gershgorin disks, spectra under noise, energy (AdaFisher, Fig. 3).
 
 A factor is a second moment: a square matrix (d, d), symmetric and positive semi-definite, or the vector (d,) of its
 diagonal where it is diagonal by nature.
@@ -19,7 +19,7 @@ def gershgorin_disks(moment: Tensor) -> tuple[Tensor, Tensor]:
     """Centres and radii of the Gershgorin disks ``D(a_ii, sum_{j != i} |a_ij|)``, whose union holds every eigenvalue.
 
     Args:
-        moment: square matrix (d, d), or the diagonal (d,) of one that is diagonal.
+        moment: Square matrix (d, d), or the diagonal (d,) of one that is diagonal.
 
     Returns:
         Two tensors of shape (d,).
@@ -38,26 +38,26 @@ def energy_share(moment: Tensor) -> float:
 
 
 def independent_share(diagonal: Tensor, positions: int) -> float:
-    """The share of energy on the diagonal if coordinates were independent: what sampling alone leaves beside it.
+    """Share of energy on the diagonal of a factor of independent coordinates: the effect of sampling alone.
 
     ``N`` positions of independent coordinates with mean zero and these mean squares ``a_ii`` give off-diagonal entries
-    of expected square ``a_ii a_jj / N``. Positions of one example resemble each other, so that even then less than
-    this share would be found.
+    of expected square ``a_ii a_jj / N``. Positions of one example are correlated, which makes the share smaller even
+    for independent coordinates.
 
     Args:
-        diagonal: shape (d,).
-        positions: N, at least 1.
+        diagonal: Shape (d,).
+        positions: Number of positions N, at least 1.
     """
-    on_it = diagonal.square().sum().item()
-    beside_it = (diagonal.sum().item() ** 2 - on_it) / positions
-    return on_it / (on_it + beside_it) if on_it > 0.0 else math.nan
+    on_diagonal = diagonal.square().sum().item()
+    off_diagonal = (diagonal.sum().item() ** 2 - on_diagonal) / positions
+    return on_diagonal / (on_diagonal + off_diagonal) if on_diagonal > 0.0 else math.nan
 
 
 def mean_correlation(moment: Tensor) -> float:
-    """Root mean square of ``a_ij / sqrt(a_ii a_jj)``, i != j: how much is beside the diagonal whatever the rows' sizes.
+    """Root mean square of ``a_ij / sqrt(a_ii a_jj)``, i != j: off-diagonal entries relative to the rows' sizes.
 
-    ``energy_share`` is that of the largest rows; this is the same for every rescaling of coordinates. Independent
-    coordinates have about ``1 / sqrt(N)``. Rows of zeros are left out; nan where fewer than two are left, 0 for (d,).
+    The largest rows dominate ``energy_share``; this is invariant to a rescaling of coordinates. Independent coordinates
+    have about ``1 / sqrt(N)``. Rows of zeros are left out; nan with fewer than two others, 0 for a vector (d,).
     """
     if moment.dim() == 1:
         return 0.0
@@ -68,18 +68,18 @@ def mean_correlation(moment: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Dominance:
-    """How much of a factor its diagonal is.
+class DiagonalDominance:
+    """Diagonal dominance of a factor.
 
     Attributes:
-        dimension: d.
-        energy_share: ``energy_share``.
-        independent_share: ``independent_share``, to compare with; 1 for a factor that is diagonal by nature.
-        dominant_rows: share of the rows whose Gershgorin disk does not reach zero; rows of zeros (dead inputs, tokens
+        dimension: Dimension d of the factor.
+        energy_share: See the function ``energy_share``.
+        independent_share: See ``independent_share``; 1 for a factor that is diagonal by nature.
+        dominant_rows: Share of the rows whose Gershgorin disk does not reach zero; rows of zeros (dead inputs, tokens
             that do not occur) are left out here and in the next.
-        radius_ratio: mean over rows of radius / centre.
-        mean_correlation: ``mean_correlation``.
-        zero_rows: how many rows are zero.
+        radius_ratio: Mean over rows of radius / centre.
+        mean_correlation: See the function ``mean_correlation``.
+        zero_rows: Number of rows of zeros.
     """
 
     dimension: int
@@ -91,13 +91,13 @@ class Dominance:
     zero_rows: int
 
 
-def measure_dominance(moment: Tensor, positions: int) -> Dominance:
-    """Measures a second moment (d, d), or the diagonal (d,) of a diagonal one, taken over so many positions."""
+def measure_dominance(moment: Tensor, positions: int) -> DiagonalDominance:
+    """Measure a second moment (d, d), or the diagonal (d,) of a diagonal one, averaged over ``positions``."""
     moment = moment.double()
     centres, radii = gershgorin_disks(moment)
     alive = centres > 0.0
     ratios = radii[alive] / centres[alive]
-    return Dominance(
+    return DiagonalDominance(
         dimension=len(centres),
         energy_share=energy_share(moment),
         independent_share=energy_share(moment) if moment.dim() == 1 else independent_share(centres, positions),
@@ -109,17 +109,17 @@ def measure_dominance(moment: Tensor, positions: int) -> Dominance:
 
 
 def with_noise(moment: Tensor, noise: float) -> tuple[Tensor, float]:
-    """Adds ``e_ij = e_ji ~ N(0, sigma^2)`` off the diagonal: the matrix stays symmetric and keeps its diagonal.
+    """Add ``e_ij = e_ji ~ N(0, sigma^2)`` off the diagonal: the matrix stays symmetric and keeps its diagonal.
 
     The paper takes ``sigma = 1e-3`` for matrices whose diagonals are of order one. Factors are of any size, so here
     ``sigma = noise * mean(diagonal)``.
 
     Args:
-        moment: shape (d, d).
-        noise: at least 0.
+        moment: Shape (d, d).
+        noise: Relative size of the noise, at least 0.
 
     Returns:
-        The new matrix and sigma. The same noise every time, but for its size.
+        The new matrix and sigma. All calls draw the same noise, scaled by sigma.
     """
     sigma = noise * moment.diagonal().mean().item()
     draws = torch.randn(moment.shape, generator=torch.Generator().manual_seed(_NOISE_SEED), dtype=moment.dtype)
@@ -132,10 +132,10 @@ class Spectrum:
     """Eigenvalues of a factor, each list falling, shape (d,).
 
     Attributes:
-        eigenvalues: of the factor.
-        noisy: of ``with_noise``; None for a factor that is diagonal by nature, which has nothing to disturb.
-        diagonal: what the eigenvalues would be if nothing stood off the diagonal, as AdaFisher takes it.
-        sigma: standard deviation of the noise, in units of the factor.
+        eigenvalues: Eigenvalues of the factor.
+        noisy: Eigenvalues of ``with_noise``; None for a factor that is diagonal by nature, which gets no noise.
+        diagonal: Eigenvalues of the diagonal alone, AdaFisher's approximation.
+        sigma: Standard deviation of the noise, in units of the factor.
     """
 
     eigenvalues: Tensor
@@ -149,12 +149,12 @@ class Spectrum:
         return self.diagonal.mean().item()
 
     def above(self, values: Tensor) -> int:
-        """How many of these eigenvalues Kaiser's rule keeps: those above the line."""
+        """Number of these eigenvalues above Kaiser's line."""
         return int((values > self.kaiser).sum())
 
     @property
     def leading_shift(self) -> float:
-        """The largest relative change that the noise makes to an eigenvalue above the line; 0 without noise."""
+        """Largest relative change of an eigenvalue above the line under the noise; 0 without noise."""
         kept = self.eigenvalues[: self.above(self.eigenvalues)]
         if self.noisy is None or not len(kept):
             return 0.0

@@ -1,8 +1,8 @@
-"""The full Kronecker factors of a model's layers over a set of examples, without a trace in its training.
+"""Full Kronecker factors of a model's layers over a set of examples, without an effect on its training.
 
-They are those that AdaFisher keeps the diagonals of: ``H = mean x x^T`` of a layer's inputs and ``S = mean g g^T`` of
-the loss gradients at its outputs, over all positions (examples times tokens or pixels). Second moments are not centred,
-so inputs whose mean is far from zero have much off the diagonal.
+AdaFisher keeps their diagonals: ``H = mean x x^T`` of a layer's inputs and ``S = mean g g^T`` of the loss gradients at
+its outputs, over all positions (examples times tokens or pixels). Second moments are not centred, so inputs whose mean
+is far from zero have large off-diagonal entries.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_adafisher.experiments.figures.dominance import Dominance, measure_dominance
+from hf_adafisher.experiments.figures.factors.diagonal_dominance import DiagonalDominance, measure_dominance
+from hf_adafisher.experiments.figures.training_run import trainable_weight
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from hf_adafisher.fisher.layers import find_rule
 from hf_adafisher.fisher.recorder import FactorRecorder
@@ -36,41 +37,41 @@ class _FullMoments(MomentRule):
 
 @dataclass(frozen=True)
 class FactorLayer:
-    """A layer that has Kronecker factors.
+    """A layer with Kronecker factors.
 
     Attributes:
-        name: the module's name in the model.
-        rule: how its factors are recorded.
-        cut: sides (``INPUT``, ``OUTPUT_GRAD``) longer than max_dim, of which only the diagonal is kept.
-        by_nature: sides that have nothing but a diagonal, as the input of an Embedding.
+        name: Name of the module in the model.
+        rule: Rule that records its factors.
+        too_long: Sides (``INPUT``, ``OUTPUT_GRAD``) longer than max_dim, of which only the diagonal is kept.
+        by_nature: Sides whose factor is diagonal by nature, as the input of an Embedding.
     """
 
     name: str
     rule: MomentRule
-    cut: frozenset[str]
+    too_long: frozenset[str]
     by_nature: frozenset[str]
 
 
 def factor_layers(model: nn.Module, max_dim: int) -> dict[str, FactorLayer]:
-    """The layers of a model that have full Kronecker factors and a trainable weight, by name.
+    """Layers of a model with full Kronecker factors and a trainable weight, by name.
 
     Normalisation layers have none (their blocks are diagonal), nor have grouped convolutions.
 
     Args:
-        model: any.
-        max_dim: longest side of a factor of which more than the diagonal is recorded.
+        model: Any model.
+        max_dim: Longest side of a factor that is recorded in full.
     """
     layers = {}
     for name, module in model.named_modules():
-        weight, rule = module._parameters.get("weight"), find_rule(module)
+        rule = find_rule(module)
         shapes = None if rule is None else rule.full_factor_shapes(module)
-        if rule is None or shapes is None or weight is None or not weight.requires_grad:
+        if rule is None or shapes is None or trainable_weight(module) is None:
             continue
         by_side = dict(zip(SIDES, shapes, strict=True))
         diagonal = frozenset(side for side, shape in by_side.items() if len(shape) == 1)
-        cut = frozenset(side for side, shape in by_side.items() if shape[0] > max_dim) - diagonal
-        kept = [shape[:1] if side in cut else shape for side, shape in by_side.items()]
-        layers[name] = FactorLayer(name, _FullMoments(rule, (kept[0], kept[1]), with_one=False), cut, diagonal)
+        too_long = frozenset(side for side, shape in by_side.items() if shape[0] > max_dim) - diagonal
+        kept = [shape[:1] if side in too_long else shape for side, shape in by_side.items()]
+        layers[name] = FactorLayer(name, _FullMoments(rule, (kept[0], kept[1]), with_one=False), too_long, diagonal)
     return layers
 
 
@@ -79,10 +80,10 @@ class LayerFactors:
     """Both factors of a layer over a set of examples.
 
     Attributes:
-        layer: which.
-        moments: ``INPUT`` and ``OUTPUT_GRAD``: (d, d), or (d,) where the factor is diagonal by nature or cut.
-        positions: what the means are over.
-        broadcast: the output served a whole batch at once, so gradients are sums over a batch's examples.
+        layer: The layer.
+        moments: ``INPUT`` and ``OUTPUT_GRAD``: (d, d), or (d,) for a factor that is diagonal by nature or too long.
+        positions: Number of positions that the means are over.
+        broadcast: True if the output is shared by a batch, so that gradients are sums over its examples.
     """
 
     layer: FactorLayer
@@ -90,9 +91,9 @@ class LayerFactors:
     positions: int
     broadcast: bool
 
-    def measured(self) -> dict[str, Dominance]:
-        """By side; without those that are cut."""
-        sides = [side for side in SIDES if side not in self.layer.cut]
+    def dominance(self) -> dict[str, DiagonalDominance]:
+        """Diagonal dominance by side, without factors that are too long."""
+        sides = [side for side in SIDES if side not in self.layer.too_long]
         return {side: measure_dominance(self.moments[side], self.positions) for side in sides}
 
 
@@ -104,24 +105,25 @@ def collect_factors(
     only: str | None = None,
     progress: bool = False,
 ) -> dict[str, LayerFactors]:
-    """Takes the full factors of a model in evaluation mode, with gradients of the mean loss over all examples.
+    """Compute the full factors of a model in evaluation mode, with gradients of the mean loss over all examples.
 
-    It works on a copy: gradients, buffers, hooks and random numbers of the training go on as if it had not been.
+    A copy of the model does the work: gradients, buffers, hooks and random numbers of the training do not change.
     Memory: a copy of the weights, their gradients, and ``d^2`` numbers for every factor.
 
     Args:
-        model: any.
-        batches: with "labels", whose length is the number of examples.
-        loss_of: the mean loss over a batch's examples.
-        max_dim: see ``factor_layers``.
-        only: name of the one layer to record; None for all.
-        progress: whether to show a bar.
+        model: Any model.
+        batches: Batches with "labels", whose length is the number of examples.
+        loss_of: Mean loss over a batch's examples.
+        max_dim: See ``factor_layers``.
+        only: Name of the one layer to record; None for all.
+        progress: Show a progress bar.
 
     Returns:
-        By name; layers that were not called, or compute something else than their class, are left out.
+        Factors by the layer's name; layers that are not called, or whose output is not that of their class, are left
+        out.
 
     Raises:
-        ValueError: the loss or a factor is not finite.
+        ValueError: The loss or a factor is not finite.
     """
     with torch.random.fork_rng():
         model = copy.deepcopy(model).eval()

@@ -1,8 +1,7 @@
-"""How close AdaFisher's F, Adam's second moment and K-FAC come to the exact diagonal of the Fisher, layer by layer.
+"""Training runs that compare AdaFisher's F, Adam's second moment and K-FAC with the exact diagonal of the Fisher.
 
 The exact diagonal is that of the last weights; the estimates are averages over the training, as the optimizers make
-them, each with its own steps and decay. What of a difference that alone makes, controls show: see
-``fisher_agreement.CONTROLS``.
+them, each with its own steps and decay. Controls show the effect of that difference alone: see ``agreement.CONTROLS``.
 """
 
 from __future__ import annotations
@@ -17,8 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.experiments.figures.histogram import weights_by_layer
-from hf_adafisher.experiments.figures.runs import AtSteps, OptimizerChoice, fixed_batches, prepare_run
+from hf_adafisher.experiments.figures.command_line import require_at_least
+from hf_adafisher.experiments.figures.training_run import (
+    StepCallback,
+    fixed_batches,
+    prepare_run,
+    weights_by_layer,
+)
 from hf_adafisher.experiments.fisher_accuracy.agreement import (
     SCALE_SPREAD,
     Agreement,
@@ -41,29 +45,29 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FisherSettings:
-    """What to train, and what to compare with.
+    """Settings of the training runs and of the exact diagonal.
 
     Attributes:
-        task: one of ``runs.TASKS``.
-        output: the picture.
-        optimizer: AdaFisher or AdaFisherW; None for the one that fits the network.
-        steps: optimizer steps, at least 1.
-        kind: labels of the exact Fisher, "empirical" (those of the data) or "true" (the model's).
-        examples: of the training data, without augmentation, at least 2, or all if there are fewer.
-        draws: labels drawn for each example where the true Fisher cannot be summed up, at least 1.
-        kfac_damping: lambda of K-FAC, > 0, in units of one term of the loss; a hundredth and a hundred times of it are
-            shown beside it.
-        max_factor_dim: longest side with a full factor of K-FAC, at least 1.
-        seeds: of the trainings, different ones.
-        further: arguments of the runs.
+        task: One of ``reserved_arguments.TASKS``.
+        output: File of the picture.
+        optimizer: AdaFisher or AdaFisherW, as ``prepare_run`` reads it; None for the one that fits the network.
+        steps: Number of optimizer steps, at least 1.
+        kind: Labels of the exact Fisher, "empirical" (those of the data) or "true" (the model's).
+        examples: Number of training examples, without augmentation, at least 2, or all if there are fewer.
+        draws: Labels drawn for each example where the true Fisher cannot be summed up, at least 1.
+        kfac_damping: Damping of K-FAC, > 0, in units of one term of the loss; controls have a hundredth and a hundred
+            times of it.
+        max_factor_dim: Longest side with a full factor of K-FAC, at least 1.
+        seeds: Seeds of the runs, all different.
+        further: Arguments of the runs.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: A value outside its range.
     """
 
     task: str
     output: Path
-    optimizer: OptimizerChoice | None = None
+    optimizer: str | None = None
     steps: int = 200
     kind: str = "empirical"
     examples: int = 512
@@ -74,9 +78,7 @@ class FisherSettings:
     further: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for name, least in {"steps": 1, "examples": 2, "draws": 1, "max_factor_dim": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least {least}")
+        require_at_least(self, steps=1, examples=2, draws=1, max_factor_dim=1)
         if self.kind not in KINDS:
             raise ValueError(f"--kind is {self.kind!r}; it must be one of {', '.join(KINDS)}")
         if not 0.0 < self.kfac_damping < math.inf:
@@ -88,66 +90,60 @@ class FisherSettings:
 
 
 def compare_fisher(settings: FisherSettings) -> dict[str, Any]:
-    """Trains with every seed, computes the exact diagonal at the end, and compares.
+    """Train with every seed, compute the exact diagonal at the end, and compare.
 
     Returns:
-        What the tables and the picture show and the JSON file holds: ``layers`` (means over seeds), ``mean`` (over
-        layers, then seeds) and ``by_seed`` (both of each). Means have the standard deviation over seeds, and say over
-        how many seeds and, of those over layers, over how many of the ``complete_layers`` in the seed with the fewest.
+        The content of the JSON file, the tables and the picture: ``layers`` (means over seeds), ``mean`` (over layers,
+        then seeds) and ``by_seed`` (both of each). Means have the standard deviation over seeds, the number of seeds
+        and, those over layers, the number of layers in the seed with the fewest, of ``complete_layers``.
 
     Raises:
-        ValueError: the optimizer is another than AdaFisher(W), training in fp16 or with several processes, what
-            ``runs.prepare_run`` refuses, all before any training; a training that diverges.
+        ValueError: Another optimizer than AdaFisher(W), training in fp16 or with several processes, an error of
+            ``prepare_run``, all before any training; or a training run that diverges.
     """
-    told: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
     by_seed: list[list[LayerAgreement]] = []
     for seed in settings.seeds:
-        run = prepare(settings, seed)
-        layers, exact = compare_one(settings, run)
+        run = prepare_seed(settings, seed)
+        layers, exact = compare_run(settings, run)
         by_seed.append(layers)
-        told = told or _told(settings, run, exact)
+        provenance = provenance or describe_comparison(settings, run, exact)
     means = [mean_of(layers) for layers in by_seed]
     each = [
         {"seed": seed, "mean": mean, "layers": [asdict(row) for row in layers]}
         for seed, mean, layers in zip(settings.seeds, means, by_seed, strict=True)
     ]
-    averaged = [asdict(row) for row in average(by_seed)]
-    complete = max(sum(row.complete for row in layers) for layers in by_seed)
     return {
-        **told,
-        "layers": averaged,
-        "complete_layers": complete,
-        "mean": _with_layers(means, by_seed),
+        **provenance,
+        "layers": [asdict(row) for row in average(by_seed)],
+        "complete_layers": max(sum(row.complete for row in layers) for layers in by_seed),
+        "mean": _mean_with_counts(means, by_seed),
         "by_seed": each,
     }
 
 
-def _with_layers(means: Sequence[Agreement], by_seed: Sequence[Sequence[LayerAgreement]]) -> dict[str, Any]:
-    """Means over layers and seeds, with the fewest layers that any seed had for each."""
+def _mean_with_counts(means: Sequence[Agreement], by_seed: Sequence[Sequence[LayerAgreement]]) -> dict[str, Any]:
+    """Means over layers and seeds, each with the smallest number of layers in any seed."""
     counts = [layers_in_mean(layers) for layers in by_seed]
-    return {
-        name: {
-            key: {
-                **spread,
-                "layers": min(count.get(name, {}).get(key.replace(SCALE_SPREAD, "log_scale"), 0) for count in counts),
-            }
-            for key, spread in spreads.items()
-        }
-        for name, spreads in over_seeds(means).items()
-    }
+    found: dict[str, Any] = over_seeds(means)
+    for name, spreads in found.items():
+        for key, spread in spreads.items():
+            counted = key.replace(SCALE_SPREAD, "log_scale")
+            spread["layers"] = min(count.get(name, {}).get(counted, 0) for count in counts)
+    return found
 
 
-def _told(settings: FisherSettings, run: PreparedRun, exact: ExactFisher) -> dict[str, Any]:
-    """What all seeds have in common."""
+def describe_comparison(settings: FisherSettings, run: PreparedRun, exact: ExactFisher) -> dict[str, Any]:
+    """Settings, model, data and examples that all seeds have in common, for the JSON file."""
     args = run.training_args
-    told = {key: value for key, value in asdict(settings).items() if key not in ("output", "further", "optimizer")}
-    told |= {"optimizer": optimizer_name(args), "learning_rate": args.learning_rate, "beta2": args.adam_beta2}
-    told |= {"options": args.optimizer_options(), **run.describe()}
-    return told | {"examples": exact.examples, "terms": exact.terms, "one_by_one": exact.looped}
+    common = {key: value for key, value in asdict(settings).items() if key not in ("output", "further", "optimizer")}
+    common |= {"optimizer": optimizer_name(args), "learning_rate": args.learning_rate, "beta2": args.adam_beta2}
+    common |= {"options": args.optimizer_options(), **run.describe()}
+    return common | {"examples": exact.examples, "terms": exact.terms, "one_by_one": exact.looped}
 
 
-def prepare(settings: FisherSettings, seed: int) -> PreparedRun:
-    """The run of one seed, checked. Raises ValueError as ``compare_fisher``."""
+def prepare_seed(settings: FisherSettings, seed: int) -> PreparedRun:
+    """Prepare and check the run of one seed; raises ValueError as ``compare_fisher`` does."""
     further = [*settings.further, "--seed", str(seed)]
     run = prepare_run(settings.task, settings.steps, settings.output, settings.optimizer, further)
     if run.training_args.seed != seed:
@@ -160,8 +156,8 @@ def prepare(settings: FisherSettings, seed: int) -> PreparedRun:
     return run
 
 
-def compare_one(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerAgreement], ExactFisher]:
-    """Trains one run and compares at its end; the last row is that of all values together."""
+def compare_run(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerAgreement], ExactFisher]:
+    """Train one run and compare at its end; the last row is that of all values together."""
     options = run.training_args.optimizer_options()
     estimates: dict[str, dict[int, Tensor]] = {}
     watch = StopOnDivergence()
@@ -170,13 +166,13 @@ def compare_one(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerA
     with torch.random.fork_rng():  # a data loader draws a seed
         batches = fixed_batches(trainer, trainer.train_dataset, settings.examples)  # type: ignore[arg-type]
 
-    def look(step: int, model: nn.Module, optimizer: Any) -> None:
+    def observe(step: int, model: nn.Module, optimizer: Any) -> None:
         observer.after_step(step, model, optimizer)
         if step == settings.steps:
             estimates["fisher"] = _diagonals(optimizer, model, normalized=True)
             estimates["product"] = _diagonals(optimizer, model, normalized=False)
 
-    trainer.add_callback(AtSteps(None, look))
+    trainer.add_callback(StepCallback(None, observe))
     trainer.train()
     observer.close()
     if watch.diverged_at is not None or not estimates:
@@ -202,20 +198,20 @@ def compare_one(settings: FisherSettings, run: PreparedRun) -> tuple[list[LayerA
 def in_units_of_a_term(
     estimates: Mapping[str, Mapping[int, Tensor]], products: Mapping[int, Tensor], terms: int, scale: float
 ) -> dict[str, dict[int, Tensor]]:
-    """``S (x) H`` and second moments as Fishers of one term of the loss; within a layer only the scale changes.
+    """Scale ``S (x) H`` and second moments to one term of the loss; within a layer only the scale changes.
 
     The second moment of a mean of M independent gradients is the M-th part of one's, if their mean is small. S has
     gradients of the loss as it is scaled in a step, and is a mean over the positions of a layer where a term has their
     sum: ``S (x) H`` times the positions of a term, which differ from layer to layer, estimates the same quantity as the
-    exact diagonal, also in its scale. Normalisation layers have no full factors, from which to know these positions: of
-    theirs the mean stays. So does that of every layer in "product_unscaled", where all layers have the same factor.
+    exact diagonal, also in its scale. Normalisation layers have no full factors, from which to know these positions:
+    their mean stays. So does that of every layer in "product_unscaled", where all layers have the same factor.
 
     Args:
-        estimates: with "product" and second moments, by ``id(parameter)``.
-        products: the diagonals of ``A (x) G``, where there are any.
-        terms: of the loss of a step.
-        scale: AdaFisher's ``gradient_scale``, by which S has been brought back already: ``1 / terms`` where Trainer
-            counts the terms, as for texts, and 1 where it does not.
+        estimates: With "product" and second moments, by ``id(parameter)``.
+        products: Diagonals of ``A (x) G``, where there are any.
+        terms: Number of terms of the loss of a step.
+        scale: AdaFisher's ``gradient_scale``, by which S has been divided already: ``1 / terms`` where Trainer counts
+            the terms, as for texts, and 1 where it does not.
     """
     found: dict[str, dict[int, Tensor]] = {"product": {}, "product_unscaled": {}}
     for key, value in estimates["product"].items():
@@ -230,7 +226,7 @@ def in_units_of_a_term(
 
 
 def _diagonals(optimizer: Any, model: nn.Module, *, normalized: bool) -> dict[int, Tensor]:
-    """AdaFisher's diagonals of the weights of which it knows one, by ``id(parameter)``."""
+    """AdaFisher's diagonals of all weights that it has statistics of, by ``id(parameter)``."""
     found = {}
     for layer, weight in weights_by_layer(model).items():
         try:

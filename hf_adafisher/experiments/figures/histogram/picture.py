@@ -1,4 +1,4 @@
-"""The histograms of a layer's Fisher diagonal and of Adam's second moment as two heat maps."""
+"""Heat maps of the histograms of a layer's Fisher diagonal and of Adam's second moment."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, new_figure, save_figure
 
 _SHADES = 1e4
-"""The colour map goes from the largest density down to this part of it, at most; what is less has the last colour."""
+"""Largest ratio of densities in the colour map; smaller densities have its last colour."""
 
 
 def densities(panel: dict[str, Any], bins_per_decade: int) -> np.ndarray:
-    """Share of all of a row's values in a bin, divided by the bin's width in decades; shape (rows, bins)."""
+    """Share of a row's values in each bin, divided by the bin's width in decades; shape (rows, bins)."""
     rows = panel["rows"]
     counts = np.array([row["counts"] for row in rows], dtype=float)
     totals = np.array([sum(row["counts"]) + row["zeros"] + row["not_finite"] for row in rows], dtype=float)
@@ -24,14 +24,17 @@ def densities(panel: dict[str, Any], bins_per_decade: int) -> np.ndarray:
 
 
 def draw_histograms(found: dict[str, Any], output: Path) -> list[Path]:
-    """Draws both panels as heat maps with the quartiles; returns the files.
+    """Draw both panels as heat maps with the quartiles.
 
     Args:
-        found: of ``collect_histograms``.
-        output: where to.
+        found: Result of ``collect_histograms``.
+        output: PNG file; SVG and JSON stand beside it.
+
+    Returns:
+        The three files.
 
     Raises:
-        ValueError: no value of a panel is above zero.
+        ValueError: No value of a panel is above zero.
     """
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
@@ -53,7 +56,7 @@ def draw_histograms(found: dict[str, Any], output: Path) -> list[Path]:
         )
         _draw_quartiles(axis, panel["rows"])
         axis.set(xscale="log", ylim=(0, found["steps"]))
-        axis.set_title(_title(panel), fontsize=10)
+        axis.set_title(panel_title(panel), fontsize=10)
     fisher, moment = axes
     damping = found["panels"][0]["damping"]
     fisher.axvline(damping, color="black", linestyle=":", linewidth=1.2, label=f"damping λ = {damping:g}")
@@ -71,14 +74,14 @@ def _draw_quartiles(axis: Any, rows: Sequence[dict[str, Any]]) -> None:
     from matplotlib.patheffects import withStroke
 
     rows = [row for row in rows if row["quartiles"]]
-    halo = [withStroke(linewidth=3.0, foreground="white")]  # or a line is lost in one of the map's ends
+    halo = [withStroke(linewidth=3.0, foreground="white")]  # visible on both ends of the colour map
     for index, (label, dash) in enumerate((("quartiles", "--"), ("median", "-"), (None, "--")), 1):
         points = [row["quartiles"][index] for row in rows], [row["step"] for row in rows]
         axis.plot(*points, color=COLOURS[1], linestyle=dash, linewidth=1.4, label=label, path_effects=halo)
 
 
-def _title(panel: dict[str, Any]) -> str:
-    """The optimizer, and what its panel does not show."""
+def panel_title(panel: dict[str, Any]) -> str:
+    """Title of a panel: the optimizer, and the values that are not drawn."""
     lines = [f"{panel['optimizer']}, learning rate {panel['learning_rate']:g}"]
     for key, what in (("zeros", "zero"), ("not_finite", "not finite")):
         shares = [row[key] / (sum(row["counts"]) + row["zeros"] + row["not_finite"]) for row in panel["rows"]]
@@ -92,7 +95,7 @@ def _title(panel: dict[str, Any]) -> str:
 
 
 def spread_in_decades(row: dict[str, Any]) -> tuple[float, float]:
-    """log10 of the third over the first quartile, and of the largest over the smallest value; nan without values."""
+    """Interquartile and full range of a row's values, as log10 of the ratios; nan without values."""
     if not row["quartiles"]:
         return math.nan, math.nan
     smallest, first, _, third, largest = row["quartiles"]

@@ -1,0 +1,88 @@
+"""Times of training iterations: passes with and without recording, steps with and without a refresh."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from hf_adafisher.experiments.benchmark.measurement import alternate, compare_times, timed
+from hf_adafisher.experiments.benchmark.step import step_after_backward
+from hf_adafisher.experiments.benchmark.workloads import Workload, gpt2
+from hf_adafisher.optimizers.adafisher import AdaFisherW
+from hf_adafisher.optimizers.factory.create import create_optimizer
+
+T_COV = 10
+
+
+def measure_iteration(rounds: int, device: str = "cpu", compiled: bool = False, **sizes: int) -> dict[str, Any]:
+    """Measure forward and backward passes with and without recording, and whole training iterations at T_cov = 10.
+
+    A whole iteration is forward, backward, clipping and step; a round of it is T_cov of them, one of them due.
+    """
+    result = _measure_recording(rounds, device, **sizes)
+    result["rows"] |= _measure_whole(rounds, device, compiled, **sizes)
+    return result
+
+
+def _measure_recording(rounds: int, device: str, **sizes: int) -> dict[str, Any]:
+    """Measure passes without an optimizer, with an idle one, and with a recording one; and their steps."""
+    work = {key: gpt2(device, **sizes) for key in ("plain", "idle", "due")}
+    idle = AdaFisherW(work["idle"].model, lr=1e-4, update_interval=10**9)
+    due = AdaFisherW(work["due"].model, lr=1e-4, update_interval=1)
+    for key, optimizer in (("idle", idle), ("due", due)):
+        work[key].backward()
+        optimizer.step()
+
+    def backward(key: str) -> Callable[[], float]:
+        def function() -> float:
+            work[key].model.zero_grad()
+            due.discard_statistics()
+            return timed(work[key].backward, device)
+
+        return function
+
+    passes = alternate({key: backward(key) for key in work}, rounds, "forward + backward")
+    steps = alternate(
+        {"idle": step_after_backward(work["idle"], idle, device), "due": step_after_backward(work["due"], due, device)},
+        rounds,
+        "step",
+    )
+    refresh = statistics.median(a - b for a, b in zip(steps["due"], steps["idle"], strict=True))
+    rows = {f"forward+backward, {key}": compare_times(values, passes["plain"]) for key, values in passes.items()}
+    plain = rows["forward+backward, plain"]["ms"]
+    return {"refresh_ms_in_step": refresh, "refresh_share": refresh / plain, "rows": rows}
+
+
+def _measure_whole(rounds: int, device: str, compiled: bool, **sizes: int) -> dict[str, dict[str, float]]:
+    """Measure iterations of AdaFisherW, SpectralAdaFisher, Muon if installed, and the fused AdamW."""
+    choices: dict[str, tuple[str, dict[str, Any]]] = {
+        "adamw fused": ("adamw", {"fused": True}),
+        "adafisherw": ("adafisherw", {"update_interval": T_COV, "compiled": compiled}),
+        "spectral-adafisher": ("spectral-adafisher", {"update_interval": T_COV}),
+        "muon": ("muon", {}),
+    }
+    functions = {}
+    for key, (name, options) in choices.items():
+        work = gpt2(device, **sizes)
+        try:
+            optimizer = create_optimizer(name, work.model, lr=1e-4, weight_decay=0.01, **options)
+        except ImportError:  # Muon's library
+            continue
+        functions[key] = _iterations(work, optimizer, device)
+    whole = alternate(functions, rounds, "whole iterations", warm_up=1)
+    return {f"whole iteration, {key}": compare_times(values, whole["adamw fused"]) for key, values in whole.items()}
+
+
+def _iterations(work: Workload, optimizer: Optimizer, device: str) -> Callable[[], float]:
+    def iterations() -> None:
+        for _ in range(T_COV):
+            work.backward()
+            nn.utils.clip_grad_norm_(work.model.parameters(), 1.0)
+            optimizer.step()
+            work.model.zero_grad()
+
+    return lambda: timed(iterations, device) / T_COV

@@ -1,0 +1,96 @@
+"""Times of functions that run alternately, peak memory of a call, and their table."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+WARM_UP = 3
+"""Rounds that are not counted: states are created, kernels compiled, memory touched for the first time."""
+
+
+def timed(function: Callable[[], Any], device: str) -> float:
+    """Duration of one call in milliseconds, by CUDA events on a GPU."""
+    if not device.startswith("cuda"):
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start_event.record()
+    function()
+    end_event.record()
+    torch.cuda.synchronize()
+    return float(start_event.elapsed_time(end_event))
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], float]], rounds: int, label: str, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Call all functions in every round, so that other load on the machine affects all of them.
+
+    Args:
+        functions: Each returns its duration in milliseconds.
+        rounds: Number of rounds that count.
+        label: Title of the progress bar.
+        warm_up: Number of rounds before them that do not count.
+
+    Returns:
+        Durations of each function, one for each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for index in tqdm(range(warm_up + rounds), desc=label, leave=False):
+        for name, function in functions.items():
+            value = function()
+            if index >= warm_up:
+                times[name].append(value)
+    return times
+
+
+def compare_times(times: Sequence[float], peer: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the times, and of the ratios to the peer's time in the same round; the fastest time."""
+    ratios = [mine / theirs for mine, theirs in zip(times, peer, strict=True)]
+    row: dict[str, float] = {"fastest_ms": min(times)}
+    for name, values in (("ms", times), ("ratio", ratios)):
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        row |= {name: middle, f"{name}_q1": low, f"{name}_q3": high}
+    return row
+
+
+def timer(function: Callable[[], Any], device: str) -> Callable[[], float]:
+    """Function that times one call, for ``alternate``."""
+    return lambda: timed(function, device)
+
+
+def peak_extra_bytes(function: Callable[[], Any], device: str) -> int:
+    """Largest memory that a call holds beside the memory before it, from the allocator's own records."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return int(torch.cuda.max_memory_allocated() - before)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    records = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    records.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in records), initial=0))
+
+
+def as_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown table of medians with quartiles, and of the memory where it was measured."""
+    extra = [key for key in ("state_bytes", "peak_extra_bytes", "state_ratio") if any(key in r for r in rows.values())]
+    lines = ["| | ms | quartiles | x peer | quartiles |" + "".join(f" {key} |" for key in extra)]
+    lines.append("|---" * (5 + len(extra)) + "|")
+    for name, row in rows.items():
+        cells = [name, f"{row['ms']:.2f}", f"{row['ms_q1']:.2f} .. {row['ms_q3']:.2f}"]
+        cells += [f"{row['ratio']:.3f}", f"{row['ratio_q1']:.3f} .. {row['ratio_q3']:.3f}"]
+        cells += [f"{row[key]:.3g}" if key == "state_ratio" else f"{int(row[key])}" for key in extra if key in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

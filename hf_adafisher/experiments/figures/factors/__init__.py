@@ -1,0 +1,1 @@
+"""Diagonal dominance of the Kronecker factors during training (AdaFisher, Figure 3)."""

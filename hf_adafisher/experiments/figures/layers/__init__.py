@@ -1,0 +1,1 @@
+"""Relative step size of each layer over a run, as ``CurvatureCallback`` recorded it."""
