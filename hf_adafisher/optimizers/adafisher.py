@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +12,44 @@ from torch import nn
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.hooked import ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from hf_adafisher.optimizers.base.options import (
+    BETA,
+    EMA_DECAY,
+    LEARNING_RATE,
+    MOMENTUM_DTYPE,
+    UPDATE_INTERVAL,
+    WEIGHT_DECAY,
+    Flag,
+    OptimizerOptions,
+    Option,
+    Size,
+    option,
+)
 from hf_adafisher.optimizers.blocks import update_in_blocks
 from hf_adafisher.optimizers.compiled import CompiledUpdate
 from hf_adafisher.optimizers.sharding import local_part
 from hf_adafisher.optimizers.update import Block, StepCoefficients, step_coefficients
-from hf_adafisher.optimizers.validation.checks import ADAFISHER_KEYS, check_flag, check_options
+
+DAMPING = Option(
+    Size(positive=True, why=": it is the smallest value that the momentum is divided by"),
+    "damping of the normalised Fisher diagonal, to be tuned together with the learning rate",
+    symbol="lambda",
+)
+COMPILED = Option(Flag(), "update large parameters with kernels made by torch.compile", in_groups=False)
+
+
+@dataclass(frozen=True)
+class AdaFisherOptions(OptimizerOptions):
+    """Options of AdaFisher(W); the defaults are the paper's."""
+
+    lr: float = option(1e-3, LEARNING_RATE)
+    beta: float = option(0.9, BETA, argument=True)
+    damping: float = option(1e-3, DAMPING, argument=True, identifies=True)
+    ema_decay: float = option(0.8, EMA_DECAY, argument=True)
+    update_interval: int = option(100, UPDATE_INTERVAL, argument=True, identifies=True)
+    weight_decay: float = option(0.0, WEIGHT_DECAY)
+    momentum_dtype: torch.dtype | str | None = option(None, MOMENTUM_DTYPE, argument=True)
+    compiled: bool = option(False, COMPILED)
 
 
 class AdaFisher(KroneckerDiagonalOptimizer):
@@ -32,8 +66,8 @@ class AdaFisher(KroneckerDiagonalOptimizer):
     A parameter that no layer rule reaches takes its factors from its own gradient (row and column means of grad^2).
 
     Because F lies in [damping, 1 + damping], ``lr`` and ``damping`` belong together: the largest step is
-    ``lr / damping * m``. The defaults are the paper's; for training language models from scratch,
-    ``lr`` and ``damping`` of ``hf_adafisher.AdaFisherTrainingArguments`` are a better start.
+    ``lr / damping * m``. The defaults are the paper's; those of ``create_optimizer`` and
+    ``AdaFisherTrainingArguments`` are a better start for training language models from scratch.
 
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
@@ -66,8 +100,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         ...     _ = optimizer.step()
     """
 
-    checkpoint_keys = ADAFISHER_KEYS
-    compared_on_load = ("beta", "damping", "ema_decay", "update_interval", "weight_decay", "momentum_dtype")
+    options_class = AdaFisherOptions
     decoupled: ClassVar[bool | None] = False
 
     def __init__(
@@ -75,31 +108,27 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float = 1e-3,  # alpha
-        beta: float = 0.9,
-        damping: float = 1e-3,  # lambda
-        ema_decay: float = 0.8,  # gamma
-        update_interval: int = 100,  # T_cov
-        weight_decay: float = 0.0,  # kappa
-        momentum_dtype: torch.dtype | str | None = None,
-        compiled: bool = False,
+        lr: float = AdaFisherOptions.lr,
+        beta: float = AdaFisherOptions.beta,
+        damping: float = AdaFisherOptions.damping,
+        ema_decay: float = AdaFisherOptions.ema_decay,
+        update_interval: int = AdaFisherOptions.update_interval,
+        weight_decay: float = AdaFisherOptions.weight_decay,
+        momentum_dtype: torch.dtype | str | None = AdaFisherOptions.momentum_dtype,
+        compiled: bool = AdaFisherOptions.compiled,
     ) -> None:
-        check_flag("compiled", compiled)
-        self._compiled = CompiledUpdate() if compiled else None
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "beta": beta,
-            "damping": damping,
-            "ema_decay": ema_decay,
-            "update_interval": update_interval,
-            "weight_decay": weight_decay,
-            "momentum_dtype": momentum_dtype,
-            "decoupled_weight_decay": self.decoupled,
-        }
-        super().__init__(model, params, defaults)
-
-    def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        check_options(group, first, type(self).__name__)
+        options = AdaFisherOptions(
+            lr=lr,
+            beta=beta,
+            damping=damping,
+            ema_decay=ema_decay,
+            update_interval=update_interval,
+            weight_decay=weight_decay,
+            momentum_dtype=momentum_dtype,
+            compiled=compiled,
+        )
+        self._compiled = CompiledUpdate() if options.compiled else None
+        super().__init__(model, params, options)
 
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """The group's ``damping``, whatever the terms are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -13,15 +14,74 @@ from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer, Member
+from hf_adafisher.optimizers.base.options import (
+    BETA,
+    EMA_DECAY,
+    LEARNING_RATE,
+    MOMENTUM_DTYPE,
+    UPDATE_INTERVAL,
+    WEIGHT_DECAY,
+    Flag,
+    FloatingDtype,
+    OptimizerOptions,
+    Option,
+    Size,
+    UnitInterval,
+    dtype_option,
+    option,
+)
 from hf_adafisher.optimizers.base.spectral_statistics import SpectralStatistics
 from hf_adafisher.optimizers.sharding import full_tensor, local_part, local_values
 from hf_adafisher.optimizers.update import bound_relative_step, diagonal_direction, spectral_directions
-from hf_adafisher.optimizers.validation.checks import SPECTRAL_KEYS, check_spectral_options, dtype_option
 
 logger = logging.getLogger(__name__)
 
 BATCH_VALUES = 1 << 24
 """At most this many values are orthogonalised at once (one matrix, where it has more)."""
+
+RELATIVE_DAMPING = Option(
+    Size(
+        positive=True,
+        why=": it is what a row or a column without any gradient is divided by, in units of the average",
+    ),
+    "damping of the factors and of the diagonal, in units of their means",
+    symbol="rho",
+)
+_EXPONENT = UnitInterval(closed=True, why=": 0.5 is the rule's, 0 leaves the factor out")
+INPUT_EXPONENT = Option(_EXPONENT, "exponent of the input factor", symbol="e_H")
+OUTPUT_EXPONENT = Option(_EXPONENT, "exponent of the output-gradient factor", symbol="e_S")
+NESTEROV = Option(Flag(), "look one step ahead with the momentum")
+MAX_RELATIVE_STEP = Option(
+    Size(
+        positive=True,
+        optional=True,
+        why=": it is the largest step of a parameter with more than one axis in units of its norm, None for no bound",
+    ),
+    "largest step of a parameter with more than one axis, in units of its norm",
+)
+SPECTRAL_HEADS = Option(Flag(), "treat output layers, and embeddings tied to them, as hidden matrices")
+POLAR_DTYPE = Option(
+    FloatingDtype("bfloat16, on a CPU that of the statistics"), "dtype of the Newton-Schulz iterations"
+)
+
+
+@dataclass(frozen=True)
+class SpectralAdaFisherOptions(OptimizerOptions):
+    """Options of SpectralAdaFisher."""
+
+    lr: float = option(1e-2, LEARNING_RATE, symbol="")
+    beta: float = option(0.9, BETA, argument=True)
+    relative_damping: float = option(0.1, RELATIVE_DAMPING, argument=True, identifies=True)
+    ema_decay: float = option(0.95, EMA_DECAY, argument=True)
+    update_interval: int = option(10, UPDATE_INTERVAL, argument=True, identifies=True)
+    weight_decay: float = option(0.0, WEIGHT_DECAY)
+    input_exponent: float = option(0.5, INPUT_EXPONENT)
+    output_exponent: float = option(0.5, OUTPUT_EXPONENT)
+    nesterov: bool = option(True, NESTEROV)
+    max_relative_step: float | None = option(0.05, MAX_RELATIVE_STEP)
+    spectral_heads: bool = option(False, SPECTRAL_HEADS)
+    momentum_dtype: torch.dtype | str | None = option(None, MOMENTUM_DTYPE, argument=True)
+    polar_dtype: torch.dtype | str | None = option(None, POLAR_DTYPE)
 
 
 class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
@@ -94,21 +154,7 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         ...     _ = optimizer.step()
     """
 
-    checkpoint_keys = SPECTRAL_KEYS
-    compared_on_load = (
-        "beta",
-        "relative_damping",
-        "ema_decay",
-        "update_interval",
-        "weight_decay",
-        "input_exponent",
-        "output_exponent",
-        "nesterov",
-        "max_relative_step",
-        "spectral_heads",
-        "momentum_dtype",
-        "polar_dtype",
-    )
+    options_class = SpectralAdaFisherOptions
     decoupled: ClassVar[bool | None] = True
     _warned_of_heads = False
     _statistics: SpectralStatistics
@@ -118,37 +164,36 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float = 1e-2,
-        beta: float = 0.9,
-        relative_damping: float = 0.1,  # rho
-        ema_decay: float = 0.95,
-        update_interval: int = 10,  # T_cov
-        weight_decay: float = 0.0,
-        input_exponent: float = 0.5,
-        output_exponent: float = 0.5,
-        nesterov: bool = True,
-        max_relative_step: float | None = 0.05,
-        spectral_heads: bool = False,
-        momentum_dtype: torch.dtype | str | None = None,
-        polar_dtype: torch.dtype | str | None = None,
+        lr: float = SpectralAdaFisherOptions.lr,
+        beta: float = SpectralAdaFisherOptions.beta,
+        relative_damping: float = SpectralAdaFisherOptions.relative_damping,
+        ema_decay: float = SpectralAdaFisherOptions.ema_decay,
+        update_interval: int = SpectralAdaFisherOptions.update_interval,
+        weight_decay: float = SpectralAdaFisherOptions.weight_decay,
+        input_exponent: float = SpectralAdaFisherOptions.input_exponent,
+        output_exponent: float = SpectralAdaFisherOptions.output_exponent,
+        nesterov: bool = SpectralAdaFisherOptions.nesterov,
+        max_relative_step: float | None = SpectralAdaFisherOptions.max_relative_step,
+        spectral_heads: bool = SpectralAdaFisherOptions.spectral_heads,
+        momentum_dtype: torch.dtype | str | None = SpectralAdaFisherOptions.momentum_dtype,
+        polar_dtype: torch.dtype | str | None = SpectralAdaFisherOptions.polar_dtype,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "beta": beta,
-            "relative_damping": relative_damping,
-            "ema_decay": ema_decay,
-            "update_interval": update_interval,
-            "weight_decay": weight_decay,
-            "input_exponent": input_exponent,
-            "output_exponent": output_exponent,
-            "nesterov": nesterov,
-            "max_relative_step": max_relative_step,
-            "spectral_heads": spectral_heads,
-            "momentum_dtype": momentum_dtype,
-            "polar_dtype": polar_dtype,
-            "decoupled_weight_decay": self.decoupled,
-        }
-        super().__init__(model, params, defaults)
+        options = SpectralAdaFisherOptions(
+            lr=lr,
+            beta=beta,
+            relative_damping=relative_damping,
+            ema_decay=ema_decay,
+            update_interval=update_interval,
+            weight_decay=weight_decay,
+            input_exponent=input_exponent,
+            output_exponent=output_exponent,
+            nesterov=nesterov,
+            max_relative_step=max_relative_step,
+            spectral_heads=spectral_heads,
+            momentum_dtype=momentum_dtype,
+            polar_dtype=polar_dtype,
+        )
+        super().__init__(model, params, options)
 
     def _new_tracker(self) -> SpectralStatistics:
         return SpectralStatistics(self.model, type(self).__name__)
@@ -159,9 +204,6 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         if asked and not self._warned_of_heads and not any(self._statistics.is_head(p) for p in asked):
             self._warned_of_heads = True
             logger.warning("spectral_heads=True changes nothing: no output layer is in the groups that set it.")
-
-    def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        check_spectral_options(group, first, type(self).__name__)
 
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """``relative_damping`` times the mean of the diagonal that the terms make."""

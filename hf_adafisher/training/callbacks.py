@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
-from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.environment import unwrapped
 
 
 class AdaFisherCallback(TrainerCallback):

@@ -18,7 +18,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
 from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature, needs_every_process
-from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.environment import unwrapped
 
 logger = logging.getLogger(__name__)
 

@@ -18,9 +18,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hf_adafisher.optimizers.adafisher import AdaFisher
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
+from hf_adafisher.optimizers.base.options import options_in_use
 from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_record
-from hf_adafisher.optimizers.validation.checks import unwrapped
 from hf_adafisher.optimizers.validation.compilation import due_steps_run_eagerly
+from hf_adafisher.optimizers.validation.environment import unwrapped
+from hf_adafisher.optimizers.validation.training_modes import DATA_PARALLEL
 from hf_adafisher.training.arguments import (
     DEFAULT_LEARNING_RATE,
     TRAINER_LEARNING_RATE,
@@ -89,11 +91,9 @@ class AdaFisherTrainer(Trainer):
             with due_steps_run_eagerly():
                 return super().create_optimizer(model)
         assert isinstance(args, AdaFisherTrainingArguments)
-        if args.n_gpu > 1 and "DataParallel" in optimizer_record(name).refuses:
-            raise ValueError(
-                f"{name} does not support DataParallel ({args.n_gpu} GPUs in one process): start one process a GPU "
-                "with torchrun, or show only one with CUDA_VISIBLE_DEVICES"
-            )
+        needs = optimizer_record(name).needs
+        if args.n_gpu > 1 and DATA_PARALLEL.refused_by(needs):
+            raise ValueError(DATA_PARALLEL.argument_refusal(name, needs, f"{args.n_gpu} GPUs in one process"))
         model = self.model if model is None else model
         assert model is not None
         self.optimizer = create_optimizer(
@@ -225,10 +225,9 @@ class AdaFisherTrainer(Trainer):
         optimizer, used = self._raw_optimizer(), {}
         factored = isinstance(optimizer, KroneckerDiagonalOptimizer)
         group = self.optimizer.param_groups[0] if self.optimizer is not None else {}
-        if factored:
-            shown = ("lr", "beta", "damping", "relative_damping", "ema_decay", "update_interval")
-            options = {**optimizer.param_groups[0], "lr": self.args.learning_rate}
-            used["optim_args"] = ", ".join(f"{key}={options[key]}" for key in shown if key in options)
+        options = options_in_use(optimizer, lr=self.args.learning_rate)
+        if options:
+            used["optim_args"] = ", ".join(f"{key}={value}" for key, value in options.items())
         elif isinstance(group.get("betas"), (tuple, list)):  # the card shows the arguments' for all of Adam's kin
             used["adam_beta1"], used["adam_beta2"] = group["betas"][:2]
             used["adam_epsilon"] = group.get("eps", self.args.adam_epsilon)

@@ -93,6 +93,15 @@ def test_the_model_card_shows_the_optimizers_own_betas(tmp_path: Path) -> None:
     assert (run.args.adam_beta1, run.args.adam_epsilon) == (0.5, 1e-8)
 
 
+def test_the_model_card_shows_all_options_of_kfac(tmp_path: Path) -> None:
+    run = trainer("kfac", family("gpt2"), tmp_path, optim_args="kl_clip=none", max_steps=1)
+    run.train()
+    run.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "update_interval=10, inverse_interval=100, weight_decay=0.01, kl_clip=None, max_factor_dim=8192" in card
+    assert "Trained with" not in card and run.args.optim_args == "kl_clip=none"
+
+
 @pytest.mark.parametrize(("first", "then"), [("lars", "adamw"), ("adahessian", "adamw_torch"), ("adafisherw", "sgd")])
 def test_a_default_learning_rate_that_went_along_to_another_optimizer_is_pointed_out(
     first: str, then: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

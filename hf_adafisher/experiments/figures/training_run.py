@@ -19,7 +19,7 @@ from hf_adafisher.data.images.dataset import ImageDataset
 from hf_adafisher.experiments.figures.reserved_arguments import refuse_reserved
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
-from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 DIGITS_LEARNING_RATES = {

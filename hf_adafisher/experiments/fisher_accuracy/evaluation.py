@@ -37,7 +37,7 @@ from hf_adafisher.experiments.fisher_accuracy.estimates import RunObserver
 from hf_adafisher.experiments.fisher_accuracy.exact_fisher import KINDS, ExactFisher, exact_fisher
 from hf_adafisher.experiments.runs.callbacks import StopOnDivergence
 from hf_adafisher.experiments.runs.run import PreparedRun
-from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.arguments import optimizer_name
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
 from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence
 from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
 from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
-from hf_adafisher.optimizers.validation.checks import unwrapped
+from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.arguments import optimizer_name
 from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer

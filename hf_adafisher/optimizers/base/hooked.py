@@ -14,8 +14,16 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from hf_adafisher.fisher.recorder import FactorRecorder
+from hf_adafisher.optimizers.base.options import OptimizerOptions
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
-from hf_adafisher.optimizers.validation.checks import check_checkpoint, check_model, warn_changed_options
+from hf_adafisher.optimizers.validation.checkpoints import (
+    check_fixed_options,
+    check_kind,
+    check_shapes,
+    warn_changed_options,
+)
+from hf_adafisher.optimizers.validation.models import check_model, check_parameters
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -38,7 +46,7 @@ class HookedOptimizer(Optimizer, ABC):
     Args:
         model: The module to train.
         params: Parameters, named parameters or parameter groups. Default: all trainable parameters.
-        defaults: The options of a group.
+        options: The options; those of a group are its defaults.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -46,21 +54,19 @@ class HookedOptimizer(Optimizer, ABC):
             the model is wrapped or split in a way that hides layers or parameters.
     """
 
-    checkpoint_keys: ClassVar[frozenset[str]]
-    """Options that the saved groups of this kind of optimizer have and those of others lack."""
-    compared_on_load: ClassVar[tuple[str, ...]]
-    """Options whose change by a checkpoint is worth a warning."""
+    options_class: ClassVar[type[OptimizerOptions]]
+    """The optimizer's options: ranges, defaults, and what a checkpoint may change."""
     decoupled: ClassVar[bool | None] = None
     """The value of the group option ``decoupled_weight_decay``; None where there is no such option."""
     momentum_key: ClassVar[str]
     """State key of the tensor that has the parameter's shape."""
-    supports_shards: ClassVar[bool] = True
-    """Support of parameters that FSDP2 has sharded."""
+    needs: ClassVar[Needs] = Needs.LAYERS | Needs.SHAPES
+    """Requirements of its step, which decide the training modes that it refuses."""
 
     _statistics: StatisticsTracker
     _closed = False
 
-    def __init__(self, model: nn.Module, params: ParamsT | None, defaults: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, params: ParamsT | None, options: OptimizerOptions) -> None:
         kind = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -68,7 +74,7 @@ class HookedOptimizer(Optimizer, ABC):
                 f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
                 f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
             )
-        check_model(model, kind, self.supports_shards)
+        check_model(model, kind, self.needs)
         self.model = model
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
@@ -78,7 +84,8 @@ class HookedOptimizer(Optimizer, ABC):
                     "train"
                 )
         self._statistics = self._new_tracker()
-        super().__init__(params, {**defaults, **dict.fromkeys(COUNTERS, 0)})
+        decoupled = {} if self.decoupled is None else {"decoupled_weight_decay": self.decoupled}
+        super().__init__(params, {**options.group_options(), **decoupled, **dict.fromkeys(COUNTERS, 0)})
         if not any(p.requires_grad for p in self._params()):
             raise ValueError(
                 f"none of the parameters given to {kind} is trainable: set requires_grad=True on some of them"
@@ -88,10 +95,6 @@ class HookedOptimizer(Optimizer, ABC):
     @abstractmethod
     def _new_tracker(self) -> StatisticsTracker:
         """The bookkeeping of ``self.model``, tracking nothing yet."""
-
-    @abstractmethod
-    def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        """Check a new parameter group beside the first one. Raises ValueError for an option outside its range."""
 
     @abstractmethod
     def _take_statistics(self) -> bool | None:
@@ -246,7 +249,8 @@ class HookedOptimizer(Optimizer, ABC):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_group(group, self.param_groups[0])
+            self.options_class.check_group(group, self.param_groups[0])
+            check_parameters(group["params"], type(self).__name__, self.needs)
             self._statistics.map_parameters()  # the model may have grown since
             for p in group["params"]:
                 if id(p) not in self._statistics.names:
@@ -280,8 +284,11 @@ class HookedOptimizer(Optimizer, ABC):
         Raises:
             ValueError: The checkpoint is another optimizer's, or another model's.
         """
-        check_checkpoint(self, state_dict)
-        warn_changed_options(self, state_dict, self.compared_on_load)
+        names, own, saved = self.options_class.names, self.param_groups, state_dict["param_groups"]
+        check_kind(type(self).__name__, frozenset(names(identifies=True)), self.decoupled, saved)
+        check_fixed_options(own, saved, names(on_resume="fixed"))
+        check_shapes([(self._statistics.name_of(p), self.state_shapes(p)) for p in self._params()], state_dict)
+        warn_changed_options(own, saved, names(on_resume="warned"))
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, options in zip(self.param_groups, before, strict=True):

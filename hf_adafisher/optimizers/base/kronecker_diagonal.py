@@ -12,10 +12,10 @@ from torch import Tensor
 from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.parameter_uses import new_state
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
+from hf_adafisher.optimizers.base.options import dtype_option
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
-from hf_adafisher.optimizers.validation.checks import dtype_option, plain_dtypes
 
 
 class Member(NamedTuple):
@@ -51,19 +51,11 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     _statistics: FactorStatistics
 
     @abstractmethod
-    def _check_options(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        """Raises ValueError for an option of a new group that is outside its range."""
-
-    @abstractmethod
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """Damping of the diagonal that these terms of a parameter in ``group`` make."""
 
     def _new_tracker(self) -> FactorStatistics:
         return FactorStatistics(self.model, type(self).__name__)
-
-    def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        self._check_options(group, first)
-        plain_dtypes(group)
 
     def _take_statistics(self) -> bool | None:
         updates = self._statistics.collect(self._with_gradient(), self._state_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +12,66 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.optimizers.base.hooked import CountsLossTerms, HookedOptimizer, ParamsT
+from hf_adafisher.optimizers.base.options import (
+    EMA_DECAY,
+    LEARNING_RATE,
+    UPDATE_INTERVAL,
+    WEIGHT_DECAY,
+    Count,
+    OptimizerOptions,
+    Option,
+    Size,
+    UnitInterval,
+    option,
+)
 from hf_adafisher.optimizers.baselines.kfac_blocks import READY, Block
-from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerStatistics, check_kfac_options
+from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerStatistics
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, owner_names
-from hf_adafisher.optimizers.validation.checks import KFAC_KEYS, refuse_shards
+from hf_adafisher.optimizers.validation.models import check_parameters
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
 PLAIN = "plain SGD"
+
+MOMENTUM = Option(UnitInterval(), "decay of the momentum")
+DAMPING = Option(
+    Size(positive=True, why=": it keeps the factors invertible"), "damping of the factors", symbol="lambda"
+)
+INVERSE_INTERVAL = Option(
+    Count("steps"), "optimizer steps between two inversions of the factors", symbol="T_inv", shared=True
+)
+KL_CLIP = Option(
+    Size(positive=True, optional=True, why="; None clips nothing"),
+    "bound of the step in the metric of the Fisher",
+    shared=True,
+)
+MAX_FACTOR_DIM = Option(Count("entries"), "longest side that gets a full factor", shared=True, on_resume="fixed")
+
+
+@dataclass(frozen=True)
+class KFACOptions(OptimizerOptions):
+    """Options of K-FAC.
+
+    Raises:
+        ValueError: A value is outside its range, or the intervals do not fit each other.
+    """
+
+    lr: float = option(3e-2, LEARNING_RATE, symbol="")
+    momentum: float = option(0.9, MOMENTUM)
+    damping: float = option(1e-2, DAMPING, identifies=True)
+    stat_decay: float = option(0.95, EMA_DECAY, symbol="")
+    update_interval: int = option(10, UPDATE_INTERVAL)
+    inverse_interval: int = option(100, INVERSE_INTERVAL, identifies=True)
+    weight_decay: float = option(0.0, WEIGHT_DECAY, symbol="")
+    kl_clip: float | None = option(1e-3, KL_CLIP, identifies=True)
+    max_factor_dim: int = option(8192, MAX_FACTOR_DIM)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.inverse_interval % self.update_interval:
+            raise ValueError(
+                f"inverse_interval must be a multiple of update_interval, since factors change only then: "
+                f"got {self.inverse_interval} with update_interval={self.update_interval}"
+            )
 
 
 class KFAC(CountsLossTerms, HookedOptimizer):
@@ -86,18 +141,9 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         ...     _ = optimizer.step()
     """
 
-    checkpoint_keys = KFAC_KEYS
+    options_class = KFACOptions
     momentum_key = "momentum_buffer"
-    supports_shards = False
-    compared_on_load = (
-        "momentum",
-        "damping",
-        "stat_decay",
-        "update_interval",
-        "inverse_interval",
-        "weight_decay",
-        "kl_clip",
-    )
+    needs = HookedOptimizer.needs | Needs.WHOLE_PARAMETERS
     _statistics: KroneckerStatistics
 
     def __init__(
@@ -105,39 +151,36 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float = 3e-2,
-        momentum: float = 0.9,
-        damping: float = 1e-2,  # lambda
-        stat_decay: float = 0.95,
-        update_interval: int = 10,  # T_cov
-        inverse_interval: int = 100,  # T_inv
-        weight_decay: float = 0.0,
-        kl_clip: float | None = 1e-3,
-        max_factor_dim: int = 8192,
+        lr: float = KFACOptions.lr,
+        momentum: float = KFACOptions.momentum,
+        damping: float = KFACOptions.damping,
+        stat_decay: float = KFACOptions.stat_decay,
+        update_interval: int = KFACOptions.update_interval,
+        inverse_interval: int = KFACOptions.inverse_interval,
+        weight_decay: float = KFACOptions.weight_decay,
+        kl_clip: float | None = KFACOptions.kl_clip,
+        max_factor_dim: int = KFACOptions.max_factor_dim,
     ) -> None:
         self._kl_factor = 1.0
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "damping": damping,
-            "stat_decay": stat_decay,
-            "update_interval": update_interval,
-            "inverse_interval": inverse_interval,
-            "weight_decay": weight_decay,
-            "kl_clip": kl_clip,
-            "max_factor_dim": max_factor_dim,
-        }
-        super().__init__(model, params, defaults)
+        options = KFACOptions(
+            lr=lr,
+            momentum=momentum,
+            damping=damping,
+            stat_decay=stat_decay,
+            update_interval=update_interval,
+            inverse_interval=inverse_interval,
+            weight_decay=weight_decay,
+            kl_clip=kl_clip,
+            max_factor_dim=max_factor_dim,
+        )
+        super().__init__(model, params, options)
 
     def _new_tracker(self) -> KroneckerStatistics:
         return KroneckerStatistics(self.model, type(self).__name__)
 
-    def _check_group(self, group: dict[str, Any], first: dict[str, Any]) -> None:
-        check_kfac_options(group, first, type(self).__name__)
-
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
         for group, p, grad in super()._with_gradient():
-            refuse_shards([p], type(self).__name__)  # FSDP2 replaces parameters after the optimizer was built
+            check_parameters([p], type(self).__name__, self.needs)  # FSDP2 replaces them after it was built
             yield group, p, grad
 
     def _track(self) -> None:
@@ -218,24 +261,6 @@ class KFAC(CountsLossTerms, HookedOptimizer):
             block = self._statistics.block_of_weight(p)
             state.update({} if block is None else _new_factors(block))
         return state
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a state; the given dictionary is neither changed nor shared.
-
-        The saved options replace those of the constructor, with a warning, but ``max_factor_dim`` must be the same.
-
-        Raises:
-            ValueError: The checkpoint is another optimizer's or another model's, or its ``max_factor_dim`` differs.
-        """
-        for group in state_dict["param_groups"]:
-            saved, own = group.get("max_factor_dim"), self.param_groups[0]["max_factor_dim"]
-            if saved not in (None, own):
-                raise ValueError(
-                    f"the checkpoint was written with max_factor_dim={saved} and this optimizer built with {own}, "
-                    "which decides the shapes of the factors: build it with the same value"
-                )
-        super().load_state_dict(state_dict)
 
     def coverage(self) -> list[ParameterCoverage]:
         """Coverage of every trainable parameter: its rule or ``"plain SGD"``, its modules, its share of all values.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,19 +11,8 @@ from torch import Tensor
 from hf_adafisher.fisher.recorder import FactorRecorder, Sample
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.baselines.kfac_blocks import Block, find_blocks, moment_rules
-from hf_adafisher.optimizers.validation.checks import (
-    check_count,
-    check_decay,
-    check_real,
-    check_shared,
-    check_size,
-    refuse_shards,
-)
 
 logger = logging.getLogger(__name__)
-
-SHARED_OPTIONS = ("update_interval", "inverse_interval", "kl_clip", "max_factor_dim")
-"""Options that all parameter groups have in common."""
 
 
 class KroneckerStatistics(StatisticsTracker):
@@ -96,35 +85,3 @@ class KroneckerStatistics(StatisticsTracker):
                 kept.append(p)
         self._warn_bypassed(bypassed, "plain SGD is used")
         self._warn_bypassed(kept, "their averages stay as they are")
-
-
-def check_kfac_options(group: Mapping[str, Any], first: Mapping[str, Any], kind: str) -> None:
-    """Check the options and the parameters of one parameter group.
-
-    Args:
-        group: The group.
-        first: The optimizer's first group.
-        kind: The optimizer's name, for the messages.
-
-    Raises:
-        ValueError: An option is outside its range, a parameter is complex or sharded.
-    """
-    check_size("lr", group["lr"])
-    check_size("damping", group["damping"], positive=True, why=": it keeps the factors invertible")
-    check_size("weight_decay", group["weight_decay"])
-    check_decay("momentum", group["momentum"])
-    check_decay("stat_decay", group["stat_decay"])
-    check_count("update_interval", group["update_interval"], "steps")
-    check_count("inverse_interval", group["inverse_interval"], "steps")
-    check_count("max_factor_dim", group["max_factor_dim"], "entries")
-    if group["inverse_interval"] % group["update_interval"]:
-        raise ValueError(
-            f"inverse_interval must be a multiple of update_interval, since factors change only then: "
-            f"got {group['inverse_interval']} with update_interval={group['update_interval']}"
-        )
-    if group["kl_clip"] is not None:
-        check_size("kl_clip", group["kl_clip"], positive=True, why="; None clips nothing")
-    for name in SHARED_OPTIONS:
-        check_shared(name, group, first)
-    check_real(group["params"], kind)
-    refuse_shards(group["params"], kind)

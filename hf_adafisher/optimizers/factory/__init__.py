@@ -1,1 +1,1 @@
-"""Every optimizer by name: records, parameter groups and the factory."""
+"""Optimizers by name: records, parameter groups and the factory."""

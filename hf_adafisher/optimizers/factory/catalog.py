@@ -1,56 +1,60 @@
-"""The optimizers: the paper's, those it compares against, and those in common use."""
+"""Records of all optimizers: the paper's, those it compares against, and those in common use."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from hf_adafisher.optimizers.adafisher import AdaFisher, AdaFisherW
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines import groups
-from hf_adafisher.optimizers.factory.records import (
-    RECORDS,
-    SECOND_ORDER,
-    SHARDS,
-    OptimizerRecord,
-    Setting,
-    did_you_mean,
-)
-from hf_adafisher.optimizers.validation.checks import ADAFISHER_KEYS, KFAC_KEYS, SPECTRAL_KEYS
+from hf_adafisher.optimizers.baselines.kfac import KFAC
+from hf_adafisher.optimizers.factory.records import RECORDS, OptimizerRecord, SourcedDefault, did_you_mean
+from hf_adafisher.optimizers.spectral import SpectralAdaFisher
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
-ADAFISHER_LEARNING_RATE = 0.04
-SPECTRAL_LEARNING_RATE = 0.01
 TRAINER_LEARNING_RATE = 5e-5
 
 _TORCH, _PO, _SCHEDULEFREE = "torch 2.13.0", "pytorch-optimizer 4.1.0", "schedulefree 1.4.1"
 _TINY = "measured on tiny GPT-2, ViT and ResNet"
+_WIKITEXT = "the README's WikiText-2 sweep"
 _ADAM_LIKE = frozenset({"betas", "weight_decouple", "fixed_decay"})
-_WHOLE = SHARDS | {"FSDP2"}
-"""Steps that need a whole parameter: its norm, or a matrix for one of its sides."""
+_WHOLE = Needs.SHAPES | Needs.WHOLE_PARAMETERS
+_SECOND_ORDER = _WHOLE | Needs.SECOND_DERIVATIVES
 
 
-def _add(
-    name: str, path: str, *, lr: Setting | None = None, defaults: dict[str, Setting] | None = None, **more: Any
-) -> None:
-    """Adds a record; ``lr`` is for Trainer and for ``create_optimizer``, ``learning_rate`` for Trainer only."""
-    if lr is not None:
-        defaults, more = {"lr": lr, **(defaults or {})}, {"learning_rate": lr, **more}
-    RECORDS[name] = OptimizerRecord(name, path, defaults=defaults or {}, **more)
+def _add(name: str, path: str, *, lr: SourcedDefault, **more: Any) -> None:
+    RECORDS[name] = OptimizerRecord(name, path, learning_rate=lr, **more)
 
 
-def _adafisher(name: str, path: str, decoupled: bool, **more: Any) -> None:
-    own: dict[str, Any] = {
-        "paper": "Gomes et al., ICLR 2025, arXiv 2405.16397",
-        "learning_rate": Setting(ADAFISHER_LEARNING_RATE, "the README's WikiText-2 sweep"),
-        "checkpoint_keys": ADAFISHER_KEYS,
-    }
+def _own(name: str, cls: type[HookedOptimizer], paper: str, lr: SourcedDefault, **more: Any) -> None:
+    """Add an optimizer of this package: its class holds its options and needs."""
     _add(
         name,
-        f"hf_adafisher.optimizers.{path}",
+        f"{cls.__module__}:{cls.__qualname__}",
         library="this package",
+        paper=paper,
+        lr=lr,
+        decoupled=cls.decoupled,
+        options_class=cls.options_class,
+        checkpoint_keys=frozenset(cls.options_class.names(identifies=True)),
+        needs=cls.needs,
+        **more,
+    )
+
+
+def _adafisher(name: str, cls: type[HookedOptimizer]) -> None:
+    _own(
+        name,
+        cls,
+        "Gomes et al., ICLR 2025, arXiv 2405.16397",
+        lr=SourcedDefault(0.04, _WIKITEXT),
+        defaults={
+            "damping": SourcedDefault(3e-3, f"{_WIKITEXT}, the better of two"),
+            "ema_decay": SourcedDefault(0.95, _WIKITEXT),
+            "update_interval": SourcedDefault(10, _WIKITEXT),
+        },
         momentum="beta",
         memory="4 + 4 (r + c) / (r c)",
-        decoupled=decoupled,
-        needs_model=True,
-        refuses=SHARDS | {"DataParallel"},
-        **{**own, **more},
     )
 
 
@@ -60,7 +64,7 @@ def _torch(name: str, cls: str, paper: str, keys: set[str], size: int, **more: A
         f"torch.optim:{cls}",
         library=_TORCH,
         paper=paper,
-        learning_rate=Setting(TRAINER_LEARNING_RATE, "transformers.TrainingArguments"),
+        lr=SourcedDefault(TRAINER_LEARNING_RATE, "transformers.TrainingArguments"),
         memory=str(size),
         bytes_per_parameter=float(size),
         checkpoint_keys=frozenset(keys),
@@ -68,15 +72,15 @@ def _torch(name: str, cls: str, paper: str, keys: set[str], size: int, **more: A
     )
 
 
-_adafisher("adafisher", "adafisher:AdaFisher", False)
-_adafisher("adafisherw", "adafisher:AdaFisherW", True)
-_adafisher(
+_adafisher("adafisher", AdaFisher)
+_adafisher("adafisherw", AdaFisherW)
+_own(
     "spectral-adafisher",
-    "spectral:SpectralAdaFisher",
-    True,
-    paper="this package, docs/spectral.md",
-    learning_rate=Setting(SPECTRAL_LEARNING_RATE, "docs/spectral.md"),
-    checkpoint_keys=SPECTRAL_KEYS,
+    SpectralAdaFisher,
+    "this package, docs/spectral.md",
+    lr=SourcedDefault(0.01, "docs/spectral.md"),
+    momentum="beta",
+    memory="4 + 4 (r + c) / (r c)",
 )
 _torch(
     "sgd",
@@ -85,7 +89,7 @@ _torch(
     {"momentum", "dampening", "nesterov"},
     4,
     momentum="momentum",
-    defaults={"momentum": Setting(0.9, "the paper's tables and nearly every SGD baseline; torch's own is 0")},
+    defaults={"momentum": SourcedDefault(0.9, "the paper's tables and nearly every SGD baseline; torch's own is 0")},
 )
 _torch(
     "adam",
@@ -110,41 +114,38 @@ _add(
     "hf_adafisher.optimizers.baselines.hutchinson:AdaHessian",
     library=_PO,
     paper="Yao et al., AAAI 2021, arXiv 2006.00719",
-    lr=Setting(0.1, "pytorch-optimizer; the authors' 0.15 goes with a spatial average that it lacks"),
-    defaults={"eps": Setting(1e-4, "the authors' code; with 1e-16, parameters without curvature jump")},
+    lr=SourcedDefault(0.1, "pytorch-optimizer; the authors' 0.15 goes with a spatial average that it lacks"),
+    defaults={"eps": SourcedDefault(1e-4, "the authors' code; with 1e-16, parameters without curvature jump")},
     momentum="betas",
     memory="12",
     bytes_per_parameter=12.0,
     checkpoint_keys=_ADAM_LIKE | {"hessian_power"},
-    create_graph=True,
-    refuses=SECOND_ORDER,
+    needs=_SECOND_ORDER,
 )
-_add(
+_own(
     "kfac",
-    "hf_adafisher.optimizers.baselines.kfac:KFAC",
-    library="this package",
-    paper="Martens and Grosse, ICML 2015, arXiv 1503.05671",
-    learning_rate=Setting(0.03, _TINY),
+    KFAC,
+    "Martens and Grosse, ICML 2015, arXiv 1503.05671",
+    lr=SourcedDefault(0.03, _TINY),
     momentum="momentum",
     memory="4 + 8 (r^2 + c^2) / (r c), 4 for norms; sides above max_factor_dim count once, not squared",
-    checkpoint_keys=KFAC_KEYS,
-    needs_model=True,
-    refuses=_WHOLE | {"DataParallel"},
 )
 _add(
     "shampoo",
     "hf_adafisher.optimizers.baselines.shampoo:Shampoo",
     library=_PO,
     paper="Gupta et al., ICML 2018, arXiv 1802.09568",
-    lr=Setting(0.03, _TINY),
+    lr=SourcedDefault(0.03, _TINY),
     defaults={
-        "max_side": Setting(1024, "each side has a matrix, decomposed at every step: seconds on a CPU from here on"),
-        "adamw_lr": Setting(1e-3, "torch.optim.AdamW"),
+        "max_side": SourcedDefault(
+            1024, "each side has a matrix, decomposed at every step: seconds on a CPU from here on"
+        ),
+        "adamw_lr": SourcedDefault(1e-3, "torch.optim.AdamW"),
     },
     momentum="momentum",
     memory="4 + 8 (r^2 + c^2) / (r c); 8 for embeddings and where a side is above max_side",
     checkpoint_keys=frozenset({"use_shampoo", "max_side", "weight_decay", "lr"}),  # one more than Lion has
-    refuses=_WHOLE,
+    needs=_WHOLE,
     groups=groups.shampoo_groups,
 )
 _add(
@@ -152,16 +153,16 @@ _add(
     "hf_adafisher.optimizers.baselines.lamb:Lamb",
     library=_PO,
     paper="You et al., ICLR 2020, arXiv 1904.00962",
-    lr=Setting(1e-2, _TINY),
+    lr=SourcedDefault(1e-2, _TINY),
     defaults={
-        "weight_decouple": Setting(False, "the paper: the decay is part of what the trust ratio scales"),
-        "adam_debias": Setting(True, "the paper: the first steps are not 10 times the ratio"),
+        "weight_decouple": SourcedDefault(False, "the paper: the decay is part of what the trust ratio scales"),
+        "adam_debias": SourcedDefault(True, "the paper: the first steps are not 10 times the ratio"),
     },
     momentum="betas",
     memory="8",
     bytes_per_parameter=8.0,
     checkpoint_keys=_ADAM_LIKE | {"grad_averaging"},
-    refuses=_WHOLE,
+    needs=_WHOLE,
     # Other algorithms' ways (RAdam, clipping by the global norm), some of them without effect until others are set.
     hidden=frozenset({"rectify", "degenerated_to_sgd", "n_sma_threshold", "pre_norm", "max_grad_norm"}),
 )
@@ -170,13 +171,13 @@ _add(
     "pytorch_optimizer:LARS",
     library=_PO,
     paper="You et al., 2017, arXiv 1708.03888",
-    lr=Setting(3.0, _TINY),
-    defaults={"vector_lr": Setting(0.1, f"{_TINY}; biases and norms take plain SGD steps")},
+    lr=SourcedDefault(3.0, _TINY),
+    defaults={"vector_lr": SourcedDefault(0.1, f"{_TINY}; biases and norms take plain SGD steps")},
     momentum="momentum",
     memory="4",
     bytes_per_parameter=4.0,
     checkpoint_keys=frozenset({"momentum", "dampening", "nesterov", "trust_coefficient"}),
-    refuses=_WHOLE,
+    needs=_WHOLE,
     groups=groups.lars_groups,
 )
 _add(
@@ -184,12 +185,12 @@ _add(
     "pytorch_optimizer:Muon",
     library=_PO,
     paper="Jordan et al., 2024, kellerjordan.github.io/posts/muon",
-    lr=Setting(0.02, "Keller Jordan's README"),
-    defaults={"adamw_lr": Setting(3e-4, "Keller Jordan's README")},
+    lr=SourcedDefault(0.02, "Keller Jordan's README"),
+    defaults={"adamw_lr": SourcedDefault(3e-4, "Keller Jordan's README")},
     momentum="momentum",
     memory="4 for hidden matrices, 8 for the rest",
     checkpoint_keys=frozenset({"use_muon", "weight_decouple", "weight_decay"}),
-    refuses=SHARDS,
+    needs=Needs.SHAPES,
     groups=groups.muon_groups,
     hidden=frozenset({"adamw_wd"}),
 )
@@ -198,12 +199,12 @@ _add(
     "pytorch_optimizer:SOAP",
     library=_PO,
     paper="Vyas et al., ICLR 2025, arXiv 2409.11321",
-    lr=Setting(3e-3, "the authors' README"),
-    defaults={"max_precondition_dim": Setting(10000, "the authors' code")},
+    lr=SourcedDefault(3e-3, "the authors' README"),
+    defaults={"max_precondition_dim": SourcedDefault(10000, "the authors' code")},
     momentum="betas",
     memory="8 + 8 (r^2 + c^2) / (r c), without the side of the vocabulary",
     checkpoint_keys=frozenset({"betas", "max_precondition_dim", "shampoo_beta"}),
-    refuses=_WHOLE,
+    needs=_WHOLE,
     groups=groups.soap_groups,
 )
 _add(
@@ -211,7 +212,7 @@ _add(
     "pytorch_optimizer:Lion",
     library=_PO,
     paper="Chen et al., NeurIPS 2023, arXiv 2302.06675",
-    lr=Setting(1e-4, "the paper"),
+    lr=SourcedDefault(1e-4, "the paper"),
     momentum="betas",
     memory="4",
     bytes_per_parameter=4.0,
@@ -222,18 +223,18 @@ _add(
     "torch.optim:Adafactor",
     library=_TORCH,
     paper="Shazeer and Stern, ICML 2018, arXiv 1804.04235",
-    lr=Setting(1e-2, "torch.optim.Adafactor: the paper's cap on relative steps"),
+    lr=SourcedDefault(1e-2, "torch.optim.Adafactor: the paper's cap on relative steps"),
     momentum="",
     memory="4 (r + c) / (r c)",
     checkpoint_keys=frozenset({"beta2_decay", "d"}),
-    refuses=_WHOLE,
+    needs=_WHOLE,
 )
 _add(
     "schedule_free_adamw",
     "schedulefree:AdamWScheduleFree",
     library=_SCHEDULEFREE,
     paper="Defazio et al., NeurIPS 2024, arXiv 2405.15682",
-    lr=Setting(2.5e-3, "schedulefree"),
+    lr=SourcedDefault(2.5e-3, "schedulefree"),
     momentum="betas",
     memory="8",
     bytes_per_parameter=8.0,
@@ -244,23 +245,26 @@ _add(
     "hf_adafisher.optimizers.baselines.hutchinson:Sophia",
     library=_PO,
     paper="Liu et al., ICLR 2024, arXiv 2305.14342",
-    lr=Setting(6e-2, "pytorch-optimizer: a value moves by at most lr times p (0.01), which is the paper's rate"),
+    lr=SourcedDefault(6e-2, "pytorch-optimizer: a value moves by at most lr times p (0.01), which is the paper's rate"),
     momentum="betas",
     memory="12",
     bytes_per_parameter=12.0,
     checkpoint_keys=_ADAM_LIKE | {"p"},
-    create_graph=True,
-    refuses=SECOND_ORDER,
+    needs=_SECOND_ORDER,
 )
 
 
 def available_optimizers() -> list[str]:
-    """Names that ``create_optimizer``, ``--optim`` and ``AdaFisherTrainingArguments(optim=...)`` accept."""
+    """Return the names that ``create_optimizer``, ``--optim`` and ``AdaFisherTrainingArguments(optim=...)`` accept."""
     return list(RECORDS)
 
 
 def optimizer_record(name: str) -> OptimizerRecord:
-    """The record of an optimizer. Raises ValueError for an unknown name, with the known ones and the nearest."""
+    """Return the record of an optimizer.
+
+    Raises:
+        ValueError: The name is unknown; the message lists the known ones and the nearest.
+    """
     if name not in RECORDS:
         raise ValueError(f"unknown optimizer {name!r}{did_you_mean(name, RECORDS)}; available: {', '.join(RECORDS)}")
     return RECORDS[name]

@@ -1,4 +1,4 @@
-"""Every optimizer by name."""
+"""Optimizers by name: the one place that builds them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
 from hf_adafisher.optimizers.factory.catalog import available_optimizers, optimizer_record
 from hf_adafisher.optimizers.factory.param_groups import decay_groups
 from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
-from hf_adafisher.optimizers.sharding import is_sharded
-from hf_adafisher.optimizers.validation.checks import shards_to_come, warn_changed_options
+from hf_adafisher.optimizers.validation.checkpoints import warn_changed_options
 from hf_adafisher.optimizers.validation.compilation import refuse_compilation
+from hf_adafisher.optimizers.validation.models import check_model, modes_of
+from hf_adafisher.optimizers.validation.training_modes import COMPILE, COMPILE_BY_A_STOCK_TRAINER, Needs
 
 __all__ = [
     "OptimizerFactory",
@@ -30,9 +31,9 @@ __all__ = [
 
 _FUSED_DEVICES = frozenset({"cpu", "cuda"})
 _NOT_COMPARED = frozenset({"fused", "foreach", "capturable"})
-"""How a step is computed; what it computes is the same."""
+"""Options that decide how a step is computed, not its result."""
 _FUSED_WHOLE = frozenset({"sgd"})
-"""Whose fused kernel does not know FSDP2's sharded parameters."""
+"""Optimizers whose fused kernel does not know FSDP2's sharded parameters."""
 
 
 def create_optimizer(
@@ -56,8 +57,8 @@ def create_optimizer(
     Args:
         name: One of ``available_optimizers``.
         model: The model to train; its trainable parameters are used.
-        lr: Learning rate. Default: that of ``scripts/list_optimizers.py``, but the class's own for AdaFisher(W), SGD,
-            Adam and AdamW, whose default there is meant for Trainer.
+        lr: Learning rate. Default: that of ``scripts/list_optimizers.py``, as all other defaults; they are those of
+            ``AdaFisherTrainingArguments(optim=name)``.
         weight_decay: For the parameters that are decayed. Default 0.
         decay_names: Names of the parameters to decay, instead of Trainer's rule.
         **options: Further options of the optimizer class (``damping=``, ``betas=``, ``momentum=``, ...).
@@ -72,22 +73,19 @@ def create_optimizer(
     """
     record = optimizer_record(name)
     record.check_names(options)
-    arguments = record.arguments({**options, **({} if lr is None else {"lr": lr})})
+    arguments = record.arguments(options if lr is None else {**options, "lr": lr})
     record.check_values({**arguments, "weight_decay": weight_decay})
     groups = decay_groups(model, weight_decay, decay_names)
+    if not record.needs_model:  # those that need the model look at it themselves
+        check_model(model, name, record.needs)
     if record.create_graph:
         prepare_model(model, name)
     params = [p for group in groups for p in group["params"]]
-    shards = _shards(params)
-    if shards in record.refuses and not record.needs_model:  # those that need the model look at it themselves
-        raise ValueError(
-            f"{name} does not support {shards}, which takes the parameters apart: use another optimizer, or "
-            "DistributedDataParallel"
-        )
     if "fused" in record.options() and not {"fused", "foreach", "differentiable"} & arguments.keys():
         # What Trainer's default optimizer does; without it the comparison would be against a slow peer.
         able = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
-        arguments["fused"] = able and not (shards and name in _FUSED_WHOLE)
+        sharded = any(mode.refused_by(Needs.SHAPES | Needs.WHOLE_PARAMETERS) for mode in modes_of(model))
+        arguments["fused"] = able and not (sharded and name in _FUSED_WHOLE)
     if record.groups is not None:
         groups = record.groups(model, groups, arguments)
     build: Callable[..., Optimizer] = record.cls
@@ -97,7 +95,7 @@ def create_optimizer(
 
 
 def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """Before a state is loaded: is it this optimizer's, and what will it change?"""
+    """Check a state before it is loaded, and warn of the options that it changes."""
     if not record.resumable:
         raise ValueError(f"{record.name} cannot go on from a checkpoint: start without the optimizer state")
     if not record.needs_model:  # those do it themselves, as with what changes
@@ -109,23 +107,24 @@ def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict
             "options that decide the groups, for another model or by another optimizer; resume with those that wrote it"
         )
     if not record.needs_model:
-        warn_changed_options(optimizer, state, {"weight_decay", *record.options()} - _NOT_COMPARED)
+        names = {"weight_decay", *record.options()} - _NOT_COMPARED
+        warn_changed_options(optimizer.param_groups, state["param_groups"], names)
 
 
 class OptimizerFactory:
-    """What a stock ``Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {...}))`` accepts.
+    """Optimizer factory for a stock ``Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {...}))``.
 
     Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place. It
     does not pass its own ``learning_rate`` and ``weight_decay``: ``lr`` must be among the arguments, and
     ``weight_decay`` is 0 unless it is.
 
     Example:
-        >>> kwargs = {"name": "adafisherw", "lr": 0.04, "damping": 3e-3, "update_interval": 10}
+        >>> kwargs = {"name": "adafisherw", "lr": 0.04, "damping": 3e-3}
         >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
     """
 
     def __call__(self, model: nn.Module, *, lr: float, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
-        """``create_optimizer`` with the model first.
+        """Call ``create_optimizer`` with the model first.
 
         Raises:
             TypeError: Without ``lr``.
@@ -133,22 +132,13 @@ class OptimizerFactory:
                 second derivatives, and under a stock Trainer for AdaFisher(W) and K-FAC.
         """
         record = optimizer_record(name)
-        second_derivatives = "torch.compile" in record.refuses
-        if record.needs_model or second_derivatives:
-            refuse_compilation(name, second_derivatives=second_derivatives)
+        if COMPILE_BY_A_STOCK_TRAINER.refused_by(record.needs):
+            refuse_compilation(name, second_derivatives=COMPILE.refused_by(record.needs))
         return create_optimizer(name, model, lr=lr, **kwargs)
 
 
-def _shards(params: Iterable[torch.Tensor]) -> str | None:
-    """What has taken the parameters apart, or is about to, once the optimizer is there (as accelerate knows)."""
-    coming = shards_to_come()
-    if coming in ("Deepspeed", "Megatron-Lm"):
-        return "DeepSpeed"  # records do not tell the two apart
-    return coming or ("FSDP2" if any(is_sharded(p) for p in params) else None)
-
-
 def optimizer_state_bytes(optimizer: Any) -> int:
-    """Bytes of all tensors in an optimizer's state (moments, factors, counters), without the gradients.
+    """Count the bytes of all tensors in an optimizer's state (moments, factors, counters), without the gradients.
 
     Args:
         optimizer: A torch optimizer, or accelerate's wrapper of one.
@@ -159,7 +149,7 @@ def optimizer_state_bytes(optimizer: Any) -> int:
 
 
 def _tensors(value: Any) -> Iterable[torch.Tensor]:
-    """The tensors in a state, also those in lists and dictionaries in it."""
+    """Yield the tensors in a state, also those in lists and dictionaries in it."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (dict, list, tuple)):

@@ -1,4 +1,4 @@
-"""Parameter groups: what weight decay applies to, by Trainer's own rule, and which weights are what in a model."""
+"""Parameter groups: with and without weight decay by Trainer's own rule; hidden matrices, heads and embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
-    """Names of the parameters that weight decay applies to, as ``transformers.Trainer`` decides it.
+    """Return the names of the parameters that weight decay applies to, as ``transformers.Trainer`` decides it.
 
     Everything but biases and normalisation layers. Trainer's method is called itself, so that the two never differ.
     """
@@ -25,7 +25,7 @@ def decay_parameter_names(model: nn.Module) -> list[str]:
 
 
 def decay_groups(model: nn.Module, weight_decay: float, decay_names: Collection[str] | None = None) -> Groups:
-    """Two parameter groups, as Trainer builds them: with weight decay, and (biases, norms) without.
+    """Build two parameter groups, as Trainer does: with weight decay, and (biases, norms) without.
 
     Args:
         model: The model; parameters that do not require grad are left out.
@@ -51,7 +51,7 @@ def decay_groups(model: nn.Module, weight_decay: float, decay_names: Collection[
 
 
 def chosen_groups(groups: Groups, ids: Collection[int], options: dict[str, Any]) -> Groups:
-    """The groups reduced to the parameters with these ids, with further options.
+    """Reduce groups to the parameters with these ids, with further options.
 
     Groups that are then empty are left out, so that their number depends on the model alone.
     """
@@ -60,19 +60,19 @@ def chosen_groups(groups: Groups, ids: Collection[int], options: dict[str, Any])
 
 
 def split_groups(groups: Groups, chosen: Callable[[Tensor], bool], yes: dict[str, Any], no: dict[str, Any]) -> Groups:
-    """Each group split in two, with further options for either part; those of ``chosen`` come first."""
+    """Split each group in two, with further options for either part; those of ``chosen`` come first."""
     params = [p for group in groups for p in group["params"]]
     ids = {id(p) for p in params if chosen(p)}
     return chosen_groups(groups, ids, yes) + chosen_groups(groups, {id(p) for p in params} - ids, no)
 
 
 def embedding_tables(model: nn.Module) -> set[int]:
-    """Ids of the weights of embeddings, heads tied to them included."""
+    """Return the ids of the weights of embeddings, heads tied to them included."""
     return {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
 
 
 def output_embeddings(model: nn.Module) -> set[int]:
-    """Ids of the weights of language model heads, tied or not, by ``get_output_embeddings``, also inside a wrapper."""
+    """Return the ids of language model heads' weights, tied or not, by ``get_output_embeddings``, also in wrappers."""
     heads = set()
     for module in model.modules():
         find = getattr(module, "get_output_embeddings", None)
@@ -90,7 +90,7 @@ class Matrix(NamedTuple):
 
 
 def hidden_matrices(model: nn.Module) -> list[Matrix]:
-    """The weights between a model's input and its output layer: of Linear, transformers' Conv1D, and convolutions.
+    """Return the weights between input and output layer: of Linear, transformers' Conv1D, and convolutions.
 
     Left out: embeddings and what is tied to them; the heads, which are a language model's output embeddings and
     layers outside the base model with ``config.num_labels`` outputs, or, in a model without a ``config``, the last
@@ -104,19 +104,19 @@ def hidden_matrices(model: nn.Module) -> list[Matrix]:
 
 
 def head_matrices(model: nn.Module) -> list[Matrix]:
-    """The weights of the output layers that ``hidden_matrices`` leaves out, those tied to an embedding included."""
+    """Return the weights of output layers, which ``hidden_matrices`` leaves out, also those tied to an embedding."""
     modules = _named_matrices(model)
     heads = {id(weight) for weight in _heads(model, modules)}
     return _matrices(modules, lambda weight: id(weight) in heads)
 
 
 def _named_matrices(model: nn.Module) -> list[tuple[str, Any]]:
-    """The modules that multiply by a matrix, with their names."""
+    """Return the modules that multiply by a matrix, with their names."""
     return [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
 
 
 def _matrices(modules: Iterable[tuple[str, Any]], chosen: Callable[[Tensor], bool]) -> list[Matrix]:
-    """The chosen weights of these modules, each once; those of several groups are no matrices."""
+    """Return the chosen weights of these modules, each once; those of several groups are no matrices."""
     found = {
         id(module.weight): Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
         for _, module in modules

@@ -1,4 +1,4 @@
-"""What is known about each optimizer: one frozen record, from which it is built, described, checked and resumed."""
+"""One frozen record per optimizer, from which it is built, described, checked and resumed."""
 
 from __future__ import annotations
 
@@ -12,23 +12,19 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
+from hf_adafisher.optimizers.base.options import OptimizerOptions
 from hf_adafisher.optimizers.factory.param_groups import Groups
-from hf_adafisher.optimizers.validation.checks import foreign_checkpoint
+from hf_adafisher.optimizers.validation.checkpoints import foreign_checkpoint
 from hf_adafisher.optimizers.validation.library_option_ranges import check_values
+from hf_adafisher.optimizers.validation.training_modes import TRAINING_MODES, Needs
 
 EXTRA = 'pip install "hf_adafisher[baselines]"'
 _OWN_ARGUMENTS = ("lr", "learning_rate", "weight_decay")
 _NO_OPTIONS = frozenset({"self", "model", "params", "lr", "weight_decay", "kwargs"})
 
-# What training may do that some optimizers cannot work with; each word is also how the table names it.
-SHARDS = frozenset({"DeepSpeed", "FSDP1"})
-"""Give the optimizer flat pieces instead of parameters."""
-SECOND_ORDER = SHARDS | {"FSDP2", "DataParallel", "torch.compile", "fp16", "reentrant checkpointing"}
-"""What has no second derivatives, or hides their scale."""
 
-
-class Setting(NamedTuple):
-    """A value that an optimizer gets where the user names none, and where it is from."""
+class SourcedDefault(NamedTuple):
+    """A default of an option, and its source."""
 
     value: Any
     source: str
@@ -36,25 +32,27 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class OptimizerRecord:
-    """What the factory knows about one optimizer.
+    """Everything that the factory and the training arguments need to know about one optimizer.
+
+    Defaults of ``create_optimizer(name, model)`` and of ``AdaFisherTrainingArguments(optim=name)`` stand here, once for
+    both.
 
     Attributes:
         name: The name for ``create_optimizer`` and ``--optim``.
         path: The class, as ``module:name``; imported when the optimizer is first asked for.
-        library: Whose implementation it is, with the version it was tested with.
-        paper: Where it was published.
-        learning_rate: For ``AdaFisherTrainingArguments`` where none is given.
-        defaults: Options that differ from the class's own defaults or that the groups need; ``lr`` among them where
-            ``create_optimizer`` uses the record's learning rate rather than the class's.
+        library: The implementation's package, with the version it was tested with.
+        paper: The publication.
+        learning_rate: Default learning rate.
+        defaults: Other options whose defaults are not the class's own, or that the groups need.
         momentum: The option that holds the decay of the first moment, empty where there is none.
         memory: Bytes of state per float32 parameter, in words; r and c are the sides of a matrix.
         bytes_per_parameter: The same as a number, None where it depends on the shapes.
         checkpoint_keys: Options that the saved parameter groups of this optimizer have, taken together. Of the
             optimizers whose keys a checkpoint has, the one with most is taken to have written it.
-        needs_model: Whether the class takes the model before the parameter groups.
-        create_graph: Whether its steps need ``backward(create_graph=True)``.
-        resumable: Whether training goes on from a checkpoint exactly as without the interruption.
-        refuses: What it does not work with; AdaFisherTrainer and its arguments say so.
+        options_class: The option dataclass of an optimizer of this package, whose class takes the model before the
+            parameter groups; None for those of libraries.
+        needs: Requirements of its step, which decide the training modes that it refuses.
+        resumable: Training goes on from a checkpoint exactly as without the interruption.
         decoupled: Its ``decoupled_weight_decay``, by which Adam differs from AdamW; None without such an option.
         groups: Makes its parameter groups from those with and without weight decay, where it needs others.
         hidden: Options of the class that have no effect here, or make another algorithm of it.
@@ -64,16 +62,15 @@ class OptimizerRecord:
     path: str
     library: str
     paper: str
-    learning_rate: Setting
+    learning_rate: SourcedDefault
     momentum: str
     memory: str
     checkpoint_keys: frozenset[str]
     bytes_per_parameter: float | None = None
-    defaults: Mapping[str, Setting] = field(default_factory=dict)
-    needs_model: bool = False
-    create_graph: bool = False
+    defaults: Mapping[str, SourcedDefault] = field(default_factory=dict)
+    options_class: type[OptimizerOptions] | None = None
+    needs: Needs = Needs.NOTHING
     resumable: bool = True
-    refuses: frozenset[str] = frozenset()
     decoupled: bool | None = None
     groups: Callable[[nn.Module, Groups, dict[str, Any]], Groups] | None = None
     hidden: frozenset[str] = frozenset()
@@ -94,13 +91,33 @@ class OptimizerRecord:
                 raise
             raise ImportError(f"optimizer {self.name!r} needs {missing}, which is not installed: {EXTRA}") from error
 
+    @property
+    def needs_model(self) -> bool:
+        """The class takes the model before the parameter groups, and checks its options itself."""
+        return self.options_class is not None
+
+    @property
+    def create_graph(self) -> bool:
+        """Its steps need ``backward(create_graph=True)``."""
+        return Needs.SECOND_DERIVATIVES in self.needs
+
+    @property
+    def refuses(self) -> frozenset[str]:
+        """Names of the training modes that it does not work with."""
+        return frozenset(mode.name for mode in TRAINING_MODES if mode.refused_by(self.needs))
+
     def options(self) -> list[str]:
         """Names of the options that ``create_optimizer`` accepts beside ``lr`` and ``weight_decay``."""
-        names = {*inspect.signature(self.cls.__init__).parameters, *self.defaults}
+        own = self.options_class
+        names = {*(own.defaults() if own else inspect.signature(self.cls.__init__).parameters), *self.defaults}
         return sorted(names - _NO_OPTIONS - self.hidden)
 
     def check_names(self, options: Iterable[str]) -> None:
-        """Raises ValueError for the first option that this optimizer does not have, with those it has."""
+        """Check option names.
+
+        Raises:
+            ValueError: The optimizer does not have one of them; the message lists those it has.
+        """
         known = self.options()
         for name in options:
             if name in _OWN_ARGUMENTS:
@@ -114,9 +131,18 @@ class OptimizerRecord:
                 )
 
     def check_values(self, options: Mapping[str, Any]) -> None:
-        """Raises ValueError for an option of the wrong type or out of its range, which libraries often let pass."""
-        if not self.needs_model:  # this package's optimizers say more about theirs
-            check_values(self.name, self.cls, {name: s.value for name, s in self.defaults.items()}, options)
+        """Check option values, which libraries often let pass.
+
+        Args:
+            options: Options by name, ``lr`` and ``weight_decay`` among them.
+
+        Raises:
+            ValueError: One is of the wrong type, or out of its range.
+        """
+        if self.options_class is not None:
+            self.options_class(**self.arguments(options))
+        else:
+            check_values(self.name, self.cls, self.arguments({}), options)
 
     def check_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Check that saved parameter groups were written by this optimizer; torch loads any without a word.
@@ -130,18 +156,20 @@ class OptimizerRecord:
             raise foreign_checkpoint(self.name, options, " or ".join(writers))
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """``options`` over this record's defaults."""
-        return {**{name: setting.value for name, setting in self.defaults.items()}, **options}
+        """Return ``options`` over this record's defaults, the learning rate among them."""
+        defaults = {"lr": self.learning_rate.value} | {name: default.value for name, default in self.defaults.items()}
+        return {**defaults, **options}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the code, for JSON."""
+        """Return everything but the code, for JSON."""
         return {
             "name": self.name,
             "class": self.path.replace(":", "."),
             "library": self.library,
             "paper": self.paper,
             "learning_rate": self.learning_rate._asdict(),
-            "defaults": {name: setting._asdict() for name, setting in self.defaults.items()},
+            "defaults": {name: default._asdict() for name, default in self.defaults.items()},
+            "options": self._described_options(),
             "momentum": self.momentum,
             "memory": self.memory,
             "bytes_per_parameter": self.bytes_per_parameter,
@@ -151,13 +179,26 @@ class OptimizerRecord:
             "refuses": sorted(self.refuses),
         }
 
+    def option_defaults(self) -> dict[str, Any]:
+        """Return the defaults of all options of an optimizer of this package, the record's before the class's."""
+        return {} if self.options_class is None else self.options_class.defaults() | self.arguments({})
+
+    def _described_options(self) -> dict[str, dict[str, Any]]:
+        if self.options_class is None:
+            return {}
+        defaults = self.option_defaults()
+        return {
+            name: {"help": option.help, "range": str(option.range), "symbol": option.symbol, "default": defaults[name]}
+            for name, option in self.options_class.specifications().items()
+        }
+
 
 RECORDS: dict[str, OptimizerRecord] = {}
-"""All of them by name, filled by ``catalog``."""
+"""All records by name, filled by ``catalog``."""
 
 
 def _written_by(options: Mapping[str, Any]) -> list[str]:
-    """The optimizers whose options these are: those that explain most of them."""
+    """Names of the optimizers whose options these are: those that explain most of them."""
     fitting = [
         record
         for record in RECORDS.values()
@@ -169,6 +210,6 @@ def _written_by(options: Mapping[str, Any]) -> list[str]:
 
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
-    """``", did you mean 'x'?"`` for the known word nearest to ``word``, or nothing where none is near."""
+    """Return ``", did you mean 'x'?"`` with the known word nearest to ``word``, or nothing where none is near."""
     near = difflib.get_close_matches(str(word).lower(), list(known), n=1)
     return f", did you mean {near[0]!r}?" if near else ""

@@ -1,1 +1,1 @@
-"""Errors before any work is lost: options, models, environments, checkpoints."""
+"""Errors before any work is lost: models, environments, checkpoints, and one table of training modes."""

@@ -10,7 +10,7 @@ from types import FrameType
 
 from torch import nn
 
-from hf_adafisher.optimizers.validation.checks import accelerate_state
+from hf_adafisher.optimizers.validation.environment import accelerate_state
 
 _SEEN_TO: ContextVar[bool] = ContextVar("hf_adafisher_due_steps_run_eagerly", default=False)
 

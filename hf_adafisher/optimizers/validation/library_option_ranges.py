@@ -1,4 +1,4 @@
-"""Option values of the optimizers that come from libraries, which check some of theirs, some late, some never."""
+"""Option values of optimizers from libraries, which check some of theirs, some late, some never."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def check_values(kind: str, cls: type[Optimizer], defaults: Mapping[str, Any], g
 
 
 def _expected(name: str, value: Any, default: Any, hint: Any) -> str | None:
-    """What the value should have been; None if it is that."""
+    """Describe the values that the option takes; None if ``value`` is one of them."""
     if value is None and default is None:
         return None
     if isinstance(default, bool) or bool in get_args(hint):
@@ -79,5 +79,5 @@ def _expected_tuple(name: str, value: Any, default: tuple[Any, ...], hint: Any) 
 
 
 def _is_number(value: Any) -> bool:
-    """Also one in a tensor, as learning rates may be."""
+    """Whether it is a finite number, also one in a tensor, as learning rates may be."""
     return isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool) and math.isfinite(value)

@@ -21,6 +21,8 @@ import torch
 import transformers
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -691,13 +693,15 @@ def test_sharded_parameters_are_refused_or_known(name: str, monkeypatch: pytest.
     ("kind", "mode"), [(DistributedType.DEEPSPEED, "DeepSpeed"), (DistributedType.FSDP, "FSDP1"), (None, "FSDP2")]
 )
 def test_a_stock_trainers_factory_refuses_what_takes_parameters_apart(
-    kind: DistributedType | None, mode: str, monkeypatch: pytest.MonkeyPatch
+    kind: DistributedType | None, mode: str, monkeypatch: pytest.MonkeyPatch, process_group: None
 ) -> None:
     monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", {"distributed_type": kind})
-    monkeypatch.setattr(factory, "is_sharded", lambda p: kind is None)
+    model = mlp(3, 2)
+    if kind is None:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
     with pytest.raises(ValueError, match=f"lamb does not support {mode}"):
-        factory.OptimizerFactory()(mlp(3, 2), name="lamb", lr=0.1)
-    factory.OptimizerFactory()(mlp(3, 2), name="lion", lr=0.1)
+        factory.OptimizerFactory()(model, name="lamb", lr=0.1)
+    factory.OptimizerFactory()(model, name="lion", lr=0.1)
 
 
 @pytest.mark.parametrize("tied", [True, False])

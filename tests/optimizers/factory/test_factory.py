@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from transformers import Trainer
 
 from hf_adafisher import (
+    AdaFisherTrainer,
+    AdaFisherTrainingArguments,
     AdaFisherW,
     OptimizerFactory,
     available_optimizers,
@@ -84,7 +87,7 @@ def test_defaults_and_options_reach_the_optimizer() -> None:
     model = mlp(3, 2)
     assert create_optimizer("sgd", model).defaults["momentum"] == 0.9
     assert create_optimizer("sgd", model, momentum=0.5).defaults["momentum"] == 0.5
-    assert create_optimizer("adamw", model).defaults["lr"] == 1e-3
+    assert create_optimizer("adamw", model).defaults["lr"] == 5e-5
     assert create_optimizer("adamw", model).defaults["fused"]
     assert not create_optimizer("adamw", model, fused=False).defaults["fused"]
     optimizer = create_optimizer("adafisherw", model, lr=0.5, damping=0.25)
@@ -92,6 +95,32 @@ def test_defaults_and_options_reach_the_optimizer() -> None:
     assert (optimizer.defaults["lr"], optimizer.defaults["damping"]) == (0.5, 0.25)
     by_hand = create_optimizer("adamw", model, weight_decay=0.2, decay_names=["0.bias"])
     assert [p.shape for p in by_hand.param_groups[0]["params"]] == [(2,)]
+
+
+@NAMES
+def test_create_optimizer_and_trainer_build_the_same_optimizer(name: str, tmp_path: Path) -> None:
+    arguments = AdaFisherTrainingArguments(
+        str(tmp_path), optim=name, lr_scheduler_type="constant", use_cpu=True, report_to="none"
+    )
+    record, model = family("gpt2"), family("gpt2").build()
+    by_trainer, by_name = AdaFisherTrainer(record.build(), arguments).create_optimizer(), create_optimizer(name, model)
+    by_factory = OptimizerFactory()(record.build(), name=name, lr=optimizer_record(name).learning_rate.value)
+
+    def options(optimizer: Any) -> list[dict[str, Any]]:
+        hidden = ("params", "initial_lr")
+        return [{key: value for key, value in g.items() if key not in hidden} for g in optimizer.param_groups]
+
+    assert type(by_trainer) is type(by_name) and options(by_trainer) == options(by_name) == options(by_factory)
+    assert [len(g["params"]) for g in by_trainer.param_groups] == [len(g["params"]) for g in by_name.param_groups]
+
+
+def test_defaults_of_adafisher_by_name_are_not_the_papers() -> None:
+    for name in ("adafisher", "adafisherw"):
+        group = create_optimizer(name, mlp(3, 2)).param_groups[0]
+        assert [group[key] for key in ("lr", "damping", "ema_decay", "update_interval")] == [0.04, 3e-3, 0.95, 10]
+    group = AdaFisherW(mlp(3, 2)).param_groups[0]
+    assert [group[key] for key in ("lr", "damping", "ema_decay", "update_interval")] == [1e-3, 1e-3, 0.8, 100]
+    assert create_optimizer("sgd", mlp(3, 2)).param_groups[0]["lr"] == 5e-5
 
 
 def test_unknown_names_and_options_name_the_known_ones_and_the_nearest() -> None:

@@ -50,11 +50,11 @@ def test_fsdp1_is_refused(process_group: None) -> None:
 def test_tensor_parallel_is_refused(process_group: None) -> None:
     model = mlp(4, 2, 2)
     parallelize_module(model, init_device_mesh("cpu", (1,), mesh_dim_names=("tp",)), {"0": ColwiseParallel()})
-    with pytest.raises(ValueError, match=rf"does not support tensor, context or pipeline parallelism.*{INSTEAD}"):
+    with pytest.raises(ValueError, match=rf"does not support tensor, context or sequence parallelism.*{INSTEAD}"):
         AdaFisherW(model)
     nameless = mlp(4, 2, 2)
     parallelize_module(nameless, init_device_mesh("cpu", (1,)), {"0": ColwiseParallel()})
-    with pytest.raises(ValueError, match="does not support tensor, context or pipeline parallelism"):
+    with pytest.raises(ValueError, match="does not support tensor, context or sequence parallelism"):
         AdaFisherW(nameless)
 
 
@@ -67,8 +67,8 @@ def test_fsdp2_is_not_mistaken_for_tensor_parallel(process_group: None) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"distributed_type": DistributedType.DEEPSPEED}, r"does not support Deepspeed \(it gives"),
-        ({"distributed_type": DistributedType.MEGATRON_LM}, r"does not support Megatron-Lm \(it gives"),
+        ({"distributed_type": DistributedType.DEEPSPEED}, r"does not support DeepSpeed \(it gives"),
+        ({"distributed_type": DistributedType.MEGATRON_LM}, r"does not support Megatron-LM \(it gives"),
         (
             {"distributed_type": DistributedType.FSDP, "fsdp_plugin": SimpleNamespace(fsdp_version=1)},
             r"does not support FSDP1 .*set fsdp_version to 2",
