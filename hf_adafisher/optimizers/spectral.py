@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm
-from hf_adafisher.optimizers.base.hooked import CountsLossTerms, ParamsT
+from hf_adafisher.optimizers.base.hooked import ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer, Member
+from hf_adafisher.optimizers.base.loss_terms import CountsLossTerms
 from hf_adafisher.optimizers.base.options import (
     BETA,
     EMA_DECAY,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.optimizers.base.hooked import CountsLossTerms, HookedOptimizer, ParamsT
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer, ParamsT
+from hf_adafisher.optimizers.base.loss_terms import CountsLossTerms
 from hf_adafisher.optimizers.base.options import (
     EMA_DECAY,
     LEARNING_RATE,
