@@ -42,7 +42,9 @@ def test_every_file_and_name_that_the_page_names_exists() -> None:
     missing = [name for name in names if not any((root / name).exists() for root in roots)]
     assert not missing
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_adafisher").rglob("*.py"))
-    defined = set(re.findall(r"(?:def|class) (\w+)", source))
-    called = re.findall(r"`(?:(\w+)\.)?(_?[a-zA-Z]\w*)`", PAGE)
-    words = {name for owner, name in called if owner or name[0].isupper() or name.endswith("_")}
-    assert words and words <= defined
+    defined = set(re.findall(r"^ *(?:def|class) (\w+)|^(\w+) = ", source, re.M))
+    words = re.findall(r"`(?:\w+\.)?(_?[a-zA-Z]\w*)`", re.sub(r"`[\w/]+\.(?:py|json)`", "", PAGE))
+    assert len(words) > 20
+    assert {word for word in words if "_" in word or word[0].isupper()} <= {
+        name for pair in defined for name in pair
+    } | {"learning_rate"}
