@@ -1,4 +1,31 @@
-"""Training and evaluation data: ``hf_adafisher.data.text`` and ``hf_adafisher.data.images``.
+"""Text corpora and labelled images: ``hf_adafisher.data.text`` and ``hf_adafisher.data.images``."""
 
-Imports nothing else of this package.
-"""
+from hf_adafisher.data.text import (
+    PerplexityResult,
+    TextCorpus,
+    TokenWindows,
+    available_corpora,
+    count_words,
+    encode_lines,
+    evaluate_perplexity,
+    load_corpus,
+    start_token_id,
+    token_perplexity,
+    train_tokenizer,
+    word_perplexity,
+)
+
+__all__ = [
+    "PerplexityResult",
+    "TextCorpus",
+    "TokenWindows",
+    "available_corpora",
+    "count_words",
+    "encode_lines",
+    "evaluate_perplexity",
+    "load_corpus",
+    "start_token_id",
+    "token_perplexity",
+    "train_tokenizer",
+    "word_perplexity",
+]

@@ -27,7 +27,7 @@ from hf_adafisher.optimizers.base.options import (
 )
 from hf_adafisher.optimizers.blocks import update_in_blocks
 from hf_adafisher.optimizers.compiled import CompiledUpdate
-from hf_adafisher.optimizers.sharding import local_part
+from hf_adafisher.optimizers.sharding import is_split, local_part
 from hf_adafisher.optimizers.update import Block, StepCoefficients, step_coefficients
 
 DAMPING = Option(
@@ -145,7 +145,11 @@ class AdaFisher(KroneckerDiagonalOptimizer):
             if member.sharded:
                 terms = self._statistics.local_terms(member.param, member.terms)
                 param, grad, exp_avg = (local_part(tensor) for tensor in block[:3])
-                blocks.append(Block(param, grad, exp_avg, terms))
+                block = Block(param, grad, exp_avg, terms)
+                if is_split(member.terms, member.param):  # terms as large as the weight do not wait for the others
+                    update_in_blocks([block], coefficients)
+                else:
+                    blocks.append(block)
             elif self._compiled is not None and self._compiled.supports(block):
                 self._compiled.update_(block, coefficients)
             else:

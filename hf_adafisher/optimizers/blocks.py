@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,20 +19,25 @@ DEVICE_BLOCK = 1 << 24
 
 def update_in_blocks(parameters: Iterable[Block], coefficients: StepCoefficients) -> None:
     """Call ``adafisher_update_`` for parameters of any size, dtype and device: large ones cut, small ones together."""
-    pending: dict[Any, list[Block]] = {}
-    sizes: dict[Any, int] = {}
+    pending: dict[Any, list[Block]] = defaultdict(list)
+    sizes: dict[Any, int] = defaultdict(int)
     for parameter in parameters:
         param, grad, exp_avg, _ = parameter
-        limit = CPU_BLOCK if param.device.type == "cpu" else DEVICE_BLOCK
+        limit = block_size(param)
         key = param.device, param.dtype, grad.dtype, exp_avg.dtype, parameter.makes_its_diagonal
         for block in split_into_blocks(parameter, limit):
-            size = block.param.numel()
-            if key in pending and sizes[key] + size > limit:
+            if pending[key] and sizes[key] + block.param.numel() > limit:
                 adafisher_update_(pending.pop(key), coefficients)
-            pending.setdefault(key, []).append(block)
-            sizes[key] = size + (sizes[key] if len(pending[key]) > 1 else 0)
+                sizes[key] = 0
+            pending[key].append(block)
+            sizes[key] += block.param.numel()
     for batch in pending.values():
         adafisher_update_(batch, coefficients)
+
+
+def block_size(tensor: Tensor) -> int:
+    """Largest number of values of a block on the tensor's device."""
+    return CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
 
 
 def split_into_blocks(block: Block, limit: int) -> Iterator[Block]:

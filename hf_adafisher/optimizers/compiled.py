@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import types
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_adafisher.optimizers.blocks import update_in_blocks
 from hf_adafisher.optimizers.update import Block, StepCoefficients, adafisher_update_
+from hf_adafisher.optimizers.validation.compilation import own_graphs
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ COMPILED_FROM = 1 << 17
 class CompiledUpdate:
     """``adafisher_update_`` compiled: one kernel for each kind of parameter, whatever its sizes.
 
-    Coefficients that change from step to step are passed as tensors, so that schedules compile nothing again. Where
+    Coefficients are passed as tensors, so that schedules and groups with other options compile nothing again. Where
     compiling fails, one warning says why, and everything is left to the eager update from then on. A kernel that has
     run once was compiled: any later error of it is one of the step.
     """
@@ -36,8 +38,7 @@ class CompiledUpdate:
 
     def supports(self, block: Block) -> bool:
         """True for a parameter that is not left to the eager update."""
-        size = block.param.numel()
-        return self.works and size >= COMPILED_FROM and size > 0 and type(block.param) in (Tensor, nn.Parameter)
+        return self.works and block.param.numel() >= COMPILED_FROM and type(block.param) in (Tensor, nn.Parameter)
 
     def update_(self, block: Block, coefficients: StepCoefficients) -> None:
         """Update one whole parameter in place; eagerly where no compiler works."""
@@ -45,7 +46,8 @@ class CompiledUpdate:
         block = block._replace(param=block.param.detach(), grad=block.grad.detach())
         kind = _kind_of(block)
         try:
-            _kernel(kind)([block], self._on_device(coefficients, block))
+            with own_graphs() if kind not in self._proven else contextlib.nullcontext():
+                _kernel(kind)([block], self._on_device(coefficients, block))
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             if kind in self._proven or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -64,12 +66,11 @@ class CompiledUpdate:
         if coefficients != self._coefficients:
             self._coefficients = coefficients
             self._as_tensors.clear()
-        dtype = torch.promote_types(torch.promote_types(block.param.dtype, torch.float32), block.exp_avg.dtype)
-        key = dtype, block.param.device
+        key = block.compute_dtype, block.param.device
         if key not in self._as_tensors:
-            l2, shrink, rate = (torch.tensor(value, dtype=dtype, device=key[1]) for value in coefficients[2:])
-            self._as_tensors[key] = coefficients._replace(
-                l2=l2 if coefficients.l2 != 0.0 else 0.0, shrink=shrink, rate=rate
+            tensors = [torch.tensor(value, dtype=key[0], device=key[1]) for value in coefficients]
+            self._as_tensors[key] = StepCoefficients(*tensors)._replace(
+                l2=tensors[2] if coefficients.l2 != 0.0 else 0.0
             )
         return self._as_tensors[key]
 

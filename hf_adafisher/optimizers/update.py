@@ -35,6 +35,11 @@ class Block(NamedTuple):
     terms: Sequence[DiagonalTerm]
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the update is computed: float32, or float64 where the parameter or the moment is."""
+        return torch.promote_types(torch.promote_types(self.param.dtype, torch.float32), self.exp_avg.dtype)
+
+    @property
     def makes_its_diagonal(self) -> bool:
         """True where the sum of the terms is a new tensor; a single factor is the state's own."""
         return len(self.terms) > 1 or len(self.terms[0]) > 1
@@ -44,17 +49,17 @@ class StepCoefficients(NamedTuple):
     """Numbers of one step, shared by the parameters of a group that are equally old.
 
     Attributes:
-        beta: Decay of the first moment.
+        rest: ``1 - beta``, the gradient's weight in the first moment.
         damping: lambda, added to the diagonal.
         l2: ``weight_decay`` of AdaFisher, which adds ``l2 * theta`` to the gradient; 0 for AdaFisherW.
         shrink: ``1 - lr * weight_decay`` of AdaFisherW, 1 for AdaFisher.
         rate: ``-lr / (1 - beta^step)``.
 
-    The last three change from step to step, and are 0-dimensional tensors where the update is compiled.
+    They are 0-dimensional tensors where the update is compiled, so that changing ones compile nothing again.
     """
 
-    beta: float
-    damping: float
+    rest: float | Tensor
+    damping: float | Tensor
     l2: float | Tensor
     shrink: float | Tensor
     rate: float | Tensor
@@ -64,7 +69,7 @@ def step_coefficients(group: Mapping[str, Any], step: int, decoupled: bool) -> S
     """Coefficients of a parameter group at its parameters' update number ``step`` (1 for the first)."""
     lr, beta, weight_decay = float(group["lr"]), group["beta"], group["weight_decay"]
     shrink, l2 = (1.0 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
-    return StepCoefficients(beta, group["damping"], l2, shrink, -lr / (1.0 - beta**step))
+    return StepCoefficients(1.0 - beta, group["damping"], l2, shrink, -lr / (1.0 - beta**step))
 
 
 def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
@@ -74,17 +79,18 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     diagonal ``F`` that the terms make. There is no square root over it. Everything is computed in float32 (float64
     where the parameter or the momentum is) and rounded once, when it is stored. Gradients are left as they are.
     """
+    dtype = blocks[0].compute_dtype
     params, grads, exp_avgs = ([getattr(block, name) for block in blocks] for name in ("param", "grad", "exp_avg"))
-    dtype = torch.promote_types(torch.promote_types(params[0].dtype, torch.float32), exp_avgs[0].dtype)
-    p, g, m = (t if t[0].dtype == dtype else [one.to(dtype) for one in t] for t in (params, grads, exp_avgs))
+    p, g, m = (_cast(tensors, dtype) for tensors in (params, grads, exp_avgs))
     if isinstance(c.l2, Tensor) or c.l2 != 0.0:
         g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
-    torch._foreach_lerp_(m, g, 1.0 - c.beta)
+    rest, damping = ([x] * len(blocks) if isinstance(x, Tensor) else x for x in (c.rest, c.damping))
+    torch._foreach_lerp_(m, g, rest)
     diagonals = [sum_of_terms(b.terms, b.param).to(dtype) for b in blocks]
     if all(b.makes_its_diagonal for b in blocks):
-        torch._foreach_add_(diagonals, c.damping)
+        torch._foreach_add_(diagonals, damping)
     else:
-        diagonals = list(torch._foreach_add(diagonals, c.damping))
+        diagonals = list(torch._foreach_add(diagonals, damping))
     if isinstance(c.shrink, Tensor) or c.shrink != 1.0:
         torch._foreach_mul_(p, c.shrink)
     if isinstance(c.rate, Tensor):  # addcdiv takes no tensor as its factor; F >= damping > 0, so a rate of 0 is no step
@@ -94,6 +100,15 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     for computed, stored in ((p, params), (m, exp_avgs)):
         if computed is not stored:
             torch._foreach_copy_(stored, computed)
+
+
+def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors, which are all of one dtype, or copies in another, made together."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def spectral_directions(

@@ -60,7 +60,7 @@ def _option_field(name: str, optims: list[str]) -> tuple[str, Any, Any]:
 
 
 # Typed as Any, so that type checkers accept the generated arguments beside those of TrainingArguments.
-OptionArguments: Any = make_dataclass("OptionArguments", _option_fields())
+OptionArguments: Any = make_dataclass("OptionArguments", _option_fields(), namespace={"__module__": __name__})
 
 
 @dataclass

@@ -379,3 +379,12 @@ def test_momentum_in_float32_updates_bfloat16_weights_as_float32_ones() -> None:
 def test_a_momentum_dtype_that_is_none_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match=r"momentum_dtype must be None .*'float32'.* got"):
         AdaFisherW(mlp(2, 2), momentum_dtype=name)
+
+
+def test_a_closed_optimizer_takes_no_more_groups() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    optimizer = AdaFisherW(model, model[0].parameters())
+    optimizer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        optimizer.add_param_group({"params": list(model[1].parameters())})
+    assert not any(layer._forward_hooks for layer in model)

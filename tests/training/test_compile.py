@@ -318,6 +318,19 @@ def test_layers_that_are_not_called_beside_a_compiled_model(caplog: pytest.LogCa
     assert caplog.text.count("recorded nothing") == 1 and "gradient factors are used instead" in caplog.text
 
 
+def test_update_kernels_are_not_taken_for_a_compiled_model(caplog: pytest.LogCaptureFixture) -> None:
+    """Layers that are used without being called are warned of, also where ``compiled=True`` has compiled the update."""
+    model = nn.Sequential(nn.Linear(400, 400))
+    optimizer = AdaFisherW(model, lr=1e-3, update_interval=2, compiled=True)
+    for step in range(4):
+        x = torch.randn(2, 400)
+        loss = model(x) if step < 2 else nn.functional.linear(x, model[0].weight, model[0].bias)
+        loss.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert counters["stats"]["unique_graphs"] > 0 and "torch.compile does not work" not in caplog.text
+
+
 @pytest.mark.parametrize("kind", [AdaFisherW, KFAC])
 def test_eager_if_due_equals_eager_training(kind: type[HookedOptimizer]) -> None:
     torch.manual_seed(0)

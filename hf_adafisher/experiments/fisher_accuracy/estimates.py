@@ -16,7 +16,7 @@ from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.baselines.kfac_blocks import (
     COLUMN_INVERSE,
     ROW_INVERSE,
-    Block,
+    KroneckerBlock,
     find_blocks,
     moment_rules,
 )
@@ -95,7 +95,7 @@ class KroneckerFactors:
         return found
 
 
-def _empty_state(block: Block) -> dict[str, Tensor]:
+def _empty_state(block: KroneckerBlock) -> dict[str, Tensor]:
     dtype, device = statistics_dtype(block.weight.dtype), block.weight.device
     return {
         key: torch.zeros(shape, dtype=dtype, device=device) if shape else torch.zeros((), dtype=torch.float64)
@@ -109,7 +109,7 @@ def _outer(rows: Tensor, columns: Tensor) -> Tensor:
     return torch.outer(left, right)
 
 
-def _split(block: Block, matrix: Tensor) -> dict[int, Tensor]:
+def _split(block: KroneckerBlock, matrix: Tensor) -> dict[int, Tensor]:
     """Split a matrix of a block's values into those of its weight and, if the block has it, its bias."""
     if block.bias is None:
         return {id(block.weight): matrix.reshape(block.weight.shape)}

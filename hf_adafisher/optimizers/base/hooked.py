@@ -64,7 +64,7 @@ class HookedOptimizer(Optimizer, ABC):
     """Requirements of its step, which decide the training modes that it refuses."""
 
     _statistics: StatisticsTracker
-    _closed = False
+    _closed = _armed = False
 
     def __init__(self, model: nn.Module, params: ParamsT | None, options: OptimizerOptions) -> None:
         kind = type(self).__name__
@@ -141,13 +141,14 @@ class HookedOptimizer(Optimizer, ABC):
             self._update_parameters()
             for group in self.param_groups:
                 group["steps"] += 1
-        if due or self.refresh_due:
+        if self._armed or self.refresh_due:
             self._arm()
         return loss
 
     def _arm(self) -> None:
         """Put the hooks on for a step that is due, and off for any other."""
-        if self.refresh_due:
+        self._armed = self.refresh_due
+        if self._armed:
             self._statistics.recorder.arm()
         else:
             self._statistics.recorder.disarm()
@@ -245,7 +246,10 @@ class HookedOptimizer(Optimizer, ABC):
         Raises:
             ValueError: An option is outside its range, a parameter is not the model's, or an option that the hooks
                 serve all groups with (``update_interval``) differs from that of the other groups.
+            RuntimeError: After ``close``.
         """
+        if self._closed:
+            raise RuntimeError(CLOSED)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

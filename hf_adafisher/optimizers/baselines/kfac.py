@@ -25,7 +25,7 @@ from hf_adafisher.optimizers.base.options import (
     UnitInterval,
     option,
 )
-from hf_adafisher.optimizers.baselines.kfac_blocks import READY, Block
+from hf_adafisher.optimizers.baselines.kfac_blocks import READY, KroneckerBlock
 from hf_adafisher.optimizers.baselines.kfac_curvature import KroneckerStatistics
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, owner_names
 from hf_adafisher.optimizers.validation.models import check_parameters
@@ -279,7 +279,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
             rows.append(ParameterCoverage(name, rule, tuple(owners.get(id(p), ())), p.numel(), p.numel() / total))
         return rows
 
-    def _is_bypassed(self, block: Block) -> bool:
+    def _is_bypassed(self, block: KroneckerBlock) -> bool:
         state = self.state.get(block.weight)
         return bool(state) and not block.has_statistics(state)  # type: ignore[arg-type]
 
@@ -300,7 +300,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         }
 
 
-def _new_factors(block: Block) -> dict[str, Tensor]:
+def _new_factors(block: KroneckerBlock) -> dict[str, Tensor]:
     """Zero factors and inverses of a block, in float32, or float64 for float64 parameters."""
     p = block.weight
     return {

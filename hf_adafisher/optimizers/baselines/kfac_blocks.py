@@ -148,7 +148,7 @@ class BlockUse:
         self.average(state).update_(samples, decay)
 
 
-class Block:
+class KroneckerBlock:
     """Weight, bias if it is part of the block, and the modules that use them; the weight's state holds the factors.
 
     Args:
@@ -258,7 +258,7 @@ class Block:
         return weight.reshape(self.weight.shape), bias.reshape(self.bias.shape)
 
 
-def find_blocks(tracked: Sequence[TrackedModule]) -> list[Block]:
+def find_blocks(tracked: Sequence[TrackedModule]) -> list[KroneckerBlock]:
     """Group tracked modules into blocks by their weight."""
     by_weight: dict[int, list[TrackedModule]] = {}
     for module in tracked:
@@ -266,7 +266,9 @@ def find_blocks(tracked: Sequence[TrackedModule]) -> list[Block]:
     blocks = []
     for modules in by_weight.values():
         first = modules[0]
-        blocks.append(Block(first.module.weight, first.module.bias if "bias" in first.diagonals else None, modules))
+        blocks.append(
+            KroneckerBlock(first.module.weight, first.module.bias if "bias" in first.diagonals else None, modules)
+        )
     return blocks
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_adafisher.fisher.recorder import FactorRecorder, Sample
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
-from hf_adafisher.optimizers.baselines.kfac_blocks import Block, find_blocks, moment_rules
+from hf_adafisher.optimizers.baselines.kfac_blocks import KroneckerBlock, find_blocks, moment_rules
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +52,12 @@ class KroneckerStatistics(StatisticsTracker):
     def forget(self) -> None:
         """Do nothing: all values derived from the averages are in the state."""
 
-    def block_of(self, p: Any) -> Block | None:
-        """Block that contains a parameter, or None."""
+    def block_of(self, p: Any) -> KroneckerBlock | None:
+        """KroneckerBlock that contains a parameter, or None."""
         return self._of.get(id(p))
 
-    def block_of_weight(self, p: Any) -> Block | None:
-        """Block with this parameter as its weight, whose state holds the factors, or None."""
+    def block_of_weight(self, p: Any) -> KroneckerBlock | None:
+        """KroneckerBlock with this parameter as its weight, whose state holds the factors, or None."""
         return self._of_weight.get(id(p))
 
     def collect(self, gradients: Sequence[tuple[Any, Tensor, Tensor]]) -> Sample | None:

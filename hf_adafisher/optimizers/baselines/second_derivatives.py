@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from hf_adafisher.optimizers.validation.compilation import compiled_regions
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,7 +24,7 @@ def prepare_model(model: nn.Module, kind: str) -> None:
     Raises:
         ValueError: The model is compiled, or uses reentrant activation checkpointing.
     """
-    if any(type(module).__name__ == "OptimizedModule" or _compiled_in_place(module) for module in model.modules()):
+    if any(True for _ in compiled_regions(model)):
         raise ValueError(
             f"{kind} needs second derivatives, which compiled graphs do not have: use the model without torch.compile"
         )
@@ -44,10 +46,6 @@ def prepare_model(model: nn.Module, kind: str) -> None:
             kind,
             ", ".join(sorted(switched)),
         )
-
-
-def _compiled_in_place(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _recomputes_once(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.reduce import sum_over_ranks
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
-from hf_adafisher.optimizers.blocks import CPU_BLOCK, DEVICE_BLOCK, split_into_blocks
+from hf_adafisher.optimizers.blocks import block_size, split_into_blocks
 from hf_adafisher.optimizers.diagnostics.coverage import at_floor
 from hf_adafisher.optimizers.sharding import is_sharded, local_part, local_terms
 from hf_adafisher.optimizers.update import Block, step_coefficients
@@ -144,12 +144,8 @@ def _momentum_blocks(
     if 0 < p.numel() <= SMALL:
         yield exp_avg.to(dtype), terms
     elif p.numel():
-        for part in split_into_blocks(Block(p, exp_avg, exp_avg, terms), _block_size(p)):
+        for part in split_into_blocks(Block(p, exp_avg, exp_avg, terms), block_size(p)):
             yield part.exp_avg.to(dtype), part.terms
-
-
-def _block_size(tensor: Tensor) -> int:
-    return CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
 
 
 # --- how the diagonal is spread ---------------------------------------------------------------
@@ -166,7 +162,7 @@ def _spread(terms: Sequence[DiagonalTerm], p: Tensor, damping: float) -> _Spread
     vectors = _vectors(terms)
     if vectors is not None:
         return _spread_of_product(*vectors, damping)
-    parts = split_into_blocks(Block(like, like, like, terms), _block_size(like))
+    parts = split_into_blocks(Block(like, like, like, terms), block_size(like))
     some = _some_values(terms, like).add(damping)
     return _spread_of_blocks((diagonal_of(part.terms, part.param, damping) for part in parts), some, damping)
 

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
 from hf_adafisher.optimizers.validation.environment import accelerate_state
 
+_OWN = "hf_adafisher"
 _SEEN_TO: ContextVar[bool] = ContextVar("hf_adafisher_due_steps_run_eagerly", default=False)
 
 
@@ -67,9 +69,25 @@ def compiled_regions(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def graphs_compiled() -> bool:
-    """True once this process has compiled anything."""
-    dynamo = sys.modules.get("torch._dynamo.utils")
-    return dynamo is not None and bool(dynamo.counters["stats"].get("unique_graphs"))
+    """True once this process has compiled anything but update kernels of this package."""
+    counters = _dynamo_counters()
+    return counters is not None and counters["stats"]["unique_graphs"] > counters[_OWN]["unique_graphs"]
+
+
+@contextlib.contextmanager
+def own_graphs() -> Iterator[None]:
+    """Graphs compiled within it are update kernels, which hide no layers."""
+    before = _dynamo_counters()
+    compiled = 0 if before is None else before["stats"]["unique_graphs"]
+    yield
+    counters = _dynamo_counters()
+    if counters is not None:
+        counters[_OWN]["unique_graphs"] += counters["stats"]["unique_graphs"] - compiled
+
+
+def _dynamo_counters() -> Any:
+    """Torch's counters by group and name, zero where nothing was counted; None while dynamo is not imported."""
+    return getattr(sys.modules.get("torch._dynamo.utils"), "counters", None)
 
 
 def _accelerate_compiles() -> bool:

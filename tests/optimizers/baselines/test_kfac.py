@@ -21,7 +21,7 @@ from transformers import Trainer
 from hf_adafisher import AdaFisherW
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
-from hf_adafisher.optimizers.baselines.kfac_blocks import Block
+from hf_adafisher.optimizers.baselines.kfac_blocks import KroneckerBlock
 from tests.cases import CASES, Case, mlp, next_token, regression
 from tests.model_zoo import FAMILIES, Family, family
 from tests.training_helper import make_trainer, of_family, train
@@ -108,14 +108,14 @@ def test_clipped_steps_have_the_size_that_was_asked_for() -> None:
 
 def test_an_inverse_that_rounding_made_indefinite_is_clipped_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its product with the gradient may then be negative; the step is as large as one in the right direction."""
-    case, precondition = BY_NAME["mlp"], Block.precondition
+    case, precondition = BY_NAME["mlp"], KroneckerBlock.precondition
 
-    def reversed_direction(self: Block, *args: Any) -> Any:
+    def reversed_direction(self: KroneckerBlock, *args: Any) -> Any:
         return tuple(None if part is None else -part for part in precondition(self, *args))
 
     factors = []
     for method in (precondition, reversed_direction):
-        monkeypatch.setattr(Block, "precondition", method)
+        monkeypatch.setattr(KroneckerBlock, "precondition", method)
         model = case.build().double()
         optimizer = KFAC(model, lr=0.3, damping=1e-2, kl_clip=1e-4)
         train(model, case, optimizer, 1)
