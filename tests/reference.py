@@ -570,7 +570,7 @@ class ReferenceFactored(ABC):
             return
 
         def add_probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+            if not ((module.training or kind != "batchnorm") and torch.is_grad_enabled() and output.requires_grad):
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
             if watched.believed is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm, ParameterDiagonal
 from hf_adafisher.fisher.gradient import GradientDiagonal, on_gradient_scale
-from hf_adafisher.fisher.recorder import TrackedModule
+from hf_adafisher.fisher.tracked_module import TrackedModule
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,41 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_adafisher.fisher.autograd_state import accumulators, inside_backward, inside_transform, will_accumulate
 from hf_adafisher.fisher.averages import FactorSums, statistics_dtype
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterDiagonal
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.reduce import check_same_layout, num_ranks, sum_over_ranks
-
-
-@dataclass(eq=False)
-class TrackedModule:
-    """A module whose factors are recorded.
-
-    Attributes:
-        name: Its name in the model (the first one, where it is shared).
-        module: The module itself. Parameters are looked up on it when needed, since wrappers may replace them.
-        rule: The rule of its class.
-        diagonals: The diagonals of those of its parameters that the optimizer trains.
-        matches_rule: Whether a call was found to compute what the rule assumes; None before the first call. The first
-            call with finite output decides for good: one that computes something else later is not noticed.
-    """
-
-    name: str
-    module: nn.Module
-    rule: LayerRule
-    diagonals: dict[str, ParameterDiagonal]
-    matches_rule: bool | None = None
-
-    @functools.cached_property
-    def factor_shapes(self) -> tuple[torch.Size, torch.Size]:
-        """Shapes of the input factor and of the output-gradient factor."""
-        input_shape, output_grad_shape = self.rule.factor_shapes(self.module)
-        return torch.Size(input_shape), torch.Size(output_grad_shape)
-
-    @functools.cached_property
-    def sums_size(self) -> int:
-        """Number of values of both factors, the count and the broadcast flag: its part of the reduced buffer."""
-        return sum(shape.numel() for shape in self.factor_shapes) + 2
+from hf_adafisher.fisher.tracked_module import TrackedModule
 
 
 @dataclass
@@ -85,14 +55,14 @@ class _ForwardHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         recorder = None if self._recorder is None else self._recorder()
-        if recorder is None or self._tracked is None:
+        if recorder is None or self._tracked is None or inside_transform():
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "nn.DataParallel runs copies of the model in threads, whose statistics would be mixed up: start one "
                 "process a GPU with torchrun (DistributedDataParallel), or show only one with CUDA_VISIBLE_DEVICES"
             )
-        if torch.is_grad_enabled() and module.training and isinstance(output, Tensor) and output.requires_grad:
+        if torch.is_grad_enabled() and self._tracked.records and isinstance(output, Tensor) and output.requires_grad:
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if inputs:
                 recorder._watch(self._tracked, inputs, output)
@@ -118,8 +88,10 @@ class FactorRecorder:
     Armed, each tracked module has one forward hook. It sums the squares of the input at once, never keeping the
     input, and puts a tensor hook on the output that sums the squares of the gradient and commits the *pair*. Pairing
     makes recomputation (activation checkpointing), several calls per forward and forwards without backward exact:
-    what has no backward is not counted. A second backward through the same graph (``retain_graph=True``) commits its
-    pairs again, as it adds its gradients again: the positions count twice, with each backward's own gradients.
+    what has no backward is not counted. Nor is a backward that accumulates into none of the module's parameters of
+    interest (``torch.autograd.grad``, ``torch.func.grad``), or a call while all of them are frozen. A second backward
+    through the same graph (``retain_graph=True``) commits its pairs again, as it adds its gradients again: the
+    positions count twice, with each backward's own gradients.
     Disarmed, no hook exists.
 
     Args:
@@ -139,7 +111,7 @@ class FactorRecorder:
         parameters: Iterable[nn.Parameter],
         find: Callable[[nn.Module], LayerRule | None] = find_rule,
     ) -> None:
-        wanted = {id(p) for p in parameters}
+        wanted = self._wanted = {id(p): weakref.ref(p) for p in parameters}
         self.tracked: list[TrackedModule] = []
         for name, module in model.named_modules():
             owned = [key for key, p in module._parameters.items() if p is not None and id(p) in wanted]
@@ -196,6 +168,12 @@ class FactorRecorder:
 
     def _watch(self, tracked: TrackedModule, inputs: Sequence[Tensor], output: Tensor) -> None:
         """One call of a tracked module: take the input's sums, and commit them once the gradient arrives."""
+        leaves = tracked.trained_leaves()
+        if not leaves:
+            return
+        if self._lost_its_gradients(tracked, leaves):
+            del self._pending[tracked]
+        nodes = accumulators(leaves)
         with torch.no_grad():
             if tracked.matches_rule is None:
                 if output.numel() == 0 or not bool(output.isfinite().all()):
@@ -209,7 +187,9 @@ class FactorRecorder:
 
         def commit(grad: Tensor) -> None:
             recorder = reference()
-            if recorder is not None and recorder._generation == generation:
+            if recorder is None or recorder._generation != generation:
+                return
+            if will_accumulate(nodes) and tracked.holds(leaves):
                 with torch.no_grad():
                     grad_sums = tracked.rule.output_grad_sums(tracked.module, grad.reshape(shape))
                     if recorder.gradient_scale != 1.0:
@@ -217,6 +197,17 @@ class FactorRecorder:
                 recorder._commit(tracked, FactorSums(input_sums, grad_sums, count, shared))
 
         _gradient_site(output).register_hook(commit)
+
+    def _lost_its_gradients(self, tracked: TrackedModule, leaves: Sequence[Tensor]) -> bool:
+        """True where something is pending whose gradients ``model.zero_grad()`` has taken away meanwhile.
+
+        So it happens to a loop that goes on after an exception, or leaves a step out. A recomputed forward runs in the
+        middle of a backward, before its gradients are there; those of FSDP2 are with the shards, out of sight.
+        """
+        if tracked not in self._pending or inside_backward():
+            return False
+        known = (self._wanted.get(id(leaf), lambda: None)() is leaf for leaf in leaves)
+        return all(known) and all(leaf.grad is None for leaf in leaves)
 
     def _commit(self, tracked: TrackedModule, pair: FactorSums) -> None:
         if pair.count == 0:

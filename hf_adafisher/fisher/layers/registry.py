@@ -24,6 +24,8 @@ class LayerRule(ABC):
 
     name: str
     """Shown by ``coverage()``."""
+    needs_training: bool = False
+    """Calls in eval mode compute something else than the rule assumes, and are left out."""
 
     @abstractmethod
     def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:

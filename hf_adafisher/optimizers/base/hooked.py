@@ -229,8 +229,9 @@ class HookedOptimizer(Optimizer, ABC):
     def discard_statistics(self) -> None:
         """Forget statistics recorded since the last step.
 
-        For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
-        ``optimizer.zero_grad()`` does it by itself.
+        For loops that skip a step after a backward and reset the gradients in their own way. ``optimizer.zero_grad()``
+        does it by itself, and so does the next forward after ``model.zero_grad()``, but not under FSDP2 and not with
+        ``set_to_none=False``.
         """
         self._open_recorder().discard()
 

@@ -121,7 +121,7 @@ class StatisticsTracker(ABC):
         tracked = self.recorder.tracked
         if eager or sample.non_finite or sample.factors.keys() >= set(tracked):
             return set()
-        quiet = [t for t in tracked if t not in sample.factors and t.module.training and t.name not in self._examined]
+        quiet = [t for t in tracked if t not in sample.factors and t.records and t.name not in self._examined]
         owned = {id(p) for t in quiet for p in t.module.parameters(recurse=False)}
         # Steps of zero gradients do not count: distributed checkpoints make them to initialise states.
         moving = {id(p) for p, grad in gradients if id(p) in owned and bool(local_part(grad).any())}
@@ -166,8 +166,8 @@ class StatisticsTracker(ABC):
         if new:
             self._warned_bypassed.update(id(p) for p in new)
             logger.warning(
-                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
-                "something else than their class); %s instead.",
+                "The layers of %s recorded nothing (used without being called, a BatchNorm in eval mode, compiled, "
+                "given gradients by torch.autograd.grad, or computing something else than their class); %s instead.",
                 self.describe(new),
                 instead,
             )
