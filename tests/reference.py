@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -542,7 +543,7 @@ class ReferenceFactored(ABC):
             groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         self.groups = [options | group | {"params": list(group["params"])} for group in groups]
         self.ema_decay, self.update_interval = ema_decay, update_interval
-        self.time = 0
+        self.time = self.next_refresh = self.refreshes = 0
         self.slots = {param: Slot() for group in self.groups for param in group["params"]}
         self.watched: list[Watched] = []
         self.handles: list[Any] = []
@@ -597,10 +598,16 @@ class ReferenceFactored(ABC):
     @torch.no_grad()
     def step(self) -> None:
         """One optimizer step."""
-        due = self.time % self.update_interval == 0
+        due = self.time >= self.next_refresh
+        newcomers = [watched for watched in self.watched if due or self._is_newcomer(watched)]
+        known = [param for param in self.slots if self._modules_of(param)]
+        for watched in newcomers:
+            watched.refresh()
         if due:
-            for watched in self.watched:
-                watched.refresh()
+            self.next_refresh = (self.time // self.update_interval + 1) * self.update_interval
+            if any(self._was_missed(param) for param in known):
+                self.next_refresh += random.Random(self.refreshes).randrange(self.update_interval)
+            self.refreshes += 1
         for watched in self.watched:
             watched.calls.clear()
         for group in self.groups:
@@ -623,6 +630,16 @@ class ReferenceFactored(ABC):
             return
         for average, factor in zip(slot.from_gradient, factors, strict=True):
             average.add(factor)
+
+    def _is_newcomer(self, watched: Watched) -> bool:
+        """Whether one of the module's parameters has no statistics yet, of modules or of gradients."""
+        slots = [(p, slot) for p, slot in self.slots.items() if any(user is watched for user, _ in slot.uses)]
+        return any(not self._modules_of(p) and (not s.from_gradient or s.provisional) for p, s in slots)
+
+    def _was_missed(self, param: Tensor) -> bool:
+        """Whether a parameter that modules gave statistics was not used in this step."""
+        called = any(call.probe.grad is not None for watched, _ in self.slots[param].uses for call in watched.calls)
+        return not called and (param.grad is None or not param.grad.any())
 
     def _modules_of(self, param: Tensor) -> list[tuple[Watched, str]]:
         """The uses of a parameter that have statistics."""

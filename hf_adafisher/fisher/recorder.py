@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +54,10 @@ class _ForwardHook:
         return _ForwardHook(None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if inside_transform():
+            return
         recorder = None if self._recorder is None else self._recorder()
-        if recorder is None or self._tracked is None or inside_transform():
+        if recorder is None or self._tracked is None:
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
@@ -92,7 +94,7 @@ class FactorRecorder:
     interest (``torch.autograd.grad``, ``torch.func.grad``), or a call while all of them are frozen. A second backward
     through the same graph (``retain_graph=True``) commits its pairs again, as it adds its gradients again: the
     positions count twice, with each backward's own gradients.
-    Disarmed, no hook exists.
+    Disarmed, no hook exists but those of newcomers.
 
     Args:
         model: Any module; its submodules are walked once.
@@ -138,23 +140,33 @@ class FactorRecorder:
         """Put one forward hook on every tracked module. Raises RuntimeError after ``close``."""
         if self.closed:
             raise RuntimeError("this recorder was closed and records no more; build a new optimizer to train on")
-        if not self._handles:
-            for tracked in self.tracked:
-                hook = _ForwardHook(self, tracked)
-                # Before everybody else's hooks: the output is then what the layer itself returned, the tensor whose
-                # gradient belongs to its weight, whatever other hooks put in its place; and a layer that is an FSDP2
-                # unit of its own still has its whole weight, which the hook of `fully_shard` takes away.
-                handle = tracked.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                self._handles.append(handle)
+        if len(self._handles) < len(self.tracked):
+            _remove_all(self._handles)
+            self._put_hooks(self.tracked)
 
-    def disarm(self) -> None:
-        """Remove every forward hook and forget what is pending."""
+    def disarm(self, newcomers: Collection[int] = ()) -> None:
+        """Remove every forward hook and forget what is pending.
+
+        Args:
+            newcomers: Ids of parameters without statistics; the hooks of the modules that own them stay on.
+        """
         _remove_all(self._handles)
         self.discard()
+        if newcomers and not self.closed:
+            self._put_hooks([t for t in self.tracked if any(id(p) in newcomers for p in t.trained_leaves())])
+
+    def _put_hooks(self, modules: Iterable[TrackedModule]) -> None:
+        for tracked in modules:
+            hook = _ForwardHook(self, tracked)
+            # Before everybody else's hooks: the output is then what the layer itself returned, the tensor whose
+            # gradient belongs to its weight, whatever other hooks put in its place; and a layer that is an FSDP2
+            # unit of its own still has its whole weight, which the hook of `fully_shard` takes away.
+            handle = tracked.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            self._handles.append(handle)
 
     def discard(self) -> None:
         """Forget what is pending, and whatever graphs built so far would still commit."""
-        self.forget_pending()
+        self._pending.clear()
         self._generation += 1
 
     def forget_pending(self) -> None:

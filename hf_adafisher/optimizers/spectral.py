@@ -167,9 +167,9 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         """``relative_damping`` times the mean of the diagonal that the terms make."""
         return group["relative_damping"] * self._statistics.mean_of(terms)
 
-    def _take_statistics(self) -> bool | None:
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
         self._statistics.loss_terms = self.loss_terms
-        return super()._take_statistics()
+        return super()._take_statistics(newcomers)
 
     def _update_parameters(self) -> None:
         matrices: dict[Any, list[Member]] = {}

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.parameter_uses import new_state
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
-from hf_adafisher.optimizers.base.statistics import FactorStatistics
+from hf_adafisher.optimizers.base.statistics import FactorStatistics, FactorUpdate
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.validation.checks import dtype_option, plain_dtypes
@@ -65,8 +65,12 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         self._check_options(group, first)
         plain_dtypes(group)
 
-    def _take_statistics(self) -> bool | None:
-        updates = self._statistics.collect(self._with_gradient(), self._state_of)
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
+        updates: list[FactorUpdate] | None
+        if newcomers:
+            updates = self._statistics.collect_first(self._with_gradient(), self._newcomers)
+        else:
+            updates = self._statistics.collect(self._with_gradient(), self._state_of, self.state)
         if updates is None:
             return None
         for update in updates:
@@ -162,6 +166,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
                 self.state.get(p, {}),
                 self._statistics.uses_of(p),
                 self._statistics.known_terms(p, self.state[p]) if self.state.get(p) else [],
+                self._statistics.entry_of(p).provisional,
             )
             for group in self.param_groups
             for p in group["params"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from hf_adafisher.fisher.parameter_uses import (
     needs_gradient_factors,
     terms_of,
 )
-from hf_adafisher.fisher.recorder import FactorRecorder
+from hf_adafisher.fisher.recorder import FactorRecorder, Sample
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.sharding import full_tensor, is_sharded, is_split, local_terms
 
@@ -161,10 +161,58 @@ class FactorStatistics(StatisticsTracker):
         """Factors to be averaged of a table whose rows served the whole batch, given those from its own gradient."""
         return factors
 
+    def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
+        """Ids of trained parameters that a rule reaches, and that have no statistics in the optimizer's state."""
+        for p in self._params:
+            state, uses = states.get(p), self.uses_of(p)
+            empty = not state or all(use.average(state, p.shape).is_empty for use in uses)
+            if empty and p.requires_grad and uses[0].tracked is not None:
+                yield id(p)
+
+    def collect_first(
+        self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]], newcomers: Collection[int]
+    ) -> list[FactorUpdate]:
+        """What was recorded for newcomers since the last step, between two refreshes; nothing if it is not finite."""
+        sample = self.recorder.flush()
+        if sample.non_finite:
+            return []
+        found = [(group, p, grad) for group, p, grad in with_gradient if id(p) in newcomers]
+        return [update for group, p, grad in found for update in self._recorded_updates(sample, group, p, grad)]
+
+    def _recorded_updates(
+        self, sample: Sample, group: Mapping[str, Any], p: Tensor, grad: Tensor
+    ) -> Iterator[FactorUpdate]:
+        """Of every use of a parameter whose module recorded something."""
+        uses = self.uses_of(p)
+        for use in uses:
+            if use.tracked in sample.factors:
+                assert use.tracked is not None
+                factors = sample.factors[use.tracked]
+                if use.tracked in sample.broadcast and len(uses) == 1:
+                    factors = self._shared(with_gradient_sums(use.diagonal, factors, full_tensor(grad)))
+                else:
+                    factors = self._recorded(factors, sample.counts[use.tracked])
+                yield FactorUpdate(group, p, use, factors, False)
+
+    def _has_missed(
+        self, sample: Sample, gradients: Mapping[int, Tensor], states: Mapping[Any, Mapping[str, Tensor]]
+    ) -> bool:
+        """True where a parameter with recorded statistics was not used since the last step."""
+        for p in self._params:
+            state, uses, grad = states.get(p), self.uses_of(p), gradients.get(id(p))
+            if not state or not p.requires_grad or any(use.tracked in sample.factors for use in uses):
+                continue
+            # Of a shard a process knows only its own zeros.
+            unused = grad is None or not (is_sharded(grad) or bool(grad.any()))
+            if unused and not needs_gradient_factors(uses, state, p.shape):
+                return True
+        return False
+
     def collect(
         self,
         with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
         state_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]],
+        states: Mapping[Any, Mapping[str, Tensor]],
     ) -> list[FactorUpdate] | None:
         """Collect what was recorded since the last call, for every parameter that has a gradient.
 
@@ -178,6 +226,7 @@ class FactorStatistics(StatisticsTracker):
         Args:
             with_gradient: Parameter group, parameter and gradient.
             state_of: The optimizer's state of a parameter, given its group too.
+            states: The states that there are.
 
         Returns:
             The updates to make, none where the step had nothing but zero gradients; None if anything is not finite.
@@ -185,18 +234,13 @@ class FactorStatistics(StatisticsTracker):
         sample = self.recorder.flush()
         with_gradient = list(with_gradient)
         silent = self._check_not_compiled(sample, ((p, grad) for _, p, grad in with_gradient))
-        recorded, fallbacks, kept, informative = [], [], [], bool(sample.factors)
+        self.missed = self._has_missed(sample, {id(p): grad for _, p, grad in with_gradient}, states)
+        recorded: list[FactorUpdate] = []
+        fallbacks, kept, informative = [], [], bool(sample.factors)
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
-            used = [use for use in uses if use.tracked in sample.factors]
-            for use in used:
-                assert use.tracked is not None
-                factors = sample.factors[use.tracked]
-                if use.tracked in sample.broadcast and len(uses) == 1:
-                    factors = self._shared(with_gradient_sums(use.diagonal, factors, full_tensor(grad)))
-                else:
-                    factors = self._recorded(factors, sample.counts[use.tracked])
-                recorded.append(FactorUpdate(group, p, use, factors, False))
+            used = list(self._recorded_updates(sample, group, p, grad))
+            recorded += used
             if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
                 full = full_tensor(grad)
                 informative = informative or bool(full.any())

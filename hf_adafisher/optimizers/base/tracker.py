@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ class StatisticsTracker(ABC):
     Attributes:
         recorder: Hooks on the layers that own the parameters; none before :meth:`track`.
         names: Names of the model's parameters by ``id(parameter)``.
+        missed: Whether the last refresh had nothing of a layer that has statistics and was not used.
     """
 
     recorder: FactorRecorder
+    missed = False
 
     def __init__(self, model: nn.Module, kind: str) -> None:
         self.model = model
@@ -76,6 +78,10 @@ class StatisticsTracker(ABC):
     @abstractmethod
     def _report_uncovered(self) -> None:
         """Say once which of the tracked parameters no layer rule reaches."""
+
+    @abstractmethod
+    def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
+        """Ids of trained parameters that a rule reaches, and that have no statistics in the optimizer's state."""
 
     def map_parameters(self) -> None:
         """Look the names of all parameters up in the model again."""

@@ -147,9 +147,9 @@ class KFAC(CountsLossTerms, HookedOptimizer):
             if state and any(key not in state or tuple(state[key].shape) != shapes[key] for key in shapes):
                 state.update(_new_factors(block))
 
-    def _take_statistics(self) -> bool | None:
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
         gradients = list(self._with_gradient())
-        sample = self._statistics.collect(gradients)
+        sample = self._statistics.collect_first() if newcomers else self._statistics.collect(gradients)
         if sample is None:
             return None
         first, groups = self.param_groups[0], {id(p): group for group in self.param_groups for p in group["params"]}
@@ -168,7 +168,8 @@ class KFAC(CountsLossTerms, HookedOptimizer):
                 known.add(id(block.weight))
                 if sample.factors and (inversion_due or not state[READY].item()):
                     block.invert_(state, group["damping"], self._statistics.name_of(block.weight))
-        self._statistics.note_bypassed(gradients, known)
+        if not newcomers:
+            self._statistics.note_bypassed(gradients, known)
         return bool(sample.factors)
 
     def _update_parameters(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -70,6 +70,18 @@ class KroneckerStatistics(StatisticsTracker):
     def block_of_weight(self, p: Any) -> Block | None:
         """The block whose weight a parameter is, so that its state holds the factors."""
         return self._of_weight.get(id(p))
+
+    def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
+        """Ids of the weights of blocks that train and have no statistics in the optimizer's state."""
+        for block in self.blocks:
+            state = states.get(block.weight)
+            if block.weight.requires_grad and not (state and block.has_statistics(state)):
+                yield id(block.weight)
+
+    def collect_first(self) -> Sample | None:
+        """What was recorded for newcomers since the last call; None if anything of it is not finite."""
+        sample = self.recorder.flush()
+        return None if sample.non_finite else sample
 
     def collect(self, gradients: Sequence[tuple[Any, Tensor, Tensor]]) -> Sample | None:
         """What was recorded since the last call; None if anything of it is not finite."""

@@ -25,6 +25,7 @@ class ParameterCoverage:
         modules: Names of the modules that own the parameter.
         numel: Number of values.
         share: ``numel`` divided by the number of values of all parameters listed.
+        provisional: Whether its factors are those of the last step's gradient alone, until the next refresh.
     """
 
     name: str
@@ -32,6 +33,7 @@ class ParameterCoverage:
     modules: tuple[str, ...]
     numel: int
     share: float
+    provisional: bool = False
 
 
 def owner_names(model: nn.Module) -> dict[int, list[str]]:
@@ -58,7 +60,8 @@ def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> lis
         rules = {use.tracked.rule.name: None for use in recorded or t.uses if use.tracked is not None}
         rule = GRADIENT_FACTORS if t.on_gradient_factors else "+".join(rules)
         size = t.param.numel()
-        rows.append(ParameterCoverage(t.name, rule, tuple(owners.get(id(t.param), ())), size, size / total))
+        modules = tuple(owners.get(id(t.param), ()))
+        rows.append(ParameterCoverage(t.name, rule, modules, size, size / total, t.provisional))
     return rows
 
 

@@ -1,0 +1,174 @@
+"""Faults of the optimizers that gave wrong numbers without a word; each test names the fault that it would see."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from hf_adafisher import AdaFisher, AdaFisherW, SpectralAdaFisher
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer
+from hf_adafisher.optimizers.baselines.kfac import KFAC
+from tests.equivalence import Training, assert_same_training
+from tests.reference import ReferenceAdaFisher
+
+# --- E18: layers that are active only between refreshes -------------------------------------------------------------
+
+
+class Tasks(nn.Module):
+    """A shared trunk with a head for each task."""
+
+    def __init__(self, tasks: int = 2) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(4, 5)
+        self.heads = nn.ModuleList(nn.Linear(5, 3) for _ in range(tasks))
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        return self.heads[task](torch.tanh(self.trunk(x)))
+
+
+def train_in_turn(model: Tasks, optimizer: Any, steps: range, set_to_none: bool = True) -> None:
+    for step in steps:
+        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).to(model.trunk.weight.dtype)
+        for p in model.parameters():
+            p.grad = None if set_to_none or p.grad is None else torch.zeros_like(p)
+        model(x, step % len(model.heads)).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("cls", [AdaFisher, AdaFisherW, SpectralAdaFisher, KFAC])
+def test_e18_a_layer_that_is_active_only_between_refreshes_has_statistics_from_its_first_step(
+    cls: Any, set_to_none: bool
+) -> None:
+    """E18: with an even interval the second task's head never had any, and ``coverage`` said Linear."""
+    torch.manual_seed(0)
+    model = Tasks()
+    optimizer = cls(model, lr=1e-3, update_interval=10)
+    train_in_turn(model, optimizer, range(1), set_to_none)
+    assert optimizer._statistics.recorder.armed  # for the other head alone
+    assert not model.trunk._forward_hooks and model.heads[1]._forward_hooks
+    train_in_turn(model, optimizer, range(1, 2), set_to_none)
+    assert not optimizer._statistics.recorder.armed
+    state = optimizer.state[model.heads[1].weight]
+    assert state["factor_weight"].item() > 0
+    assert {row.name: row.rule for row in optimizer.coverage()}["heads.1.weight"] == "Linear"
+    assert not any(row.provisional for row in optimizer.coverage())
+
+
+def test_e18_first_statistics_between_refreshes_equal_those_of_the_twin() -> None:
+    """E18: the definition in plain loops, over refreshes that tasks take in turn and over ones that miss them."""
+    torch.manual_seed(0)
+    model, twin_model = Tasks().double(), Tasks().double()
+    twin_model.load_state_dict(model.state_dict())
+    options = {"lr": 1e-2, "beta": 0.9, "damping": 0.01, "ema_decay": 0.8, "update_interval": 4, "weight_decay": 0.0}
+    optimizer, twin = AdaFisherW(model, **options), ReferenceAdaFisher(twin_model, decoupled=True, **options)  # type: ignore[arg-type]
+    train_in_turn(model, optimizer, range(40))
+    train_in_turn(twin_model, twin, range(40))
+    assert_close(list(model.parameters()), list(twin_model.parameters()))
+
+
+@pytest.mark.parametrize("tasks", [2, 3])
+@pytest.mark.parametrize("interval", [5, 6, 10])
+def test_e18_a_shared_trunk_is_sampled_on_every_task(tasks: int, interval: int) -> None:
+    """E18: an interval that is a multiple of the number of tasks met the same one for ever."""
+    torch.manual_seed(0)
+    model = Tasks(tasks)
+    optimizer = AdaFisherW(model, lr=1e-3, update_interval=interval)
+    sampled: Counter[int] = Counter()
+    for step in range(60 * interval):
+        if optimizer.refresh_due:
+            sampled[step % tasks] += 1
+        train_in_turn(model, optimizer, range(step, step + 1))
+    assert 55 <= sampled.total() <= 61
+    assert min(sampled[task] for task in range(tasks)) >= 60 / tasks / 2
+
+
+def test_e18_a_model_whose_layers_are_all_used_refreshes_at_multiples_of_the_interval() -> None:
+    """E18: the place of a refresh moves only where one has missed a layer."""
+    model = nn.Linear(4, 3)
+    optimizer = AdaFisherW(model, update_interval=4)
+    due = []
+    for step in range(13):
+        due += [step] * optimizer.refresh_due
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+    assert due == [0, 4, 8, 12]
+
+
+@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher])
+def test_e18_resumed_between_a_first_use_and_the_next_refresh(cls: Any) -> None:
+    """E18: what was learnt between refreshes, and where the next one is, are in the checkpoint."""
+    trainings = []
+    for stop in (None, 1, 2, 13):
+        torch.manual_seed(0)
+        model = Tasks()
+        optimizer = cls(model, lr=1e-3, update_interval=4)
+        if stop is not None:
+            train_in_turn(model, optimizer, range(stop))
+            state = optimizer.state_dict()
+            optimizer.close()
+            optimizer = cls(model, lr=1e-3, update_interval=4)
+            optimizer.load_state_dict(state)
+        train_in_turn(model, optimizer, range(stop or 0, 30))
+        trainings.append(Training(model, optimizer))
+    for other in trainings[1:]:
+        assert_same_training(trainings[0], other, bitwise=True)
+
+
+class Functional(nn.Module):
+    """Uses its second layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        hidden = self.first(x)
+        return F.linear(hidden, self.second.weight, self.second.bias) if both else hidden
+
+
+def test_e18_what_is_provisional_is_reported() -> None:
+    """E18: factors of the current gradient alone are gradient factors, and ``coverage`` says that they do not last."""
+    model = Functional()
+    optimizer = AdaFisherW(model, update_interval=10)
+    for both in (False, True):
+        optimizer.zero_grad()
+        model(torch.randn(6, 4), both).square().sum().backward()
+        optimizer.step()
+    rows = {row.name: (row.rule, row.provisional) for row in optimizer.coverage()}
+    assert rows["first.weight"] == ("Linear", False) and rows["second.weight"] == ("gradient factors", True)
+    assert optimizer.curvature_summary()["gradient_factor_share"] == pytest.approx(18 / 43)
+
+
+def test_e18_what_a_newcomer_records_in_a_step_that_is_not_finite_is_not_taken() -> None:
+    """E18: it stays a newcomer, and the next step is taken."""
+    torch.manual_seed(0)
+    model = Tasks()
+    optimizer = AdaFisherW(model, lr=0.0, update_interval=10)
+    train_in_turn(model, optimizer, range(1))
+    model.zero_grad()
+    (model(torch.randn(6, 4), 1).sum() * float("inf")).backward()
+    for p in model.parameters():
+        p.grad = None if p.grad is None else torch.zeros_like(p)
+    optimizer.step()
+    assert optimizer._statistics.recorder.armed
+    assert not optimizer.state[model.heads[1].weight]["factor_weight"]
+    train_in_turn(model, optimizer, range(3, 4))
+    assert optimizer.state[model.heads[1].weight]["factor_weight"] > 0
+
+
+@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher, KFAC])
+def test_e18_an_idle_step_of_a_fully_recorded_model_asks_nothing(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E18: newcomers cost nothing where there are none."""
+    model = Tasks(1)
+    optimizer: HookedOptimizer = cls(model, update_interval=10)
+    train_in_turn(model, optimizer, range(1))
+    monkeypatch.setattr(optimizer._statistics, "without_statistics", None)
+    monkeypatch.setattr(optimizer._statistics.recorder, "flush", None)
+    train_in_turn(model, optimizer, range(1, 9))
