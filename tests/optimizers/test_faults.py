@@ -172,3 +172,79 @@ def test_e18_an_idle_step_of_a_fully_recorded_model_asks_nothing(cls: Any, monke
     monkeypatch.setattr(optimizer._statistics, "without_statistics", None)
     monkeypatch.setattr(optimizer._statistics.recorder, "flush", None)
     train_in_turn(model, optimizer, range(1, 9))
+
+
+# --- E20: gradient factors on short axes ------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    """Matrices of several experts in one parameter, as transformers' Mixtral has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 10, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("eoi,ebi->ebo", self.weight, x)
+
+
+def test_e20_experts_are_normalised_one_by_one() -> None:
+    """E20: the smallest of the experts' means became 0, and that expert got the full 1 / damping step for ever."""
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(4, 7, 12)
+    optimizer = AdaFisherW(model, lr=0.0, damping=1e-3)
+    (model(x) * torch.tensor([1.0, 1.1, 1.2, 1.3])[:, None, None]).square().mean().backward()
+    optimizer.step()
+    diagonal = optimizer.fisher_diagonal(model.weight)
+    for expert in range(4):  # as a model with this expert alone
+        alone = nn.ParameterList([model.weight[expert].detach().clone()])
+        alone[0].grad = model.weight.grad[expert].clone()  # type: ignore[index]
+        single = AdaFisherW(alone, lr=0.0, damping=1e-3)
+        single.step()
+        assert_close(diagonal[expert], single.fisher_diagonal(alone[0]))
+    assert float(diagonal.mean((1, 2)).min()) > 0.05
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_e20_kernel_axes_of_a_transposed_convolution_join_the_inputs(axes: int) -> None:
+    """E20: two kernel positions with factors 0.95 and 1 became 0 and 1."""
+    torch.manual_seed(0)
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
+    model = nn.Sequential(kind(3, 5, 2)).double()
+    optimizer = AdaFisherW(model, lr=0.0, damping=1e-3)
+    model(torch.randn(4, 3, *[5] * axes, dtype=torch.float64)).pow(3).mean().backward()
+    optimizer.step()
+    weight = model[0].weight
+    assert weight.grad is not None
+    square = weight.grad.square()
+    h = square.mean(1, keepdim=True)
+    s = square.mean([axis for axis in range(axes + 2) if axis != 1], keepdim=True)
+    h, s = ((factor - factor.min()) / (factor.max() - factor.min()) for factor in (h, s))
+    assert_close(optimizer.fisher_diagonal(weight), h * s + 1e-3)
+
+
+@pytest.mark.parametrize("shape", [(4, 20), (20, 4), (1, 4, 20), (2, 3)])
+def test_e20_a_table_of_a_few_rows_has_its_squared_gradient(shape: tuple[int, ...]) -> None:
+    """E20: one of four register tokens got the full 1 / damping step for ever."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.zeros(shape)])
+    model[0].grad = torch.randn(shape)
+    optimizer = AdaFisherW(model, lr=0.0, damping=1e-3)
+    optimizer.step()
+    square = model[0].grad.square()
+    expected = (square - square.min()) / (square.max() - square.min()) + 1e-3
+    assert_close(optimizer.fisher_diagonal(model[0]), expected)
+
+
+def test_e20_a_checkpoint_with_the_earlier_factors_is_refused_with_the_way_out() -> None:
+    """E20: state keys of stacks, kernels and short tables have changed."""
+    torch.manual_seed(0)
+    model = Experts()
+    optimizer = AdaFisherW(model)
+    model(torch.randn(4, 7, 12)).square().mean().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    factors = {key: value for key, value in state["state"][0].items() if not key.startswith("axis")}
+    state["state"][0] = factors | {f"axis{i}_factor": torch.ones(n) for i, n in enumerate((4, 10, 12))}
+    with pytest.raises(ValueError, match=r"version of hf_adafisher.*start without the optimizer state"):
+        AdaFisherW(Experts()).load_state_dict(state)

@@ -89,7 +89,7 @@ class FactorStatistics(StatisticsTracker):
             for key, p in module._parameters.items()
             if p is not None
         }
-        uses = find_parameter_uses(self._params, self.recorder.tracked if self.is_tracking else [])
+        uses = find_parameter_uses(self._params, self.recorder.tracked if self.is_tracking else [], self._owners)
         self._entries = {id(p): ParameterEntry(p, uses[id(p)], is_sharded(p)) for p in self._params}
 
     def forget(self) -> None:

@@ -63,7 +63,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         stat_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.
         update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 10.
         inverse_interval: T_inv, optimizer steps between two inversions, a multiple of ``update_interval``. Default 100.
-            A layer that is first used in between is inverted at its first refresh.
+            A layer that is first used in between is inverted at its first step.
         weight_decay: >= 0. Default 0.
         kl_clip: Scale the preconditioned gradients of all blocks alike by
             ``nu = min(1, sqrt(kl_clip / sum lr^2 <preconditioned, gradient>))``; None does not. Default 1e-3, as in

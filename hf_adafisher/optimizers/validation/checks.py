@@ -314,5 +314,6 @@ def check_checkpoint(optimizer: HookedOptimizer, state_dict: Mapping[str, Any]) 
                 raise ValueError(
                     f"the saved state of {optimizer._statistics.name_of(p)} does not fit the model: saved {found}, "
                     f"needed {expected}; "
-                    "resume with the model that the checkpoint was written for"
+                    "resume with the model, and the version of hf_adafisher, that the checkpoint was written with, or "
+                    "start without the optimizer state"
                 )

@@ -82,7 +82,7 @@ def test_looking_leaves_no_trace() -> None:
     optimizer = AdaFisherW(net, update_interval=1)
     net.train()
     loss_of(net, batch).backward()
-    recorder = optimizer._statistics.open_recorder()
+    recorder = optimizer._statistics.recorder
     pending = {t.name: pair.output_grad_factor.clone() for t, pair in recorder._pending.items()}
     hooks = {name: dict(module._forward_hooks) for name, module in net.named_modules()}
     kept = {name: value.clone() for name, value in net.state_dict().items()}
