@@ -248,3 +248,50 @@ def test_e20_a_checkpoint_with_the_earlier_factors_is_refused_with_the_way_out()
     state["state"][0] = factors | {f"axis{i}_factor": torch.ones(n) for i, n in enumerate((4, 10, 12))}
     with pytest.raises(ValueError, match=r"version of hf_adafisher.*start without the optimizer state"):
         AdaFisherW(Experts()).load_state_dict(state)
+
+
+# --- E23: what a log costs --------------------------------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """Every form of a term, each larger than what is simply formed: a product, a sum, groups, a stack, a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.tied = nn.Embedding(700, 40), nn.Linear(40, 700, bias=False)
+        self.tied.weight = self.table.weight
+        self.grouped, self.plain = nn.Conv2d(64, 128, 3, groups=4), nn.Linear(128, 300)
+        self.stack = nn.Parameter(torch.randn(5, 70, 80) / 9)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        scores = self.tied(self.table(tokens)).square().mean()
+        image = self.grouped(torch.randn(3, 64, 6, 6, generator=torch.Generator().manual_seed(2)))
+        mixed = torch.einsum("eoi,ebi->ebo", self.stack, image.flatten()[:400].reshape(5, 1, 80).tanh())
+        return scores + self.plain(image.movedim(1, -1)).square().mean() + mixed.pow(3).square().mean()
+
+
+@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher])
+def test_e23_a_summary_is_that_of_the_diagonals_and_forms_none(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E23: every training log formed the whole diagonal of every parameter, three times as long as the step."""
+    torch.manual_seed(0)
+    model = Everything()
+    optimizer = cls(model, lr=0.0)
+    model(torch.randint(0, 700, (9, 50))).backward()
+    optimizer.step()
+    mean = floor = total = 0.0
+    for t in optimizer.trained_parameters():
+        damping = optimizer.damping_of(t.group, t.terms)
+        diagonal = optimizer.fisher_diagonal(t.param).double()
+        mean, total = mean + diagonal.sum().item(), total + diagonal.numel()
+        floor += (diagonal < 2 * damping).sum().item()
+    largest = []
+    from hf_adafisher.optimizers.diagnostics import diagonal_numbers
+
+    plain = diagonal_numbers.diagonal_of
+    monkeypatch.setattr(
+        diagonal_numbers, "diagonal_of", lambda terms, like, d: largest.append(like.numel()) or plain(terms, like, d)
+    )
+    summary = optimizer.curvature_summary()
+    assert summary["fisher_mean"] == pytest.approx(mean / total, rel=1e-5)
+    assert summary["floor_share"] == pytest.approx(floor / total, abs=0.005)
+    assert 0 < max(largest) <= 1 << 14

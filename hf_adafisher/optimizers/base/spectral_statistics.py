@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, DiagonalTerm
 from hf_adafisher.fisher.gradient import gradient_estimate, rows_in_use
 from hf_adafisher.fisher.parameter_uses import estimated_terms
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
+from hf_adafisher.optimizers.diagnostics.diagonal_numbers import mean_of_terms
 from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices
 from hf_adafisher.optimizers.sharding import full_tensor
 
@@ -49,7 +49,7 @@ class SpectralStatistics(FactorStatistics):
 
     def mean_of(self, terms: Sequence[DiagonalTerm]) -> float:
         """Mean of the diagonal that these terms make."""
-        return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
+        return mean_of_terms(terms)
 
     def forget(self) -> None:
         """Forget every cached term, and what was made of it."""

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
+from hf_adafisher.optimizers.diagnostics.diagonal_numbers import floor_share, mean_of_terms
 
 GRADIENT_FACTORS = "gradient factors"
 
@@ -81,7 +82,8 @@ def curvature_summary(
     Returns:
         ``fisher_mean``: mean of the damped diagonal over all values with statistics;
         ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step (but
-        not that of SpectralAdaFisher's hidden matrices, whose sides are damped each for itself);
+        not that of SpectralAdaFisher's hidden matrices, whose sides are damped each for itself), found without forming
+        a diagonal (``floor_share``);
         ``gradient_factor_share``: share of values on gradient factors;
         ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
         The first two are missing before the first step.
@@ -90,9 +92,8 @@ def curvature_summary(
     for t in parameters:
         if t.terms:
             damping = damping_of(t.group, t.terms)
-            diagonal = diagonal_of(t.terms, t.param, damping)
-            mean_sum += diagonal.sum(dtype=torch.float64).item()
-            floor_sum += at_floor(diagonal, damping).sum().item()
+            mean_sum += (mean_of_terms(t.terms) + damping) * t.param.numel()
+            floor_sum += floor_share(t.terms, t.param, damping) * t.param.numel()
             values += t.param.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
     on_gradient = sum(row.share for row in coverage_of(model, parameters) if row.rule == GRADIENT_FACTORS)
@@ -103,8 +104,3 @@ def curvature_summary(
         "refreshes": float(first["refreshes"]),
         "dropped_refreshes": float(first["dropped_refreshes"]),
     }
-
-
-def at_floor(diagonal: Tensor, damping: float) -> Tensor:
-    """Mask of the values of a damped diagonal at the floor: their Fisher is below the damping, ``F < 2 * damping``."""
-    return diagonal < 2 * damping
