@@ -62,6 +62,8 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
     Under FSDP2 every process gathers the momentum of one batch of matrices, or of one other parameter, at a time, and
     the norm of each parameter, and makes the whole update, of which it keeps its part.
 
+    ``torch.optim.lr_scheduler.OneCycleLR`` needs ``cycle_momentum=False``: there are no ``betas`` to cycle.
+
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to

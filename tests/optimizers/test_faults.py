@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from hf_adafisher import AdaFisher, AdaFisherW, SpectralAdaFisher
+from hf_adafisher import AdaFisher, AdaFisherW, SpectralAdaFisher, create_optimizer
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.equivalence import Training, assert_same_training
@@ -295,3 +295,126 @@ def test_e23_a_summary_is_that_of_the_diagonals_and_forms_none(cls: Any, monkeyp
     assert summary["fisher_mean"] == pytest.approx(mean / total, rel=1e-5)
     assert summary["floor_share"] == pytest.approx(floor / total, abs=0.005)
     assert 0 < max(largest) <= 1 << 14
+
+
+# --- E22: a functional tie --------------------------------------------------------------------------------------------
+
+
+class FunctionalTie(nn.Module):
+    """A language model whose head is the embedding's weight, without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.mix, self.head_is_tied = nn.Embedding(20, 12), nn.Linear(12, 12), True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = torch.tanh(self.mix(self.wte(tokens)))
+        return F.linear(hidden, self.wte.weight) if self.head_is_tied else hidden
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher])
+def test_e22_a_functional_tie_gets_gradient_factors_and_one_warning(
+    cls: Any, late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """E22: rows that never were an input had F = damping, and took the largest step."""
+    torch.manual_seed(0)
+    model = FunctionalTie()
+    optimizer = cls(model, lr=0.0, update_interval=1, ema_decay=0.5)
+    tokens = torch.arange(12).reshape(2, 6)
+    for step in range(4):
+        model.head_is_tied = not late or step >= 2
+        optimizer.zero_grad()
+        model(tokens).square().mean().backward()
+        optimizer.step()
+    assert {row.name: row.rule for row in optimizer.coverage()}["wte.weight"] == "gradient factors"
+    assert caplog.text.count("rows that were no input") == 1 and "recorded nothing" not in caplog.text
+    grad = model.wte.weight.grad
+    assert grad is not None and bool(grad[12:].any())
+    rows, columns = grad.square().mean(1), grad.square().mean(0)
+    raw = optimizer.fisher_diagonal(model.wte.weight, normalized=False)
+    assert_close(raw / raw.mean(), torch.outer(rows, columns) / torch.outer(rows, columns).mean())
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_e22_a_table_that_only_looks_up_keeps_its_rule(padding: int | None) -> None:
+    """E22: rows without a gradient say nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 12, padding_idx=padding), nn.Linear(12, 20))
+    optimizer = AdaFisherW(model)
+    model(torch.tensor([[1, 2, 3, 5], [3, 3, 9, 1]])).square().mean().backward()
+    optimizer.step()
+    assert {row.rule for row in optimizer.coverage()} == {"Embedding", "Linear"}
+
+
+# --- E25: values and loops that crashed or made NaN -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True}, {"momentum": 0.9, "dampening": 0.3}])
+def test_e25_sgd_takes_a_parameter_whose_first_gradient_comes_late(options: dict[str, Any]) -> None:
+    """E25: torch's fused SGD fails where some parameters have a momentum buffer and some have none."""
+    runs = []
+    for build in (lambda m: create_optimizer("sgd", m, lr=0.1, **options), None):
+        torch.manual_seed(0)
+        model = Tasks()
+        defaults = {"momentum": 0.9} | options
+        optimizer = build(model) if build else torch.optim.SGD(model.parameters(), lr=0.1, fused=False, **defaults)
+        for step in range(6):
+            optimizer.zero_grad()
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            model(x, int(step >= 2)).square().mean().backward()
+            optimizer.step()
+        runs.append(list(model.parameters()))
+    assert_close(*runs)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("spectral-adafisher", {"lr": -0.0}),
+        ("adafisherw", {"weight_decay": -0.0}),
+        ("lamb", {"eps": -0.0}),
+        ("adafisherw", {"lr": 10**400}),
+        ("adamw", {"eps": 10**400}),
+        ("kfac", {"damping": 10**400}),
+        ("adafisherw", {"ema_decay": 10**400}),
+        ("adafisherw", {"lr": torch.tensor([0.1, 0.2])}),
+        ("adafisherw", {"damping": torch.tensor([0.1, 0.2])}),
+        ("lamb", {"eps": torch.tensor([0.1, 0.2])}),
+        ("adafisherw", {"update_interval": torch.tensor([1, 2])}),
+    ],
+)
+def test_e25_values_that_are_no_numbers_in_range_are_named(name: str, options: dict[str, Any]) -> None:
+    """E25: -0.0 made NaN, 10**400 was an OverflowError, a tensor of two values an error without a name."""
+    with pytest.raises(ValueError, match=next(iter(options))):
+        create_optimizer(name, nn.Linear(3, 2), **options)
+
+
+def test_e25_a_negative_zero_from_a_schedule_makes_no_step() -> None:
+    """E25: the bound on the relative step became -inf."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = SpectralAdaFisher(model)
+    before = [p.clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = -0.0
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.randn(6, 4)).square().mean().backward()
+        optimizer.step()
+    assert_close(list(model.parameters()), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", [AdaFisher, AdaFisherW, SpectralAdaFisher])
+def test_e25_one_cycle_runs_without_its_momentum_cycle(cls: Any) -> None:
+    """E25: what to pass stands in the docstring, where torch's own error does not say it."""
+    model = nn.Linear(4, 3)
+    optimizer = cls(model)
+    assert "cycle_momentum=False" in cls.__doc__
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=5, cycle_momentum=False)
+    rates = []
+    for _ in range(4):
+        model(torch.randn(5, 4)).square().sum().backward()
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert max(rates) == pytest.approx(0.1, rel=0.2) and rates[-1] < 1e-3

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm
+from hf_adafisher.fisher.diagonals import INPUT, DiagonalTerm
 from hf_adafisher.fisher.gradient import gradient_term, with_gradient_sums
 from hf_adafisher.fisher.parameter_uses import (
     ON_GRADIENT,
@@ -38,10 +39,11 @@ class FactorUpdate:
     def apply(self, state: Mapping[str, Tensor], uses: Sequence[ParameterUse]) -> None:
         """Take the factors into the averages of ``state``; a module's first statistics replace gradient factors.
 
-        The two have different scales, so they are never averaged with each other.
+        So do gradient factors those of a module that turned out not to know all uses of its weight. The two have
+        different scales, so they are never averaged with each other.
         """
         if self.use.tracked is not None:
-            if state[ON_GRADIENT].item() and not self.from_gradient:
+            if bool(state[ON_GRADIENT].item()) != self.from_gradient:
                 for use in uses:
                     use.reset_(state, self.param.shape)
             state[ON_GRADIENT].fill_(float(self.from_gradient))
@@ -176,6 +178,8 @@ class FactorStatistics(StatisticsTracker):
         sample = self.recorder.flush()
         if sample.non_finite:
             return []
+        with_gradient = list(with_gradient)
+        self._find_hidden_uses(sample, with_gradient)
         found = [(group, p, grad) for group, p, grad in with_gradient if id(p) in newcomers]
         return [update for group, p, grad in found for update in self._recorded_updates(sample, group, p, grad)]
 
@@ -193,6 +197,35 @@ class FactorStatistics(StatisticsTracker):
                 else:
                     factors = self._recorded(factors, sample.counts[use.tracked])
                 yield FactorUpdate(group, p, use, factors, False)
+
+    def _find_hidden_uses(
+        self, sample: Sample, with_gradient: Sequence[tuple[Mapping[str, Any], Tensor, Tensor]]
+    ) -> set[int]:
+        """Ids of tables with a gradient in rows that were no input: they also serve as something else than a table.
+
+        A head made of ``F.linear(hidden, table.weight)`` is no call of a module. Its rows that were never looked up
+        would have the smallest factor and take the largest step, so the table gets gradient factors from now on.
+        """
+        found = []
+        for _, p, grad in with_gradient:
+            uses = self.uses_of(p)
+            tracked = uses[0].tracked
+            if len(uses) == 1 and tracked in sample.factors and tracked.rule.input_numbers_rows:
+                unseen = sample.factors[tracked][INPUT] == 0
+                rows = torch.linalg.vector_norm(full_tensor(grad), float("inf"), dim=1)
+                if bool((unseen & (rows > 0)).any()):
+                    tracked.matches_rule = False
+                    del sample.factors[tracked]
+                    found.append(p)
+        if found:
+            self._warned_bypassed.update(id(p) for p in found)
+            logger.warning(
+                "%s has a gradient in rows that were no input of its embedding, so it is also used without a module "
+                "(F.linear(hidden, embedding.weight)); gradient factors are used instead. Tie it to the weight of an "
+                "nn.Linear to have both uses recorded.",
+                self.describe(found),
+            )
+        return {id(p) for p in found}
 
     def _has_missed(
         self, sample: Sample, gradients: Mapping[int, Tensor], states: Mapping[Any, Mapping[str, Tensor]]
@@ -235,13 +268,14 @@ class FactorStatistics(StatisticsTracker):
         with_gradient = list(with_gradient)
         silent = self._check_not_compiled(sample, ((p, grad) for _, p, grad in with_gradient))
         self.missed = self._has_missed(sample, {id(p): grad for _, p, grad in with_gradient}, states)
+        hidden = self._find_hidden_uses(sample, with_gradient)
         recorded: list[FactorUpdate] = []
         fallbacks, kept, informative = [], [], bool(sample.factors)
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
             used = list(self._recorded_updates(sample, group, p, grad))
             recorded += used
-            if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
+            if not used and (id(p) in hidden or needs_gradient_factors(uses, state_of(group, p), p.shape)):
                 full = full_tensor(grad)
                 informative = informative or bool(full.any())
                 fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].diagonal.from_gradient(full), True))
