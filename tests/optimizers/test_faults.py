@@ -10,6 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import (
+    BertConfig,
+    BertForMultipleChoice,
+    BertForPreTraining,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 from hf_adafisher import AdaFisher, AdaFisherW, SpectralAdaFisher, create_optimizer
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
@@ -295,6 +303,87 @@ def test_e23_a_summary_is_that_of_the_diagonals_and_forms_none(cls: Any, monkeyp
     assert summary["fisher_mean"] == pytest.approx(mean / total, rel=1e-5)
     assert summary["floor_share"] == pytest.approx(floor / total, abs=0.005)
     assert 0 < max(largest) <= 1 << 14
+
+
+# --- E21: what is a head ----------------------------------------------------------------------------------------------
+
+
+def llama_classifier() -> nn.Module:
+    config = LlamaConfig(
+        vocab_size=30, hidden_size=8, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    return LlamaForSequenceClassification(config)
+
+
+def with_adapters() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(llama_classifier(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["score"]))  # type: ignore[arg-type]
+
+
+def bert_config() -> BertConfig:
+    return BertConfig(
+        vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=2
+    )
+
+
+class Wrapper(nn.Module):
+    """A classifier around a base model, with its configuration, which is defined after the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = bert_config()
+        self.classifier, self.backbone = nn.Linear(8, 4), BertModel(self.config)
+
+
+class PlainLanguageModel(nn.Module):
+    """nanoGPT's layout, not tied: a configuration that is not transformers', and the head last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"num_labels": 3}
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(30, 8), "mlp": nn.Linear(8, 8)})
+        self.lm_head = nn.Linear(8, 30, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"),
+    [
+        (llama_classifier, {"score.weight"}),
+        (with_adapters, {"base_model.model.score.modules_to_save.default.weight"}),
+        (Wrapper, {"classifier.weight"}),
+        (PlainLanguageModel, {"lm_head.weight"}),
+        (lambda: BertForMultipleChoice(bert_config()), {"classifier.weight"}),
+        (lambda: BertModel(bert_config()), set()),
+        (
+            lambda: BertForPreTraining(bert_config()),
+            {"bert.embeddings.word_embeddings.weight", "cls.seq_relationship.weight"},
+        ),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), {"1.weight"}),
+    ],
+    ids=["llama", "peft", "wrapper", "nanogpt", "multiple_choice", "base", "pretraining", "plain"],
+)
+def test_e21_heads_are_told_from_hidden_matrices_logged_once_and_listed(
+    build: Any, heads: set[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """E21: the head of the first five of these was a hidden matrix."""
+    model = build()
+    with caplog.at_level("INFO", logger="hf_adafisher"):
+        optimizer = SpectralAdaFisher(model)
+        optimizer.add_param_group({"params": []})
+    by_role: dict[str, set[str]] = {}
+    for row in optimizer.coverage():
+        by_role.setdefault(row.role, set()).add(row.name)
+    assert by_role.get("head", set()) | by_role.get("table and head", set()) == heads
+    assert by_role.get("hidden matrix") and all("LayerNorm" not in name for name in by_role["hidden matrix"])
+    assert caplog.text.count("SpectralAdaFisher treats as") == 1
+    assert all(name in caplog.text for name in heads)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert optimizer._statistics.is_matrix(p, heads=False) == (name in by_role["hidden matrix"])
+    muon = create_optimizer("muon", model)
+    under_muon = {id(p) for group in muon.param_groups if group["use_muon"] for p in group["params"]}
+    assert under_muon == {id(model.get_parameter(name)) for name in by_role["hidden matrix"]}
 
 
 # --- E22: a functional tie --------------------------------------------------------------------------------------------

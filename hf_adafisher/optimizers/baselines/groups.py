@@ -17,6 +17,7 @@ from hf_adafisher.optimizers.factory.param_groups import (
     chosen_groups,
     embedding_tables,
     hidden_matrices,
+    log_roles,
     output_embeddings,
     split_groups,
 )
@@ -48,6 +49,7 @@ def muon_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Group
     stored the other way round get groups with a learning rate (and a decay) that makes up for it.
     """
     lr, adamw_lr, decoupled = arguments["lr"], arguments["adamw_lr"], arguments.get("weight_decouple", True)
+    log_roles("muon", model)
     hidden = {id(weight): _correction(weight.shape, transposed) for weight, transposed in hidden_matrices(model)}
     if arguments.get("use_adjusted_lr"):  # a scale that knows no direction
         hidden = dict.fromkeys(hidden, 1.0)

@@ -12,6 +12,7 @@ from torch import nn
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.diagonal_numbers import floor_share, mean_of_terms
+from hf_adafisher.optimizers.factory.param_groups import roles
 
 GRADIENT_FACTORS = "gradient factors"
 
@@ -27,6 +28,8 @@ class ParameterCoverage:
         numel: Number of values.
         share: ``numel`` divided by the number of values of all parameters listed.
         provisional: Whether its factors are those of the last step's gradient alone, until the next refresh.
+        role: What it is taken for where that matters (SpectralAdaFisher, Muon): ``"hidden matrix"``, ``"table"``,
+            ``"head"``, ``"table and head"``, or nothing.
     """
 
     name: str
@@ -35,6 +38,7 @@ class ParameterCoverage:
     numel: int
     share: float
     provisional: bool = False
+    role: str = ""
 
 
 def owner_names(model: nn.Module) -> dict[int, list[str]]:
@@ -52,7 +56,7 @@ def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> lis
 
     After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
     """
-    owners = owner_names(model)
+    owners, role_of = owner_names(model), roles(model)
     trainable = [t for t in parameters if t.param.requires_grad]
     total = max(sum(t.param.numel() for t in trainable), 1)
     rows = []
@@ -62,7 +66,9 @@ def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> lis
         rule = GRADIENT_FACTORS if t.on_gradient_factors else "+".join(rules)
         size = t.param.numel()
         modules = tuple(owners.get(id(t.param), ()))
-        rows.append(ParameterCoverage(t.name, rule, modules, size, size / total, t.provisional))
+        rows.append(
+            ParameterCoverage(t.name, rule, modules, size, size / total, t.provisional, role_of.get(id(t.param), ""))
+        )
     return rows
 
 
@@ -96,11 +102,12 @@ def curvature_summary(
             floor_sum += floor_share(t.terms, t.param, damping) * t.param.numel()
             values += t.param.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
-    on_gradient = sum(row.share for row in coverage_of(model, parameters) if row.rule == GRADIENT_FACTORS)
+    trainable = [t for t in parameters if t.param.requires_grad]
+    on_gradient = sum(t.param.numel() for t in trainable if t.on_gradient_factors)
     first = parameters[0].group
     return {
         **summary,
-        "gradient_factor_share": on_gradient,
+        "gradient_factor_share": on_gradient / max(sum(t.param.numel() for t in trainable), 1),
         "refreshes": float(first["refreshes"]),
         "dropped_refreshes": float(first["dropped_refreshes"]),
     }
