@@ -121,6 +121,12 @@ def recorded(model: nn.Module, run: Callable[[nn.Module], None]) -> dict[str, di
     return {tracked.name: factors for tracked, factors in sample.factors.items()}
 
 
+@pytest.mark.parametrize("unrelated", UNRELATED, ids=lambda function: function.__name__)
+def test_e16_what_trains_nothing_is_not_even_pending(unrelated: Callable[[nn.Module], None]) -> None:
+    """E16: not only forgotten at the next forward."""
+    assert not recorded(network(), unrelated)
+
+
 def gradient_penalty(model: nn.Module) -> None:
     x, y = batch()
     out = model(x)
