@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -258,22 +259,41 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     return left[:, None] * right[None, :]
 
 
-def gradient_factors(grad: Tensor) -> list[Tensor]:
-    """One factor per axis: the mean of grad^2 over all other axes; a single 1 for an axis of length 1."""
+SHORT = 8  # the most values of an axis that get no factor of their own
+
+
+def gradient_axes(shape: torch.Size, transposed: bool) -> tuple[list[int], list[list[int]]]:
+    """The axes that number matrices of a stack, and the axes of each factor of such a matrix, rows first."""
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    if transposed:  # (in, out, *kernel)
+        factors, stack = [[axis for axis in axes if axis != 1], [axis for axis in axes if axis == 1]], []
+    else:
+        columns: list[int] = []
+        while axes and all(shape[axis] <= SHORT for axis in columns):
+            columns.insert(0, axes.pop())
+        rows, stack = axes[-1:], axes[:-1]
+        factors = [rows + columns] if all(shape[axis] <= SHORT for axis in rows) else [rows, columns]
+    return stack, [factor for factor in factors if factor]
+
+
+def gradient_factors(grad: Tensor, transposed: bool = False) -> list[Tensor]:
+    """The means of grad^2 over the axes that a factor does not have, which stay with length 1."""
     squared = grad.detach().double() ** 2
-    factors = []
-    for axis, size in enumerate(squared.shape):
-        means = [squared.select(axis, index).mean() for index in range(size)]
-        factors.append(torch.stack(means) if size > 1 else torch.ones(1, dtype=torch.float64))
-    return factors
+    stack, factors = gradient_axes(grad.shape, transposed)
+    means = []
+    for axes in factors:
+        rest = [axis for axis in range(grad.dim()) if axis not in stack + axes]
+        means.append(squared.mean(rest, keepdim=True) if rest else squared)
+    return means
 
 
-def combine_axes(vectors: list[Tensor], shape: torch.Size) -> Tensor:
-    """The product over axes: out[i, j, ...] = vectors[0][i] * vectors[1][j] * ..."""
-    product = torch.ones(shape, dtype=torch.float64)
-    for axis, vector in enumerate(vectors):
-        product = product * vector.reshape([-1 if other == axis else 1 for other in range(len(shape))])
-    return product
+def minmax_in_stack(factor: Tensor, stack: list[int]) -> Tensor:
+    """`minmax` of each matrix's part of a factor."""
+    parts = [range(size) if axis in stack else [slice(None)] for axis, size in enumerate(factor.shape)]
+    result = torch.empty_like(factor)
+    for index in itertools.product(*parts):
+        result[index] = minmax(factor[index])
+    return result
 
 
 def conv_product(s: Tensor, h: Tensor, shape: torch.Size) -> Tensor:
@@ -493,6 +513,7 @@ class Slot:
     from_gradient: list[Average] = field(default_factory=list)
     provisional: bool = False
     uses: list[tuple[Watched, str]] = field(default_factory=list)
+    transposed: bool = False
 
     def gradient_factors(self, grad: Tensor) -> list[Tensor]:
         """Factors from the parameter's own gradient, in the form of its first use.
@@ -501,7 +522,7 @@ class Slot:
         a shift the squared gradient itself.
         """
         if not self.uses:
-            return gradient_factors(grad)
+            return gradient_factors(grad, self.transposed)
         watched, role = self.uses[0]
         if role == "bias" or watched.kind in NORMS:
             return [grad.detach().double() ** 2]
@@ -509,10 +530,18 @@ class Slot:
         assert isinstance(groups, int)
         return kronecker_gradient_factors(grad, groups)
 
+    def normalized(self, factors: list[Tensor], shape: torch.Size) -> list[Tensor]:
+        """Each factor on [0, 1], those of a stack one by one."""
+        stack = [] if self.uses else gradient_axes(shape, self.transposed)[0]
+        return [minmax_in_stack(factor, stack) if stack else minmax(factor) for factor in factors]
+
     def gradient_product(self, factors: list[Tensor], shape: torch.Size) -> Tensor:
         """What the factors of `gradient_factors` give for each value of the parameter."""
         if not self.uses:
-            return combine_axes(factors, shape)
+            product = torch.ones(shape, dtype=torch.float64)
+            for factor in factors:
+                product = product * factor
+            return product
         if len(factors) == 1:
             return factors[0]
         return conv_product(*factors, shape)
@@ -542,12 +571,15 @@ class ReferenceFactored(ABC):
             groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
         self.groups = [options | group | {"params": list(group["params"])} for group in groups]
         self.ema_decay, self.update_interval = ema_decay, update_interval
-        self.time = 0
+        self.time = self.next_refresh = self.refreshes = 0
         self.slots = {param: Slot() for group in self.groups for param in group["params"]}
         self.watched: list[Watched] = []
         self.handles: list[Any] = []
         for module in model.modules():
             self._watch(module)
+            transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+            if transposed and module.weight in self.slots:
+                self.slots[module.weight].transposed = True
 
     @abstractmethod
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
@@ -570,7 +602,7 @@ class ReferenceFactored(ABC):
             return
 
         def add_probe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+            if not ((module.training or kind != "batchnorm") and torch.is_grad_enabled() and output.requires_grad):
                 return None
             x = args[0] if args else next(iter(kwargs.values()))
             if watched.believed is None:
@@ -597,10 +629,16 @@ class ReferenceFactored(ABC):
     @torch.no_grad()
     def step(self) -> None:
         """One optimizer step."""
-        due = self.time % self.update_interval == 0
+        due = self.time >= self.next_refresh
+        newcomers = [watched for watched in self.watched if due or self._is_newcomer(watched)]
+        known = [param for param in self.slots if self._modules_of(param)]
+        for watched in newcomers:
+            watched.refresh()
         if due:
-            for watched in self.watched:
-                watched.refresh()
+            self.next_refresh = (self.time // self.update_interval + 1) * self.update_interval
+            if any(self._was_missed(param) for param in known):
+                self.next_refresh += random.Random(self.refreshes).randrange(self.update_interval)
+            self.refreshes += 1
         for watched in self.watched:
             watched.calls.clear()
         for group in self.groups:
@@ -623,6 +661,16 @@ class ReferenceFactored(ABC):
             return
         for average, factor in zip(slot.from_gradient, factors, strict=True):
             average.add(factor)
+
+    def _is_newcomer(self, watched: Watched) -> bool:
+        """Whether one of the module's parameters has no statistics yet, of modules or of gradients."""
+        slots = [(p, slot) for p, slot in self.slots.items() if any(user is watched for user, _ in slot.uses)]
+        return any(not self._modules_of(p) and (not s.from_gradient or s.provisional) for p, s in slots)
+
+    def _was_missed(self, param: Tensor) -> bool:
+        """Whether a parameter that modules gave statistics was not used in this step."""
+        called = any(call.probe.grad is not None for watched, _ in self.slots[param].uses for call in watched.calls)
+        return not called and (param.grad is None or not param.grad.any())
 
     def _modules_of(self, param: Tensor) -> list[tuple[Watched, str]]:
         """The uses of a parameter that have statistics."""
@@ -683,7 +731,8 @@ class ReferenceAdaFisher(ReferenceFactored):
             terms = [watched.product(role, normalized=normalized) for watched, role in modules]
         else:
             factors = [average.read() for average in slot.from_gradient]
-            terms = [slot.gradient_product([minmax(v) for v in factors] if normalized else factors, param.shape)]
+            factors = slot.normalized(factors, param.shape) if normalized else factors
+            terms = [slot.gradient_product(factors, param.shape)]
         total = sum(term.reshape(param.shape) for term in terms)
         assert isinstance(total, Tensor)
         return total + self._group_of(param)["damping"] if normalized else total
@@ -806,10 +855,14 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
         else:
             factors = [average.read() for average in slot.from_gradient]
             product = slot.gradient_product(factors, param.shape)
-            told = [factor for factor in factors if slot.uses or len(factor) > 1]
-            if len(told) > 1:  # each of them has the mean of grad^2
-                mean = told[0].mean()
-                product = product / mean ** (len(told) - 1) if mean > 0 else torch.zeros_like(product)
+            if len(factors) > 1:  # each of them has the mean of grad^2 of its matrix
+                s, h = factors
+                if slot.uses and (groups := h[..., 0].numel() // max(product[0, ..., 0].numel(), 1)) > 1:
+                    means = h.reshape(groups, -1).mean(1).repeat_interleave(len(s) // groups)
+                    mean = means.reshape(-1, *[1] * (product.dim() - 1))
+                else:
+                    mean = h.mean([a for a in range(h.dim()) if slot.uses or s.shape[a] == 1], keepdim=not slot.uses)
+                product = torch.where(mean > 0, product / mean, torch.zeros_like(product))
             terms = [product]
         total = sum(term.reshape(param.shape) for term in terms)
         assert isinstance(total, Tensor)

@@ -26,7 +26,6 @@ from tests.reference import (
     Kind,
     ReferenceAdaFisher,
     Window,
-    combine_axes,
     computes_its_class,
     conv_output_loop,
     conv_product,
@@ -169,8 +168,8 @@ def test_gradient_factors_of_a_convolution() -> None:
     halves = torch.stack([h[:2].mean(), h[2:].mean()]).repeat_interleave(3)
     assert_close(ours[0], s * halves)
     assert_close(ours[1], h * torch.stack([s[:3].mean(), s[3:].mean()]).repeat_interleave(2)[:, None, None])
-    matrix = normal(3, 4)
-    assert_close(kronecker_gradient_factors(matrix, groups=1), gradient_factors(matrix))
+    matrix = normal(13, 14)
+    assert_close(kronecker_gradient_factors(matrix, groups=1), [v.flatten() for v in gradient_factors(matrix)])
 
 
 @pytest.mark.parametrize(
@@ -223,11 +222,10 @@ def test_average_is_bias_corrected() -> None:
 
 def test_gradient_factors() -> None:
     """Row and column means of the squared gradient; a rank-one square is recovered up to its mean."""
-    left, right = normal(3).square(), normal(4, seed=1).square()
+    left, right = normal(13).square(), normal(14, seed=1).square()
     rows, columns = gradient_factors(outer(left, right).sqrt())
-    assert_close(rows, left * right.mean())
-    assert_close(columns, right * left.mean())
-    assert_close(combine_axes([left, right], torch.Size([3, 4])), outer(left, right))
+    assert_close(rows, left[:, None] * right.mean())
+    assert_close(columns, right[None] * left.mean())
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -20,7 +20,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def min_max_normalize(factor: Tensor) -> Tensor:
+def min_max_normalize(factor: Tensor, stack_axes: int = 0) -> Tensor:
     """Map a factor linearly onto [0, 1]: ``(v - min v) / (max v - min v)`` (AdaFisher, Eq. 4).
 
     The rule is relative, without an absolute epsilon: ``c * v`` gives the same result for every ``c > 0``, so
@@ -28,6 +28,7 @@ def min_max_normalize(factor: Tensor) -> Tensor:
 
     Args:
         factor: Non-negative tensor of any shape; minimum and maximum run over all its entries.
+        stack_axes: How many of its first axes number factors that are to be normalised one by one.
 
     Returns:
         A tensor of the same shape. A constant factor (spread at most ``1e-5`` of the maximum), and so every factor
@@ -35,7 +36,14 @@ def min_max_normalize(factor: Tensor) -> Tensor:
     """
     if factor.numel() == 0:
         return factor.clone()
-    low, high = torch.aminmax(factor)
+    if stack_axes:
+        rows = factor.flatten(stack_axes).flatten(0, stack_axes - 1)
+        low, high = (bound[:, None] for bound in torch.aminmax(rows, dim=1))
+        return _onto_unit_interval(rows, low, high).reshape(factor.shape)
+    return _onto_unit_interval(factor, *torch.aminmax(factor))
+
+
+def _onto_unit_interval(factor: Tensor, low: Tensor, high: Tensor) -> Tensor:
     spread = high - low
     return torch.where(spread > CONSTANT_RTOL * high.abs(), (factor - low) / spread, torch.ones_like(factor))
 

@@ -4,40 +4,108 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
-from hf_adafisher.fisher.averages import min_max_normalize
+from hf_adafisher.fisher.averages import min_max_normalize, statistics_dtype
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, DiagonalTerm, ParameterDiagonal, mean_square
+
+SHORT = 8
+"""Longest axis that gets no factor of its own: the smallest of so few means would be 0 and the largest 1 by chance."""
+
+
+class FactorAxes(NamedTuple):
+    """Axes of one factor.
+
+    Attributes:
+        stack: Axes that number the matrices of a stack, each of which is normalised by itself.
+        own: Axes that the factor describes.
+    """
+
+    stack: tuple[int, ...]
+    own: tuple[int, ...]
+
+    @property
+    def all(self) -> tuple[int, ...]:
+        """Axes of the factor, in ascending order."""
+        return self.stack + self.own
+
+    @property
+    def name(self) -> str:
+        """Its state key."""
+        return f"axis{'_'.join(map(str, self.all))}_factor"
 
 
 @dataclass(frozen=True)
 class GradientDiagonal(ParameterDiagonal):
-    """Parameters that no layer rule reaches: one factor an axis, from the parameter's own gradient.
+    """Parameters that no layer rule reaches: the row and column means of grad^2 of a matrix, grad^2 of a vector.
 
-    Each axis longer than 1 has the mean of grad^2 over all other axes: the row and column means of a matrix,
-    grad^2 itself for a vector. Axes of length 1 (class tokens, position tables) carry no shape and have no factor.
+    Axes of length 1 (class tokens, position tables) carry no shape and have no factor. Of more than two axes
+
+    * the last ones, as far as they are short (``SHORT``: kernels), join the axis before them in one factor;
+    * all but the last two of what is then left number matrices (fused experts), which have factors of their own.
+
+    A matrix with few rows has one factor, its grad^2. In a transposed convolution ``(in, out, *kernel)`` the kernel
+    joins the inputs, as in the rule of convolutions.
+
+    Attributes:
+        transposed_convolution: Whether it is the weight of one.
     """
+
+    transposed_convolution: bool = False
 
     @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        return {f"axis{axis}_factor": (size,) for axis, size in enumerate(shape) if size > 1}
+        return {axes.name: tuple(shape[axis] for axis in axes.all) for axes in self.axes(shape)}
+
+    def axes(self, shape: torch.Size) -> list[FactorAxes]:
+        """Axes of the factors of a parameter of ``shape``, two at most."""
+        long = tuple(axis for axis, size in enumerate(shape) if size > 1)
+        if self.transposed_convolution:
+            groups = [tuple(axis for axis in long if axis != 1), tuple(axis for axis in long if axis == 1)]
+            return [FactorAxes((), group) for group in groups if group]
+        first = len(long) - 1
+        while first > 0 and all(shape[axis] <= SHORT for axis in long[first:]):
+            first -= 1
+        row = max(first - 1, 0)
+        stack, rows, columns = long[:row], long[row : max(first, 0)], long[max(first, 0) :]
+        if all(shape[axis] <= SHORT for axis in rows):
+            rows, columns = (), rows + columns
+        return [FactorAxes(stack, own) for own in (rows, columns) if own]
 
     @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
         term = []
-        for axis, size in enumerate(shape):
-            if size > 1:
-                factor = factors[f"axis{axis}_factor"]
-                factor = min_max_normalize(factor) if normalize else factor
-                term.append(factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+        for axes in self.axes(shape):
+            factor = factors[axes.name]
+            factor = min_max_normalize(factor, len(axes.stack)) if normalize else factor
+            term.append(factor.reshape([size if axis in axes.all else 1 for axis, size in enumerate(shape)]))
         return tuple(term)
 
     @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {f"axis{axis}_factor": mean_square(grad, axis) for axis, size in enumerate(grad.shape) if size > 1}
+        return {axes.name: _mean_square_along(grad, axes.all) for axes in self.axes(grad.shape)}
+
+
+def _mean_square_along(grad: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Mean of grad^2 over every axis but these, in the dtype of statistics."""
+    if len(axes) == 1:
+        return mean_square(grad, axes[0])
+    rest = [axis for axis in range(grad.dim()) if axis not in axes]
+    grad, dtype = grad.detach(), statistics_dtype(grad.dtype)
+    if not rest:
+        return grad.to(dtype).square()
+    count = max(grad.numel() // max(torch.Size(grad.shape[axis] for axis in axes).numel(), 1), 1)
+    return torch.linalg.vector_norm(grad, dim=rest, dtype=dtype).square_() / count
+
+
+def gradient_diagonal(owner: nn.Module | None, key: str) -> GradientDiagonal:
+    """Diagonal of the parameter ``key`` of a module whose class has no rule, or of no known module."""
+    transposed = isinstance(owner, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)) and key == "weight"
+    return GradientDiagonal(transposed)
 
 
 def gradient_term(diagonal: ParameterDiagonal, grad: Tensor) -> DiagonalTerm:
@@ -51,14 +119,16 @@ def gradient_estimate(diagonal: ParameterDiagonal, grad: Tensor) -> DiagonalTerm
 
 
 def on_gradient_scale(term: DiagonalTerm) -> DiagonalTerm:
-    """Means of ``grad^2`` along each axis as a product on its scale: row times column over mean.
+    """Means of ``grad^2`` along rows and columns as a product on its scale: row times column over mean, in each matrix.
 
     This is Adafactor's estimate (Shazeer and Stern, 2018, arXiv 1804.04235).
     """
     if len(term) < 2:
         return term
-    first, *others = term
-    return first, *(torch.where(o.mean() > 0, o / o.mean(), torch.zeros_like(o)) for o in others)
+    rows, columns = term
+    own = [axis for axis in range(columns.dim()) if rows.shape[axis] == 1]  # others number the matrices of a stack
+    mean = columns.mean(own, keepdim=True)
+    return rows, torch.where(mean > 0, columns / mean, torch.zeros_like(columns))
 
 
 def with_gradient_sums(diagonal: ParameterDiagonal, factors: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm, ParameterDiagonal
-from hf_adafisher.fisher.gradient import GradientDiagonal, on_gradient_scale
-from hf_adafisher.fisher.recorder import TrackedModule
+from hf_adafisher.fisher.gradient import gradient_diagonal, on_gradient_scale
+from hf_adafisher.fisher.tracked_module import TrackedModule
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,23 @@ def new_state(uses: Sequence[ParameterUse], param: Tensor) -> dict[str, Tensor]:
 
 
 def find_parameter_uses(
-    params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule]
+    params: Iterable[nn.Parameter], tracked: Sequence[TrackedModule], owners: Mapping[int, tuple[nn.Module, str]]
 ) -> dict[int, tuple[ParameterUse, ...]]:
-    """All uses of each parameter by ``id(parameter)``; a parameter that no tracked module owns has a gradient use."""
-    owners: dict[int, list[tuple[ParameterDiagonal, TrackedModule]]] = {}
+    """All uses of each parameter by ``id(parameter)``; a parameter that no tracked module owns has a gradient use.
+
+    Args:
+        params: The parameters.
+        tracked: The modules that may use them.
+        owners: The module and the name in it of every parameter of the model, by ``id(parameter)``.
+    """
+    users: dict[int, list[tuple[ParameterDiagonal, TrackedModule]]] = {}
     for module in tracked:
         for name, diagonal in module.diagonals.items():
-            owners.setdefault(id(getattr(module.module, name)), []).append((diagonal, module))
+            users.setdefault(id(getattr(module.module, name)), []).append((diagonal, module))
     uses = {}
     for p in params:
-        found = owners.get(id(p), [(GradientDiagonal(), None)])
+        found: Sequence[tuple[ParameterDiagonal, TrackedModule | None]] = users.get(id(p), ())
+        found = found or [(gradient_diagonal(*owners.get(id(p), (None, ""))), None)]
         uses[id(p)] = tuple(
             ParameterUse(diagonal, module, f"_{i}" if i else "") for i, (diagonal, module) in enumerate(found)
         )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,41 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_adafisher.fisher.autograd_state import accumulators, inside_backward, inside_transform, will_accumulate
 from hf_adafisher.fisher.averages import FactorSums, statistics_dtype
-from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterDiagonal
+from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.reduce import check_same_layout, num_ranks, sum_over_ranks
-
-
-@dataclass(eq=False)
-class TrackedModule:
-    """A module whose factors are recorded.
-
-    Attributes:
-        name: Its name in the model (the first one, where it is shared).
-        module: The module itself. Parameters are looked up on it when needed, since wrappers may replace them.
-        rule: The rule of its class.
-        diagonals: The diagonals of those of its parameters that the optimizer trains.
-        matches_rule: Whether a call was found to compute what the rule assumes; None before the first call. The first
-            call with finite output decides for good: one that computes something else later is not noticed.
-    """
-
-    name: str
-    module: nn.Module
-    rule: LayerRule
-    diagonals: dict[str, ParameterDiagonal]
-    matches_rule: bool | None = None
-
-    @functools.cached_property
-    def factor_shapes(self) -> tuple[torch.Size, torch.Size]:
-        """Shapes of the input factor and of the output-gradient factor."""
-        input_shape, output_grad_shape = self.rule.factor_shapes(self.module)
-        return torch.Size(input_shape), torch.Size(output_grad_shape)
-
-    @functools.cached_property
-    def sums_size(self) -> int:
-        """Number of values of both factors, the count and the broadcast flag: its part of the reduced buffer."""
-        return sum(shape.numel() for shape in self.factor_shapes) + 2
+from hf_adafisher.fisher.tracked_module import TrackedModule
 
 
 @dataclass
@@ -84,6 +54,8 @@ class _ForwardHook:
         return _ForwardHook(None, None)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if inside_transform():
+            return
         recorder = None if self._recorder is None else self._recorder()
         if recorder is None or self._tracked is None:
             return
@@ -92,7 +64,7 @@ class _ForwardHook:
                 "nn.DataParallel runs copies of the model in threads, whose statistics would be mixed up: start one "
                 "process a GPU with torchrun (DistributedDataParallel), or show only one with CUDA_VISIBLE_DEVICES"
             )
-        if torch.is_grad_enabled() and module.training and isinstance(output, Tensor) and output.requires_grad:
+        if torch.is_grad_enabled() and self._tracked.records and isinstance(output, Tensor) and output.requires_grad:
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
             if inputs:
                 recorder._watch(self._tracked, inputs, output)
@@ -118,9 +90,11 @@ class FactorRecorder:
     Armed, each tracked module has one forward hook. It sums the squares of the input at once, never keeping the
     input, and puts a tensor hook on the output that sums the squares of the gradient and commits the *pair*. Pairing
     makes recomputation (activation checkpointing), several calls per forward and forwards without backward exact:
-    what has no backward is not counted. A second backward through the same graph (``retain_graph=True``) commits its
-    pairs again, as it adds its gradients again: the positions count twice, with each backward's own gradients.
-    Disarmed, no hook exists.
+    what has no backward is not counted. Nor is a backward that accumulates into none of the module's parameters of
+    interest (``torch.autograd.grad``, ``torch.func.grad``), or a call while all of them are frozen. A second backward
+    through the same graph (``retain_graph=True``) commits its pairs again, as it adds its gradients again: the
+    positions count twice, with each backward's own gradients.
+    Disarmed, no hook exists but those of newcomers.
 
     Args:
         model: Any module; its submodules are walked once.
@@ -139,7 +113,7 @@ class FactorRecorder:
         parameters: Iterable[nn.Parameter],
         find: Callable[[nn.Module], LayerRule | None] = find_rule,
     ) -> None:
-        wanted = {id(p) for p in parameters}
+        wanted = self._wanted = {id(p): weakref.ref(p) for p in parameters}
         self.tracked: list[TrackedModule] = []
         for name, module in model.named_modules():
             owned = [key for key, p in module._parameters.items() if p is not None and id(p) in wanted]
@@ -166,23 +140,33 @@ class FactorRecorder:
         """Put one forward hook on every tracked module. Raises RuntimeError after ``close``."""
         if self.closed:
             raise RuntimeError("this recorder was closed and records no more; build a new optimizer to train on")
-        if not self._handles:
-            for tracked in self.tracked:
-                hook = _ForwardHook(self, tracked)
-                # Before everybody else's hooks: the output is then what the layer itself returned, the tensor whose
-                # gradient belongs to its weight, whatever other hooks put in its place; and a layer that is an FSDP2
-                # unit of its own still has its whole weight, which the hook of `fully_shard` takes away.
-                handle = tracked.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                self._handles.append(handle)
+        if len(self._handles) < len(self.tracked):
+            _remove_all(self._handles)
+            self._put_hooks(self.tracked)
 
-    def disarm(self) -> None:
-        """Remove every forward hook and forget what is pending."""
+    def disarm(self, newcomers: Collection[int] = ()) -> None:
+        """Remove every forward hook and forget what is pending.
+
+        Args:
+            newcomers: Ids of parameters without statistics; the hooks of the modules that own them stay on.
+        """
         _remove_all(self._handles)
         self.discard()
+        if newcomers and not self.closed:
+            self._put_hooks([t for t in self.tracked if any(id(p) in newcomers for p in t.trained_leaves())])
+
+    def _put_hooks(self, modules: Iterable[TrackedModule]) -> None:
+        for tracked in modules:
+            hook = _ForwardHook(self, tracked)
+            # Before everybody else's hooks: the output is then what the layer itself returned, the tensor whose
+            # gradient belongs to its weight, whatever other hooks put in its place; and a layer that is an FSDP2
+            # unit of its own still has its whole weight, which the hook of `fully_shard` takes away.
+            handle = tracked.module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+            self._handles.append(handle)
 
     def discard(self) -> None:
         """Forget what is pending, and whatever graphs built so far would still commit."""
-        self.forget_pending()
+        self._pending.clear()
         self._generation += 1
 
     def forget_pending(self) -> None:
@@ -196,6 +180,12 @@ class FactorRecorder:
 
     def _watch(self, tracked: TrackedModule, inputs: Sequence[Tensor], output: Tensor) -> None:
         """One call of a tracked module: take the input's sums, and commit them once the gradient arrives."""
+        leaves = tracked.trained_leaves()
+        if not leaves:
+            return
+        if self._lost_its_gradients(tracked, leaves):
+            del self._pending[tracked]
+        nodes = accumulators(leaves)
         with torch.no_grad():
             if tracked.matches_rule is None:
                 if output.numel() == 0 or not bool(output.isfinite().all()):
@@ -209,7 +199,9 @@ class FactorRecorder:
 
         def commit(grad: Tensor) -> None:
             recorder = reference()
-            if recorder is not None and recorder._generation == generation:
+            if recorder is None or recorder._generation != generation:
+                return
+            if will_accumulate(nodes) and tracked.holds(leaves):
                 with torch.no_grad():
                     grad_sums = tracked.rule.output_grad_sums(tracked.module, grad.reshape(shape))
                     if recorder.gradient_scale != 1.0:
@@ -217,6 +209,17 @@ class FactorRecorder:
                 recorder._commit(tracked, FactorSums(input_sums, grad_sums, count, shared))
 
         _gradient_site(output).register_hook(commit)
+
+    def _lost_its_gradients(self, tracked: TrackedModule, leaves: Sequence[Tensor]) -> bool:
+        """True where something is pending whose gradients ``model.zero_grad()`` has taken away meanwhile.
+
+        So it happens to a loop that goes on after an exception, or leaves a step out. A recomputed forward runs in the
+        middle of a backward, before its gradients are there; those of FSDP2 are with the shards, out of sight.
+        """
+        if tracked not in self._pending or inside_backward():
+            return False
+        known = (self._wanted.get(id(leaf), lambda: None)() is leaf for leaf in leaves)
+        return all(known) and all(leaf.grad is None for leaf in leaves)
 
     def _commit(self, tracked: TrackedModule, pair: FactorSums) -> None:
         if pair.count == 0:

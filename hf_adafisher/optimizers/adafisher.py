@@ -69,6 +69,8 @@ class AdaFisher(KroneckerDiagonalOptimizer):
     ``lr / damping * m``. The defaults are the paper's; those of ``create_optimizer`` and
     ``AdaFisherTrainingArguments`` are a better start for training language models from scratch.
 
+    ``torch.optim.lr_scheduler.OneCycleLR`` needs ``cycle_momentum=False``: there are no ``betas`` to cycle.
+
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
@@ -162,7 +164,8 @@ class AdaFisherW(AdaFisher):
     """AdaFisher with decoupled weight decay, as AdamW is to Adam.
 
     ``theta <- theta - lr (m^ / F + weight_decay * theta)``, and the gradient alone enters ``m``. Arguments, defaults
-    and errors are those of ``AdaFisher``. This is the form for transformers.
+    and errors are those of ``AdaFisher``, also ``cycle_momentum=False`` for ``OneCycleLR``. This is the form for
+    transformers.
     """
 
     decoupled = True

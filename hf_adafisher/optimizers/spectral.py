@@ -123,6 +123,8 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
     Under FSDP2 every process gathers the momentum of one batch of matrices, or of one other parameter, at a time, and
     the norm of each parameter, and makes the whole update, of which it keeps its part.
 
+    ``torch.optim.lr_scheduler.OneCycleLR`` needs ``cycle_momentum=False``: there are no ``betas`` to cycle.
+
     Args:
         model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
@@ -210,9 +212,9 @@ class SpectralAdaFisher(CountsLossTerms, KroneckerDiagonalOptimizer):
         """``relative_damping`` times the mean of the diagonal that the terms make."""
         return group["relative_damping"] * self._statistics.mean_of(terms)
 
-    def _take_statistics(self) -> bool | None:
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
         self._statistics.loss_terms = self.loss_terms
-        return super()._take_statistics()
+        return super()._take_statistics(newcomers)
 
     def _update_parameters(self) -> None:
         matrices: dict[Any, list[Member]] = {}

@@ -169,4 +169,4 @@ def bound_relative_step(direction: Tensor, lr: float, norm: Tensor, most: float)
         most: The largest relative step.
     """
     limit = most * norm.clamp_min(LEAST_RMS * direction.numel() ** 0.5)
-    return direction.mul_((limit / (lr * torch.linalg.vector_norm(direction))).clamp_max(1.0))
+    return direction.mul_((limit / (abs(lr) * torch.linalg.vector_norm(direction))).clamp_max(1.0))

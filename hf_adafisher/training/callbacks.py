@@ -36,7 +36,7 @@ class AdaFisherCallback(TrainerCallback):
         """Set the optimizer's ``gradient_scale`` before a step that refreshes the factors."""
         optimizer = unwrapped(kwargs.get("optimizer"))
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due and scaler is not None:
+        if isinstance(optimizer, HookedOptimizer) and optimizer.recording and scaler is not None:
             optimizer.gradient_scale = scaler.get_scale()
 
     def on_optimizer_step(

@@ -187,7 +187,7 @@ class AdaFisherTrainer(Trainer):
         """
         optimizer = self._raw_optimizer()
         eager: AbstractContextManager[Any] = contextlib.nullcontext()
-        if isinstance(optimizer, HookedOptimizer) and optimizer.refresh_due:
+        if isinstance(optimizer, HookedOptimizer) and optimizer.recording:
             optimizer.gradient_scale = self._gradient_scale(num_items_in_batch)
             if hasattr(optimizer, "loss_terms"):
                 optimizer.loss_terms = self._loss_terms(num_items_in_batch) or 1.0

@@ -158,8 +158,8 @@ def test_micro_batches_of_different_sizes(optimizer_class: type[AdaFisher]) -> N
 
 
 @FORMS
-def test_only_training_forwards_count(optimizer_class: type[AdaFisher]) -> None:
-    """Evaluation, forwards in eval mode with a backward, and forwards without one leave no trace."""
+def test_only_forwards_that_train_count(optimizer_class: type[AdaFisher]) -> None:
+    """Evaluation and forwards without a backward leave no trace; a backward in eval mode trains as any other (E19)."""
     train = regression(6, 5)
 
     def loss(model: nn.Module, step: int) -> Tensor:

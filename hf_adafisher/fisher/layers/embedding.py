@@ -24,6 +24,7 @@ class EmbeddingRule(LayerRule):
     """
 
     name = "Embedding"
+    input_numbers_rows = True
 
     @override
     def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:

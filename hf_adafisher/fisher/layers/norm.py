@@ -123,6 +123,7 @@ class ChannelNormRule(ScaleAndShiftRule):
 class BatchNormRule(ChannelNormRule):
     """BatchNorm over one, two or three axes: ``xhat`` is normalised with the statistics of the call's own batch."""
 
+    needs_training = True
     name = "BatchNorm"
 
     @override

@@ -24,6 +24,10 @@ class LayerRule(ABC):
 
     name: str
     """Shown by ``coverage()``."""
+    needs_training: bool = False
+    """Calls in eval mode compute something else than the rule assumes, and are left out."""
+    input_numbers_rows: bool = False
+    """Inputs look rows of the weight up: a row that was none has the input factor 0, and no gradient by this module."""
 
     @abstractmethod
     def diagonals(self, module: nn.Module) -> Mapping[str, ParameterDiagonal]:

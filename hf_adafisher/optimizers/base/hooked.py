@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -97,8 +98,11 @@ class HookedOptimizer(Optimizer, ABC):
         """The bookkeeping of ``self.model``, tracking nothing yet."""
 
     @abstractmethod
-    def _take_statistics(self) -> bool | None:
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
         """Update the averages with what was recorded since the last step.
+
+        Args:
+            newcomers: Whether no refresh is due, and only parameters without statistics get any.
 
         Returns:
             Whether there was anything to learn from; None if it was dropped for not being finite.
@@ -138,6 +142,8 @@ class HookedOptimizer(Optimizer, ABC):
         with torch.no_grad():
             if due:
                 self._refresh()
+            elif self._newcomers:
+                self._welcome_newcomers()
             self._update_parameters()
             for group in self.param_groups:
                 group["steps"] += 1
@@ -146,12 +152,26 @@ class HookedOptimizer(Optimizer, ABC):
         return loss
 
     def _arm(self) -> None:
-        """Put the hooks on for a step that is due, and off for any other."""
+        """Put the hooks on for a step that is due, and off for any other, but for layers without statistics."""
         self._armed = self.refresh_due
         if self._armed:
+            self._newcomers: frozenset[int] = frozenset()
             self._statistics.recorder.arm()
         else:
-            self._statistics.recorder.disarm()
+            self._newcomers = frozenset(self._statistics.without_statistics(self.state))
+            self._statistics.recorder.disarm(self._newcomers)
+
+    def _welcome_newcomers(self) -> None:
+        """Take the first statistics of layers that train for the first time between two refreshes.
+
+        A layer could otherwise be active in all steps but those that are due, and never have any. All processes see
+        the same parameters with gradients, and so they come here together.
+        """
+        if any(id(p) in self._newcomers for _, p, _ in self._with_gradient()):
+            self._take_statistics(newcomers=True)
+            self._arm()
+        else:
+            self._statistics.recorder.discard()
 
     def _with_gradient(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
         """Group, parameter and gradient of every parameter that has one."""
@@ -169,6 +189,11 @@ class HookedOptimizer(Optimizer, ABC):
         """Due-ness of the next ``step()``: it refreshes the factors, and the backward passes before it are recorded."""
         first = self.param_groups[0]
         return bool(first["steps"] >= first["next_refresh"])
+
+    @property
+    def recording(self) -> bool:
+        """True while hooks are on any layer: ``gradient_scale`` and ``loss_terms`` are read in the next backward."""
+        return self._statistics.recorder.armed
 
     @contextlib.contextmanager
     def eager_if_due(self) -> Iterator[None]:
@@ -217,13 +242,20 @@ class HookedOptimizer(Optimizer, ABC):
     def _refresh(self) -> None:
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
         taken = self._take_statistics()
+        first = self.param_groups[0]
+        interval = first["update_interval"]
+        # The next multiple of the interval: a late refresh does not shift those after it.
+        following = (first["steps"] // interval + 1) * interval
+        if self._statistics.missed:
+            # Tasks that take turns could meet every refresh with the same one for ever, so the place of the next in its
+            # interval is random; by the number of refreshes: all processes and a resumed run draw the same.
+            following += random.Random(first["refreshes"]).randrange(interval)
         for group in self.param_groups:
             if taken is None:
                 group["dropped_refreshes"] += 1
             elif taken:
                 group["refreshes"] += 1
-                # The next multiple of the interval: a late refresh does not shift those after it.
-                group["next_refresh"] = (group["steps"] // group["update_interval"] + 1) * group["update_interval"]
+                group["next_refresh"] = following
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, and with them the statistics of the backward passes that made them."""
@@ -233,8 +265,9 @@ class HookedOptimizer(Optimizer, ABC):
     def discard_statistics(self) -> None:
         """Forget statistics recorded since the last step.
 
-        For loops that skip a step after a backward and reset the gradients with ``model.zero_grad()``;
-        ``optimizer.zero_grad()`` does it by itself.
+        For loops that skip a step after a backward and reset the gradients in their own way. ``optimizer.zero_grad()``
+        does it by itself, and so does the next forward after ``model.zero_grad()``, but not under FSDP2 and not with
+        ``set_to_none=False``.
         """
         self._open_recorder().discard()
 

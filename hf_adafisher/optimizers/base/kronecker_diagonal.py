@@ -13,7 +13,7 @@ from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.parameter_uses import new_state
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.base.options import dtype_option
-from hf_adafisher.optimizers.base.statistics import FactorStatistics
+from hf_adafisher.optimizers.base.statistics import FactorStatistics, FactorUpdate
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
 
@@ -57,8 +57,12 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     def _new_tracker(self) -> FactorStatistics:
         return FactorStatistics(self.model, type(self).__name__)
 
-    def _take_statistics(self) -> bool | None:
-        updates = self._statistics.collect(self._with_gradient(), self._state_of)
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
+        updates: list[FactorUpdate] | None
+        if newcomers:
+            updates = self._statistics.collect_first(self._with_gradient(), self._newcomers)
+        else:
+            updates = self._statistics.collect(self._with_gradient(), self._state_of, self.state)
         if updates is None:
             return None
         for update in updates:
@@ -154,6 +158,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
                 self.state.get(p, {}),
                 self._statistics.uses_of(p),
                 self._statistics.known_terms(p, self.state[p]) if self.state.get(p) else [],
+                self._statistics.entry_of(p).provisional,
             )
             for group in self.param_groups
             for p in group["params"]

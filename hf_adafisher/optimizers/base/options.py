@@ -264,6 +264,13 @@ def _dtype(value: Any) -> Any:
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, torch.Tensor)):
+    several = isinstance(value, torch.Tensor) and value.numel() != 1
+    if isinstance(value, bool) or several or not isinstance(value, (numbers.Real, torch.Tensor)):
         raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a whole number of more than 300 digits") from None
+    if number == 0.0 and math.copysign(1.0, number) < 0.0:
+        raise ValueError(f"{name} must not be negative zero, by which a division gives -inf: got -0.0, write 0.0")
+    return number

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,8 @@ from hf_adafisher.fisher.diagonals import OUTPUT_GRAD, DiagonalTerm
 from hf_adafisher.fisher.gradient import gradient_estimate, rows_in_use
 from hf_adafisher.fisher.parameter_uses import estimated_terms
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
-from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices
+from hf_adafisher.optimizers.diagnostics.diagonal_numbers import mean_of_terms
+from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices, log_roles
 from hf_adafisher.optimizers.sharding import full_tensor
 
 
@@ -31,6 +31,7 @@ class SpectralStatistics(FactorStatistics):
     def __init__(self, model: nn.Module, kind: str) -> None:
         super().__init__(model, kind)
         self.loss_terms = 1.0
+        self._logged_roles = False
 
     def map_parameters(self) -> None:
         """Look everything up in the model again, the hidden matrices too."""
@@ -38,6 +39,12 @@ class SpectralStatistics(FactorStatistics):
         self._transposed = {id(weight): transposed for weight, transposed in hidden_matrices(self.model)}
         self._heads = {id(weight): transposed for weight, transposed in head_matrices(self.model)}
         self._whitenings: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def _report_uncovered(self) -> None:
+        super()._report_uncovered()
+        if not self._logged_roles:
+            self._logged_roles = True
+            log_roles(self._kind, self.model)
 
     def is_matrix(self, p: Tensor, heads: bool) -> bool:
         """True for a hidden matrix, and with ``heads`` for the weight of an output layer."""
@@ -49,7 +56,7 @@ class SpectralStatistics(FactorStatistics):
 
     def mean_of(self, terms: Sequence[DiagonalTerm]) -> float:
         """Mean of the diagonal that these terms make."""
-        return sum(float(math.prod(term[1:], start=term[0]).mean()) if term else 1.0 for term in terms)
+        return mean_of_terms(terms)
 
     def forget(self) -> None:
         """Forget every cached term, and what was made of it."""

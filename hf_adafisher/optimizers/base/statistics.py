@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm
+from hf_adafisher.fisher.diagonals import INPUT, DiagonalTerm
 from hf_adafisher.fisher.gradient import gradient_term, with_gradient_sums
 from hf_adafisher.fisher.parameter_uses import (
     ON_GRADIENT,
@@ -18,7 +19,7 @@ from hf_adafisher.fisher.parameter_uses import (
     needs_gradient_factors,
     terms_of,
 )
-from hf_adafisher.fisher.recorder import FactorRecorder
+from hf_adafisher.fisher.recorder import FactorRecorder, Sample
 from hf_adafisher.optimizers.base.tracker import StatisticsTracker
 from hf_adafisher.optimizers.sharding import full_tensor, is_sharded, is_split, local_terms
 
@@ -38,10 +39,11 @@ class FactorUpdate:
     def apply(self, state: Mapping[str, Tensor], uses: Sequence[ParameterUse]) -> None:
         """Take the factors into the averages of ``state``; a module's first statistics replace gradient factors.
 
-        The two have different scales, so they are never averaged with each other.
+        So do gradient factors those of a module that turned out not to know all uses of its weight. The two have
+        different scales, so they are never averaged with each other.
         """
         if self.use.tracked is not None:
-            if state[ON_GRADIENT].item() and not self.from_gradient:
+            if bool(state[ON_GRADIENT].item()) != self.from_gradient:
                 for use in uses:
                     use.reset_(state, self.param.shape)
             state[ON_GRADIENT].fill_(float(self.from_gradient))
@@ -89,7 +91,7 @@ class FactorStatistics(StatisticsTracker):
             for key, p in module._parameters.items()
             if p is not None
         }
-        uses = find_parameter_uses(self._params, self.recorder.tracked if self.is_tracking else [])
+        uses = find_parameter_uses(self._params, self.recorder.tracked if self.is_tracking else [], self._owners)
         self._entries = {id(p): ParameterEntry(p, uses[id(p)], is_sharded(p)) for p in self._params}
 
     def forget(self) -> None:
@@ -161,10 +163,89 @@ class FactorStatistics(StatisticsTracker):
         """Factors to be averaged of a table whose rows served the whole batch, given those from its own gradient."""
         return factors
 
+    def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
+        """Ids of trained parameters that a rule reaches, and that have no statistics in the optimizer's state."""
+        for p in self._params:
+            state, uses = states.get(p), self.uses_of(p)
+            empty = not state or all(use.average(state, p.shape).is_empty for use in uses)
+            if empty and p.requires_grad and uses[0].tracked is not None:
+                yield id(p)
+
+    def collect_first(
+        self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]], newcomers: Collection[int]
+    ) -> list[FactorUpdate]:
+        """What was recorded for newcomers since the last step, between two refreshes; nothing if it is not finite."""
+        sample = self.recorder.flush()
+        if sample.non_finite:
+            return []
+        with_gradient = list(with_gradient)
+        self._find_hidden_uses(sample, with_gradient)
+        found = [(group, p, grad) for group, p, grad in with_gradient if id(p) in newcomers]
+        return [update for group, p, grad in found for update in self._recorded_updates(sample, group, p, grad)]
+
+    def _recorded_updates(
+        self, sample: Sample, group: Mapping[str, Any], p: Tensor, grad: Tensor
+    ) -> Iterator[FactorUpdate]:
+        """Of every use of a parameter whose module recorded something."""
+        uses = self.uses_of(p)
+        for use in uses:
+            if use.tracked in sample.factors:
+                assert use.tracked is not None
+                factors = sample.factors[use.tracked]
+                if use.tracked in sample.broadcast and len(uses) == 1:
+                    factors = self._shared(with_gradient_sums(use.diagonal, factors, full_tensor(grad)))
+                else:
+                    factors = self._recorded(factors, sample.counts[use.tracked])
+                yield FactorUpdate(group, p, use, factors, False)
+
+    def _find_hidden_uses(
+        self, sample: Sample, with_gradient: Sequence[tuple[Mapping[str, Any], Tensor, Tensor]]
+    ) -> set[int]:
+        """Ids of tables with a gradient in rows that were no input: they also serve as something else than a table.
+
+        A head made of ``F.linear(hidden, table.weight)`` is no call of a module. Its rows that were never looked up
+        would have the smallest factor and take the largest step, so the table gets gradient factors from now on.
+        """
+        found = []
+        for _, p, grad in with_gradient:
+            uses = self.uses_of(p)
+            tracked = uses[0].tracked
+            if len(uses) == 1 and tracked in sample.factors and tracked.rule.input_numbers_rows:
+                unseen = sample.factors[tracked][INPUT] == 0
+                rows = torch.linalg.vector_norm(full_tensor(grad), float("inf"), dim=1)
+                if bool((unseen & (rows > 0)).any()):
+                    tracked.matches_rule = False
+                    del sample.factors[tracked]
+                    found.append(p)
+        if found:
+            self._warned_bypassed.update(id(p) for p in found)
+            logger.warning(
+                "%s has a gradient in rows that were no input of its embedding, so it is also used without a module "
+                "(F.linear(hidden, embedding.weight)); gradient factors are used instead. Tie it to the weight of an "
+                "nn.Linear to have both uses recorded.",
+                self.describe(found),
+            )
+        return {id(p) for p in found}
+
+    def _has_missed(
+        self, sample: Sample, gradients: Mapping[int, Tensor], states: Mapping[Any, Mapping[str, Tensor]]
+    ) -> bool:
+        """True where a parameter with recorded statistics was not used since the last step."""
+        for p in self._params:
+            state, uses, grad = states.get(p), self.uses_of(p), gradients.get(id(p))
+            if not state or not p.requires_grad or any(use.tracked in sample.factors for use in uses):
+                continue
+            # Of a shard a process knows only its own zeros.
+            unused = grad is None or not (is_sharded(grad) or bool(grad.any()))
+            if unused and not needs_gradient_factors(uses, state, p.shape):
+                return True
+        return False
+
     def collect(
         self,
         with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
         state_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]],
+        states: Mapping[Any, Mapping[str, Tensor]],
     ) -> list[FactorUpdate] | None:
         """Collect what was recorded since the last call, for every parameter that has a gradient.
 
@@ -178,6 +259,7 @@ class FactorStatistics(StatisticsTracker):
         Args:
             with_gradient: Parameter group, parameter and gradient.
             state_of: The optimizer's state of a parameter, given its group too.
+            states: The states that there are.
 
         Returns:
             The updates to make, none where the step had nothing but zero gradients; None if anything is not finite.
@@ -185,19 +267,15 @@ class FactorStatistics(StatisticsTracker):
         sample = self.recorder.flush()
         with_gradient = list(with_gradient)
         silent = self._check_not_compiled(sample, ((p, grad) for _, p, grad in with_gradient))
-        recorded, fallbacks, kept, informative = [], [], [], bool(sample.factors)
+        self.missed = self._has_missed(sample, {id(p): grad for _, p, grad in with_gradient}, states)
+        hidden = self._find_hidden_uses(sample, with_gradient)
+        recorded: list[FactorUpdate] = []
+        fallbacks, kept, informative = [], [], bool(sample.factors)
         for group, p, grad in with_gradient:
             uses = self.uses_of(p)
-            used = [use for use in uses if use.tracked in sample.factors]
-            for use in used:
-                assert use.tracked is not None
-                factors = sample.factors[use.tracked]
-                if use.tracked in sample.broadcast and len(uses) == 1:
-                    factors = self._shared(with_gradient_sums(use.diagonal, factors, full_tensor(grad)))
-                else:
-                    factors = self._recorded(factors, sample.counts[use.tracked])
-                recorded.append(FactorUpdate(group, p, use, factors, False))
-            if not used and needs_gradient_factors(uses, state_of(group, p), p.shape):
+            used = list(self._recorded_updates(sample, group, p, grad))
+            recorded += used
+            if not used and (id(p) in hidden or needs_gradient_factors(uses, state_of(group, p), p.shape)):
                 full = full_tensor(grad)
                 informative = informative or bool(full.any())
                 fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].diagonal.from_gradient(full), True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,9 +30,11 @@ class StatisticsTracker(ABC):
     Attributes:
         recorder: Hooks on the layers that own the parameters; none before ``track``.
         names: Names of the model's parameters by ``id(parameter)``.
+        missed: Whether the last refresh had nothing of a layer that has statistics and was not used.
     """
 
     recorder: FactorRecorder
+    missed = False
 
     def __init__(self, model: nn.Module, kind: str) -> None:
         self.model = model
@@ -76,6 +78,10 @@ class StatisticsTracker(ABC):
     @abstractmethod
     def _report_uncovered(self) -> None:
         """Say once which of the tracked parameters no layer rule reaches."""
+
+    @abstractmethod
+    def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
+        """Ids of trained parameters that a rule reaches, and that have no statistics in the optimizer's state."""
 
     def map_parameters(self) -> None:
         """Look the names of all parameters up in the model again."""
@@ -121,7 +127,7 @@ class StatisticsTracker(ABC):
         tracked = self.recorder.tracked
         if eager or sample.non_finite or sample.factors.keys() >= set(tracked):
             return set()
-        quiet = [t for t in tracked if t not in sample.factors and t.module.training and t.name not in self._examined]
+        quiet = [t for t in tracked if t not in sample.factors and t.records and t.name not in self._examined]
         owned = {id(p) for t in quiet for p in t.module.parameters(recurse=False)}
         # Steps of zero gradients do not count: distributed checkpoints make them to initialise states.
         moving = {id(p) for p, grad in gradients if id(p) in owned and bool(local_part(grad).any())}
@@ -166,8 +172,8 @@ class StatisticsTracker(ABC):
         if new:
             self._warned_bypassed.update(id(p) for p in new)
             logger.warning(
-                "The layers of %s recorded nothing (used without being called, in eval mode, compiled, or computing "
-                "something else than their class); %s instead.",
+                "The layers of %s recorded nothing (used without being called, a BatchNorm in eval mode, compiled, "
+                "given gradients by torch.autograd.grad, or computing something else than their class); %s instead.",
                 self.describe(new),
                 instead,
             )

@@ -23,6 +23,7 @@ class TrainedParameter:
         state: Its state, empty before its first step.
         uses: Its uses by modules, at least one.
         terms: Terms of its diagonal as the last step used them, none before its first step.
+        provisional: Whether these are of the last step's gradient alone, since there are no averages yet.
     """
 
     name: str
@@ -31,8 +32,9 @@ class TrainedParameter:
     state: Mapping[str, Tensor]
     uses: Sequence[ParameterUse]
     terms: Sequence[DiagonalTerm]
+    provisional: bool = False
 
     @property
     def on_gradient_factors(self) -> bool:
         """True where its factors are those of its gradient: no rule reaches it, or its layers recorded nothing."""
-        return self.uses[0].tracked is None or bool(self.state and self.state[ON_GRADIENT].item())
+        return self.provisional or self.uses[0].tracked is None or bool(self.state and self.state[ON_GRADIENT].item())

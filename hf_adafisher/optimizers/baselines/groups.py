@@ -17,6 +17,7 @@ from hf_adafisher.optimizers.factory.param_groups import (
     chosen_groups,
     embedding_tables,
     hidden_matrices,
+    log_roles,
     output_embeddings,
     split_groups,
 )
@@ -49,6 +50,7 @@ def muon_groups(model: nn.Module, groups: Groups, arguments: Arguments) -> Group
     (inputs, outputs) get groups whose learning rate and weight decay correct the scale.
     """
     lr, adamw_lr, decoupled = arguments["lr"], arguments["adamw_lr"], arguments.get("weight_decouple", True)
+    log_roles("muon", model)
     hidden = {id(weight): _correction(weight.shape, transposed) for weight, transposed in hidden_matrices(model)}
     if arguments.get("use_adjusted_lr"):  # its scale is the same for both storage orders
         hidden = dict.fromkeys(hidden, 1.0)

@@ -120,7 +120,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
         stat_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.
         update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 10.
         inverse_interval: T_inv, optimizer steps between two inversions, a multiple of ``update_interval``. Default 100.
-            A layer that is first used in between is inverted at its first refresh.
+            A layer that is first used in between is inverted at its first step.
         weight_decay: >= 0. Default 0.
         kl_clip: Scale the preconditioned gradients of all blocks by
             ``nu = min(1, sqrt(kl_clip / sum lr^2 <preconditioned, gradient>))``; None does not. Default 1e-3, as in
@@ -192,9 +192,9 @@ class KFAC(CountsLossTerms, HookedOptimizer):
             if state and any(key not in state or tuple(state[key].shape) != shapes[key] for key in shapes):
                 state.update(_new_factors(block))
 
-    def _take_statistics(self) -> bool | None:
+    def _take_statistics(self, newcomers: bool = False) -> bool | None:
         gradients = list(self._with_gradient())
-        sample = self._statistics.collect(gradients)
+        sample = self._statistics.collect_first() if newcomers else self._statistics.collect(gradients)
         if sample is None:
             return None
         first, groups = self.param_groups[0], {id(p): group for group in self.param_groups for p in group["params"]}
@@ -213,7 +213,8 @@ class KFAC(CountsLossTerms, HookedOptimizer):
                 known.add(id(block.weight))
                 if sample.factors and (inversion_due or not state[READY].item()):
                     block.invert_(state, group["damping"], self._statistics.name_of(block.weight))
-        self._statistics.note_bypassed(gradients, known)
+        if not newcomers:
+            self._statistics.note_bypassed(gradients, known)
         return bool(sample.factors)
 
     def _update_parameters(self) -> None:

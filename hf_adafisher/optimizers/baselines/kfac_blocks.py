@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterDiagonal
 from hf_adafisher.fisher.layers import LayerRule, find_rule
-from hf_adafisher.fisher.recorder import TrackedModule
+from hf_adafisher.fisher.tracked_module import TrackedModule
 from hf_adafisher.optimizers.baselines.kfac_inverse import damped_inverse, split_damping, trace
 
 ROW_INVERSE, COLUMN_INVERSE, READY = "row_inverse", "column_inverse", "inverse_ready"
@@ -36,7 +36,7 @@ class MomentRule(LayerRule):
 
     def __init__(self, rule: LayerRule, shapes: tuple[tuple[int, ...], tuple[int, ...]], with_one: bool) -> None:
         self.rule, self.with_one = rule, with_one
-        self.name = rule.name
+        self.name, self.needs_training = rule.name, rule.needs_training
         self.input_shape, self.grad_shape = shapes
         if with_one:
             self.input_shape = tuple(size + 1 for size in self.input_shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,6 +59,18 @@ class KroneckerStatistics(StatisticsTracker):
     def block_of_weight(self, p: Any) -> KroneckerBlock | None:
         """KroneckerBlock with this parameter as its weight, whose state holds the factors, or None."""
         return self._of_weight.get(id(p))
+
+    def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
+        """Ids of the weights of blocks that train and have no statistics in the optimizer's state."""
+        for block in self.blocks:
+            state = states.get(block.weight)
+            if block.weight.requires_grad and not (state and block.has_statistics(state)):
+                yield id(block.weight)
+
+    def collect_first(self) -> Sample | None:
+        """What was recorded for newcomers since the last call; None if anything of it is not finite."""
+        sample = self.recorder.flush()
+        return None if sample.non_finite else sample
 
     def collect(self, gradients: Sequence[tuple[Any, Tensor, Tensor]]) -> Sample | None:
         """Statistics recorded since the last call; None, with a warning, if any of them is not finite."""

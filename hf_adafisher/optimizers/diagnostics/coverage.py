@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
+from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
+from hf_adafisher.optimizers.diagnostics.diagonal_numbers import floor_share, mean_of_terms
+from hf_adafisher.optimizers.factory.param_groups import roles
 
 GRADIENT_FACTORS = "gradient factors"
 
@@ -25,6 +27,9 @@ class ParameterCoverage:
         modules: Names of the modules that own the parameter.
         numel: Number of values.
         share: ``numel`` divided by the number of values of all parameters listed.
+        provisional: Whether its factors are those of the last step's gradient alone, until the next refresh.
+        role: What it is taken for where that matters (SpectralAdaFisher, Muon): ``"hidden matrix"``, ``"table"``,
+            ``"head"``, ``"table and head"``, or nothing.
     """
 
     name: str
@@ -32,6 +37,8 @@ class ParameterCoverage:
     modules: tuple[str, ...]
     numel: int
     share: float
+    provisional: bool = False
+    role: str = ""
 
 
 def owner_names(model: nn.Module) -> dict[int, list[str]]:
@@ -49,7 +56,7 @@ def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> lis
 
     After the first step it shows only rules that have statistics, and gradient factors where a layer recorded nothing.
     """
-    owners = owner_names(model)
+    owners, role_of = owner_names(model), roles(model)
     trainable = [t for t in parameters if t.param.requires_grad]
     total = max(sum(t.param.numel() for t in trainable), 1)
     rows = []
@@ -58,7 +65,10 @@ def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> lis
         rules = {use.tracked.rule.name: None for use in recorded or t.uses if use.tracked is not None}
         rule = GRADIENT_FACTORS if t.on_gradient_factors else "+".join(rules)
         size = t.param.numel()
-        rows.append(ParameterCoverage(t.name, rule, tuple(owners.get(id(t.param), ())), size, size / total))
+        modules = tuple(owners.get(id(t.param), ()))
+        rows.append(
+            ParameterCoverage(t.name, rule, modules, size, size / total, t.provisional, role_of.get(id(t.param), ""))
+        )
     return rows
 
 
@@ -78,7 +88,8 @@ def curvature_summary(
     Returns:
         ``fisher_mean``: mean of the damped diagonal over all values with statistics;
         ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step (but
-        not that of SpectralAdaFisher's hidden matrices, whose sides are damped each for itself);
+        not that of SpectralAdaFisher's hidden matrices, whose sides are damped each for itself), found without forming
+        a diagonal (``floor_share``);
         ``gradient_factor_share``: share of values on gradient factors;
         ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
         The first two are missing before the first step.
@@ -87,21 +98,16 @@ def curvature_summary(
     for t in parameters:
         if t.terms:
             damping = damping_of(t.group, t.terms)
-            diagonal = diagonal_of(t.terms, t.param, damping)
-            mean_sum += diagonal.sum(dtype=torch.float64).item()
-            floor_sum += at_floor(diagonal, damping).sum().item()
+            mean_sum += (mean_of_terms(t.terms) + damping) * t.param.numel()
+            floor_sum += floor_share(t.terms, t.param, damping) * t.param.numel()
             values += t.param.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}
-    on_gradient = sum(row.share for row in coverage_of(model, parameters) if row.rule == GRADIENT_FACTORS)
+    trainable = [t for t in parameters if t.param.requires_grad]
+    on_gradient = sum(t.param.numel() for t in trainable if t.on_gradient_factors)
     first = parameters[0].group
     return {
         **summary,
-        "gradient_factor_share": on_gradient,
+        "gradient_factor_share": on_gradient / max(sum(t.param.numel() for t in trainable), 1),
         "refreshes": float(first["refreshes"]),
         "dropped_refreshes": float(first["dropped_refreshes"]),
     }
-
-
-def at_floor(diagonal: Tensor, damping: float) -> Tensor:
-    """Mask of the values of a damped diagonal at the floor: their Fisher is below the damping, ``F < 2 * damping``."""
-    return diagonal < 2 * damping

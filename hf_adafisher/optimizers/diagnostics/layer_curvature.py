@@ -15,7 +15,14 @@ from hf_adafisher.fisher.reduce import sum_over_ranks
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.blocks import block_size, split_into_blocks
-from hf_adafisher.optimizers.diagnostics.coverage import at_floor
+from hf_adafisher.optimizers.diagnostics.diagonal_numbers import (
+    SMALL,
+    at_floor,
+    outer_vectors,
+    products_below,
+    some_values,
+    sorted_logarithms,
+)
 from hf_adafisher.optimizers.sharding import is_sharded, local_part, local_terms
 from hf_adafisher.optimizers.update import Block, step_coefficients
 
@@ -29,10 +36,6 @@ NUMBERS = (
     "step_gain",
 )
 """Keys of ``layer_curvature``'s numbers."""
-SMALL = 1 << 14
-"""Diagonals of at most this many values are simply formed."""
-SAMPLE = 1 << 16
-"""Number of values that stand for a large diagonal without a simpler form, where its median is wanted."""
 _ACCURACY = 2.0**-25
 """Relative accuracy of a median that is found without the diagonal: below the rounding of float32."""
 
@@ -159,11 +162,11 @@ def _spread(terms: Sequence[DiagonalTerm], p: Tensor, damping: float) -> _Spread
     if shape.numel() <= SMALL:
         diagonal = diagonal_of(terms, like, damping)
         return _spread_of_blocks([diagonal], diagonal.flatten(), damping)
-    vectors = _vectors(terms)
+    vectors = outer_vectors(terms)
     if vectors is not None:
         return _spread_of_product(*vectors, damping)
     parts = split_into_blocks(Block(like, like, like, terms), block_size(like))
-    some = _some_values(terms, like).add(damping)
+    some = some_values(terms, like).add(damping)
     return _spread_of_blocks((diagonal_of(part.terms, part.param, damping) for part in parts), some, damping)
 
 
@@ -178,23 +181,6 @@ def _spread_of_blocks(diagonals: Sequence[Tensor] | Iterator[Tensor], some: Tens
     return _Spread(lows.min().item(), some.median().item(), highs.max().item(), floor.sum().item() / count)
 
 
-def _vectors(terms: Sequence[DiagonalTerm]) -> tuple[Tensor, Tensor] | None:
-    """Two vectors whose outer product holds the diagonal's values, the shorter first; None where there are none.
-
-    Of three factors and more, all but the longest are multiplied out.
-    """
-    if len(terms) != 1 or not terms[0]:
-        return None
-    axes = [axis for factor in terms[0] for axis, size in enumerate(factor.shape) if size > 1]
-    if len(axes) != len(set(axes)):
-        return None
-    *short, long = sorted((factor.flatten() for factor in terms[0]), key=len)
-    product = torch.ones(1, dtype=long.dtype, device=long.device)
-    for vector in short:
-        product = torch.outer(product, vector).flatten()
-    return product, long
-
-
 def _spread_of_product(left: Tensor, right: Tensor, damping: float) -> _Spread:
     """Of ``left[i] * right[j] + damping`` for vectors >= 0, without forming it."""
     low = (left.min() * right.min() + damping).item()
@@ -202,9 +188,9 @@ def _spread_of_product(left: Tensor, right: Tensor, damping: float) -> _Spread:
     values = len(left) * len(right)
     # Many small operations, each waiting for the one before: on an accelerator they would cost more than the copy.
     left, right = left.double().cpu(), right.double().cpu()
-    logs = [vector[vector > 0].log().sort().values for vector in (left, right)]
+    logs = [sorted_logarithms(vector) for vector in (left, right)]
     zeros = values - len(logs[0]) * len(logs[1])
-    below = zeros + int(torch.searchsorted(logs[1], math.log(damping) - logs[0]).sum())
+    below = zeros + products_below(logs[0], logs[1], damping)
     rank = (values - 1) // 2
     median = 0.0 if rank < zeros else math.exp(_sum_of_rank(logs[0], logs[1], rank - zeros))
     return _Spread(low, median + damping, high, below / values)
@@ -220,17 +206,3 @@ def _sum_of_rank(left: Tensor, right: Tensor, rank: int) -> float:
         else:
             low = middle
     return high
-
-
-def _some_values(terms: Sequence[DiagonalTerm], like: Tensor) -> Tensor:
-    """``SAMPLE`` values of the undamped diagonal, one at a random place of each of as many equal stretches."""
-    generator = torch.Generator().manual_seed(0)  # its own: training must not notice
-    places = torch.arange(SAMPLE, dtype=torch.float64) + torch.rand(SAMPLE, generator=generator, dtype=torch.float64)
-    flat = (places * (like.numel() / SAMPLE)).long().clamp_(max=like.numel() - 1).to(like.device)
-    total = torch.zeros(SAMPLE, dtype=like.dtype, device=like.device)
-    for term in terms:
-        split = next((factor.shape[0] for factor in term if factor.dim() > like.dim()), None)
-        axes = like.shape if split is None else (split, like.shape[0] // split, *like.shape[1:])
-        index = torch.unravel_index(flat, axes)
-        total += math.prod((factor.expand(axes)[index] for factor in term), start=torch.ones_like(total))
-    return total

@@ -85,13 +85,29 @@ def create_optimizer(
         # What Trainer's default optimizer does; without it the comparison would be against a slow peer.
         able = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in params)
         sharded = any(mode.refused_by(Needs.SHAPES | Needs.WHOLE_PARAMETERS) for mode in modes_of(model))
-        arguments["fused"] = able and not (sharded and name in _FUSED_WHOLE)
+        # A late buffer of zeros (below) is what SGD's own first step makes only without dampening.
+        arguments["fused"] = able and not (sharded and name in _FUSED_WHOLE) and not arguments.get("dampening")
     if record.groups is not None:
         groups = record.groups(model, groups, arguments)
     build: Callable[..., Optimizer] = record.cls
     optimizer = build(model, groups, **arguments) if record.needs_model else build(groups, **arguments)
+    if isinstance(optimizer, torch.optim.SGD) and arguments.get("fused"):
+        optimizer.register_step_pre_hook(_give_late_buffers)
     optimizer.register_load_state_dict_pre_hook(functools.partial(_check_checkpoint, record))
     return optimizer
+
+
+def _give_late_buffers(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    """Give parameters whose first gradient comes late a momentum of zeros, as a step pre-hook.
+
+    torch's fused SGD fails where some parameters have a momentum buffer and some have none.
+    """
+    for group in optimizer.param_groups:
+        moving = [p for p in group["params"] if p.grad is not None] if group["momentum"] else []
+        late = [p for p in moving if optimizer.state[p].get("momentum_buffer") is None]
+        if len(late) < len(moving):
+            for p in late:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
 
 def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict[str, Any]) -> None:

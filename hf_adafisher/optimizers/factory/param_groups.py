@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from hf_adafisher.fisher.layers.linear import Conv1DRule
 from hf_adafisher.fisher.layers.registry import find_rule
 
+logger = logging.getLogger(__name__)
+
 Groups = list[dict[str, Any]]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_SHOWN = 5
 
 
 def decay_parameter_names(model: nn.Module) -> list[str]:
@@ -92,35 +96,63 @@ class Matrix(NamedTuple):
 def hidden_matrices(model: nn.Module) -> list[Matrix]:
     """Return the weights between input and output layer: of Linear, transformers' Conv1D, and convolutions.
 
-    Left out: embeddings and what is tied to them; the heads, which are a language model's output embeddings and
-    layers outside the base model with ``config.num_labels`` outputs, or, in a model without a ``config``, the last
-    matrix; the first convolution, which reads pixels or sound; convolutions with several groups, which
-    are many small matrices; parameters that no such layer owns (class tokens, position tables, fused experts).
+    Left out: embeddings and what is tied to them; the heads (``head_matrices``); the first convolution, which reads
+    pixels or sound; convolutions with several groups, which are many small matrices; parameters that no such layer owns
+    (class tokens, position tables, fused experts).
     """
-    modules = _named_matrices(model)
-    outside = embedding_tables(model) | {id(weight) for weight in _heads(model, modules)}
+    outside = embedding_tables(model) | _heads(model)
     outside |= {id(m.weight) for m in [m for m in model.modules() if isinstance(m, _CONVOLUTIONS)][:1]}
-    return _matrices(modules, lambda weight: id(weight) not in outside)
+    return _distinct(m for m in _matrices(model) if id(m.weight) not in outside)
 
 
 def head_matrices(model: nn.Module) -> list[Matrix]:
-    """Return the weights of output layers, which ``hidden_matrices`` leaves out, also those tied to an embedding."""
-    modules = _named_matrices(model)
-    heads = {id(weight) for weight in _heads(model, modules)}
-    return _matrices(modules, lambda weight: id(weight) in heads)
+    """The weights of the output layers that ``hidden_matrices`` leaves out, those tied to an embedding included.
+
+    They are, whatever wraps the model (PEFT, a module of your own):
+
+    * a language model's output embeddings;
+    * of the layers of a transformers model outside its base model those with ``config.num_labels`` outputs, or, where
+      there are neither, the last one;
+    * in a model that is not transformers', or around a base model of theirs, the last matrix.
+    """
+    heads = _heads(model)
+    return _distinct(m for m in _matrices(model) if id(m.weight) in heads)
 
 
-def _named_matrices(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return the modules that multiply by a matrix, with their names."""
-    return [(name, module) for name, module in model.named_modules() if _is_matrix(module)]
+def roles(model: nn.Module) -> dict[int, str]:
+    """``"hidden matrix"``, ``"table"``, ``"head"`` or ``"table and head"``, by ``id(parameter)``; others have none."""
+    tables, heads = embedding_tables(model), {id(m.weight) for m in head_matrices(model)}
+    found = {id(m.weight): "hidden matrix" for m in hidden_matrices(model)}
+    found |= dict.fromkeys(tables, "table") | dict.fromkeys(heads, "head")
+    return found | dict.fromkeys(tables & heads, "table and head")
 
 
-def _matrices(modules: Iterable[tuple[str, Any]], chosen: Callable[[Tensor], bool]) -> list[Matrix]:
-    """Return the chosen weights of these modules, each once; those of several groups are no matrices."""
+def log_roles(kind: str, model: nn.Module) -> None:
+    """Log which trained parameters were taken for what; ``coverage()`` of optimizers with factors lists them all."""
+    by_role: dict[str, list[str]] = {}
+    known = roles(model)
+    for name, p in model.named_parameters():
+        if p.requires_grad and id(p) in known:
+            by_role.setdefault(known[id(p)], []).append(name)
+    shown = [f"{role}: {', '.join(names[:_SHOWN])}{_more(len(names))}" for role, names in by_role.items()]
+    logger.info("%s treats as %s", kind, "; as ".join(shown) or "vectors all parameters")
+
+
+def _more(count: int) -> str:
+    return f" and {count - _SHOWN} more" if count > _SHOWN else ""
+
+
+def _matrices(model: nn.Module) -> list[Any]:
+    """The modules that multiply by a matrix."""
+    return [module for module in model.modules() if _is_matrix(module)]
+
+
+def _distinct(modules: Iterable[Any]) -> list[Matrix]:
+    """The weights of these modules, each once; those of several groups are no matrices."""
     found = {
         id(module.weight): Matrix(module.weight, isinstance(find_rule(module), Conv1DRule))
-        for _, module in modules
-        if chosen(module.weight) and getattr(module, "groups", 1) == 1
+        for module in modules
+        if getattr(module, "groups", 1) == 1
     }
     return list(found.values())
 
@@ -130,20 +162,35 @@ def _is_matrix(module: nn.Module) -> bool:
     return of_kind and isinstance(module.weight, Tensor) and module.weight.dim() >= 2
 
 
-def _heads(model: nn.Module, matrices: Iterable[tuple[str, Any]]) -> Iterator[Tensor]:
-    matrices = list(matrices)
+def _heads(model: nn.Module) -> set[int]:
+    """Ids of the weights of output layers, tied or not."""
     known = output_embeddings(model)
-    labels = getattr(getattr(model, "config", None), "num_labels", None)
-    base = getattr(model, "base_model_prefix", None)
-    heads = [
-        module.weight
-        for name, module in matrices
-        if id(module.weight) in known
-        or (base and base not in name.split(".") and _outputs(module) == labels and hasattr(model, base))
-    ]
-    if not heads and not known and not hasattr(model, "config"):
-        heads = [module.weight for _, module in matrices[-1:]]
-    yield from heads
+    parts = list(_transformers_models(model))
+    heads = known.union(*(_heads_of_part(part, known) for part in parts))
+    inside = {id(module) for part in parts for module in part.modules()}
+    around = [module for module in _matrices(model) if id(module) not in inside]
+    return heads or {id(module.weight) for module in around[-1:]}
+
+
+def _transformers_models(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost models of transformers in a module; wrappers (PEFT's) pass attributes on, but not their class."""
+    if getattr(type(module), "base_model_prefix", ""):
+        yield module
+    else:
+        for child in module.children():
+            yield from _transformers_models(child)
+
+
+def _heads_of_part(part: Any, known: Collection[int]) -> set[int]:
+    """Ids of the weights of a transformers model's output layers that are no output embeddings."""
+    base = getattr(part, type(part).base_model_prefix, None)
+    inside = {id(module) for module in base.modules()} if isinstance(base, nn.Module) else set()
+    outside = [module for module in _matrices(part) if id(module) not in inside]
+    labels = getattr(getattr(part, "config", None), "num_labels", None)
+    if not inside:  # a base model itself, or one with a head beside layers of its own
+        outside = [module for module in outside[-1:] if _outputs(module) == labels]
+    of_labels = [module for module in outside if _outputs(module) == labels or id(module.weight) in known]
+    return {id(module.weight) for module in of_labels or outside[-1:]}
 
 
 def _outputs(module: Any) -> int:

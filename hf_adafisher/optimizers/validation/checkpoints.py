@@ -75,7 +75,8 @@ def check_shapes(expected: Sequence[tuple[str, Shapes]], state_dict: Mapping[str
         if found != shapes:
             raise ValueError(
                 f"the saved state of {name} does not fit the model: saved {found}, needed {shapes}; "
-                "resume with the model that the checkpoint was written for"
+                "resume with the model, and the version of hf_adafisher, that the checkpoint was written with, or "
+                "start without the optimizer state"
             )
 
 

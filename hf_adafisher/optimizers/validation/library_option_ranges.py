@@ -79,5 +79,12 @@ def _expected_tuple(name: str, value: Any, default: tuple[Any, ...], hint: Any) 
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, also one in a tensor, as learning rates may be."""
-    return isinstance(value, (numbers.Real, torch.Tensor)) and not isinstance(value, bool) and math.isfinite(value)
+    """Also one in a tensor, as learning rates may be; not -0.0, by which a division gives -inf."""
+    single = value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, numbers.Real)
+    if isinstance(value, bool) or not single:
+        return False
+    try:
+        number = float(value)
+    except OverflowError:
+        return False
+    return math.isfinite(number) and (number != 0.0 or math.copysign(1.0, number) > 0.0)

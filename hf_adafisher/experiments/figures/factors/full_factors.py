@@ -130,8 +130,6 @@ def collect_factors(
         layers = {name: layer for name, layer in factor_layers(model, max_dim).items() if only in (None, name)}
         rules = {id(model.get_submodule(name)): layer.rule for name, layer in layers.items()}
         recorder = FactorRecorder(model, model.parameters(), lambda module: rules.get(id(module)))
-        for tracked in recorder.tracked:
-            tracked.module.training = True  # it alone, not its children: the recorder skips layers in evaluation
         recorder.arm()
         total = sum(len(batch["labels"]) for batch in batches)
         with torch.enable_grad():
