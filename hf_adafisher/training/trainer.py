@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import pickle
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,9 @@ from hf_adafisher.training.arguments import (
     optimizer_name,
 )
 from hf_adafisher.training.callbacks import AdaFisherCallback
-from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
+from hf_adafisher.training.checkpoints import CheckpointError, check_checkpoint_files, last_complete_checkpoint
 from hf_adafisher.training.curvature_callback import CurvatureCallback
-from hf_adafisher.training.renamed_weights import has_renamed_weights, load_renamed_weights
+from hf_adafisher.training.renamed_weights import check_weights_fit, has_renamed_weights, load_renamed_weights
 from hf_adafisher.training.second_order import second_derivatives
 
 logger = logging.getLogger(__name__)
@@ -137,9 +139,13 @@ class AdaFisherTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load a checkpoint, also where its weights have other names than the model's."""
-        if not self._load_renamed_weights(self.model if model is None else model, Path(resume_from_checkpoint)):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Load a checkpoint, also where its weights have other names than the model's; refuse another model's."""
+        target, checkpoint = self.model if model is None else model, Path(resume_from_checkpoint)
+        with _as_checkpoint_errors(checkpoint):
+            if not self._load_renamed_weights(target, checkpoint):
+                if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+                    check_weights_fit(target, checkpoint)
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         self._show_evaluated_weights()  # or a later evaluation would do it to the weights that are now loaded
@@ -173,10 +179,18 @@ class AdaFisherTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and scheduler; an error about the optimizer's state names the checkpoint."""
-        try:
+        asked_for = [set(group) for group in getattr(self._raw_optimizer(), "param_groups", ())]
+        with _as_checkpoint_errors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
-            raise ValueError(f"cannot resume from {checkpoint}: {error}") from error
+            if checkpoint is not None:
+                _check_options(self._raw_optimizer(), asked_for, Path(checkpoint))
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Train an epoch; from a checkpoint that has all steps, none, where Trainer would make one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -250,6 +264,28 @@ class AdaFisherTrainer(Trainer):
                 card.read_text(encoding="utf-8") + f"\n### Optimizer\n\nTrained with {kind}, {ours}{paper}.\n",
                 encoding="utf-8",
             )
+
+
+@contextlib.contextmanager
+def _as_checkpoint_errors(checkpoint: Any) -> Iterator[None]:
+    """Name the checkpoint in whatever its damaged or foreign contents raise."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"cannot resume from {checkpoint}: {error}") from error
+
+
+def _check_options(optimizer: Any, wanted: list[set[str]], checkpoint: Path) -> None:
+    """Check that the groups just loaded have the options of the optimizer; torch takes those of any other."""
+    groups = getattr(optimizer, "param_groups", ())
+    missing = sorted({key for keys, group in zip(wanted, groups, strict=True) for key in keys - set(group)})
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint / 'optimizer.pt'} was written by another optimizer than {type(optimizer).__name__}: it has "
+            f"no {', '.join(missing)}. Resume with the optimizer that wrote it"
+        )
 
 
 def _warn_of_a_foreign_default(name: str, learning_rate: float) -> None:

@@ -1,0 +1,177 @@
+"""Runs that fail, are killed, or are resumed with other arguments: nothing of an earlier run is lost or mixed in."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
+from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+from tests.scripts import read_results
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of all files below, by path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def same_weights(*runs: Path) -> bool:
+    first, second = (load_file(run / "model.safetensors") for run in runs)
+    return all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+@pytest.fixture
+def earlier(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: no handler of the run catches it."""
+
+
+def kill_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next run die in the middle of a step."""
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    from hf_adafisher.training.trainer import AdaFisherTrainer
+
+    original = AdaFisherTrainer.training_step
+    monkeypatch.setattr(AdaFisherTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim", "adamw", "--learning_rate", "nan"], "nan"),
+        (["--n_layer", "2", "--resume_from_checkpoint", "last", "--max_steps", "6"], "does not fit the model"),
+        (["--n_embd", "32", "--resume_from_checkpoint", "last", "--max_steps", "6"], "(48,) there, (96,) here"),
+        (["--block_size", "8", "--resume_from_checkpoint", "last", "--max_steps", "6"], "(16, 16) there, (8, 16) here"),
+        (["--optim", "adamw_torch", "--resume_from_checkpoint", "last", "--max_steps", "6"], "optimizer.pt"),
+        (["--resume_from_checkpoint", "last", "--max_steps", "2"], "has 4 steps and --max_steps is 2"),
+    ],
+)
+def test_a_rerun_that_is_refused_touches_nothing(
+    main: Any, command: list[str], earlier: Path, caplog: pytest.LogCaptureFixture, flags: list[str], message: str
+) -> None:
+    """E1: one line, and every file of the earlier run as it was."""
+    before = contents(earlier)
+    assert main([*command, *flags, "--output_dir", str(earlier)]) == 2
+    assert contents(earlier) == before
+    assert message in caplog.records[-1].getMessage() and "\n" not in caplog.records[-1].getMessage()
+
+
+@pytest.mark.skipif(
+    not hasattr(optimizer_record("kfac"), "options_class"), reason="K-FAC's options are not a dataclass yet"
+)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"learning_rate": float("nan")}, "nan"), ({"optim_args": "damping=-1"}, "damping")],
+)
+def test_the_values_of_kfac_are_checked_before_there_is_a_model(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """E1: with everybody's, when the arguments are parsed."""
+    with pytest.raises(ValueError, match=message):
+        AdaFisherTrainingArguments(str(tmp_path), optim="kfac", **options)
+
+
+def test_a_rerun_that_is_killed_leaves_the_earlier_results(
+    main: Any, command: list[str], earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E1: results, model, picture and checkpoints of the earlier run stand until the new run is complete."""
+    before = contents(earlier)
+    again = [*command, "--save_steps", "1", "--learning_rate", "0.02", "--output_dir", str(earlier)]
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(3, patch)
+        main(again)
+    after = contents(earlier)
+    kept = {name: value for name, value in before.items() if not name.startswith("checkpoint-")}
+    assert kept.items() <= after.items()
+    moved = {name.partition("/")[2]: value for name, value in after.items() if name.startswith("earlier-run-1/")}
+    assert moved == {name: value for name, value in before.items() if name.startswith("checkpoint-")}
+    assert sorted(path.name for path in earlier.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert main([*again, "--resume_from_checkpoint", "last"]) == 0  # the new run's last, not the earlier one's
+    assert read_results(earlier)["resumed_from"] == str(earlier / "checkpoint-3")
+    assert read_results(earlier)["settings"]["training"]["learning_rate"] == 0.02
+    assert not list(earlier.glob("earlier-run-*")) and not list(earlier.glob(".unfinished*"))
+
+
+def test_a_complete_rerun_takes_the_place_of_the_earlier_run(main: Any, command: list[str], earlier: Path) -> None:
+    """E1: no weights file of the earlier run is left beside the new model's."""
+    (earlier / "model.safetensors").rename(earlier / "model-00001-of-00001.safetensors")
+    (earlier / "model.safetensors.index.json").write_text("{}")
+    assert main([*command, "--seed", "1", "--output_dir", str(earlier)]) == 0
+    assert read_results(earlier)["seed"] == 1 and "\n- seed: 1\n" in (earlier / "README.md").read_text()
+    assert sorted(path.name for path in earlier.glob("model*")) == ["model.safetensors"]
+    assert same_weights(earlier, earlier / "checkpoint-4")
+
+
+@pytest.mark.parametrize("where", ["evaluation", "model", "results"])
+def test_a_run_killed_after_its_last_checkpoint_is_finished(
+    main: Any, command: list[str], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """E2: evaluation, model and results of a run that ended between its last checkpoint and results.json."""
+    output = tmp_path / "run"
+    again = [*command, "--save_steps", "2", "--output_dir", str(output)]
+    place = {
+        "evaluation": "hf_adafisher.experiments.runs.clm.evaluate_perplexity",
+        "model": "hf_adafisher.experiments.runs.run.write_learning_curves",
+        "results": "hf_adafisher.experiments.runs.run.swap_in",
+    }[where]
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(place, die)
+        main(again)
+    assert not (output / "results.json").exists() and (output / "checkpoint-4").is_dir()
+    assert main([*again, "--resume_from_checkpoint", "last"]) == 0
+    whole, rest = read_results(finished), read_results(output)
+    for part in ("status", "steps", "train", "validation", "test", "optimizer_state_bytes", "optimizer"):
+        assert rest[part] == whole[part]
+    assert rest["train_seconds"] > 0 and rest["step_time"]["steps"] == 0
+    assert same_weights(output, finished) and "AdaFisherW" in (output / "README.md").read_text()
+    assert (output / "learning_curve.png").is_file()
+    before = contents(output)
+    assert main([*again, "--resume_from_checkpoint", "last"]) == 2  # now it has finished
+    assert contents(output) == before
+
+
+def test_a_killed_rerun_is_finished_though_an_earlier_run_has_results(
+    main: Any, command: list[str], earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E2: the earlier run's results.json does not count for the checkpoint of the new one."""
+    again = [*command, "--seed", "7", "--output_dir", str(earlier)]
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("hf_adafisher.experiments.runs.clm.evaluate_perplexity", die)
+        main(again)
+    assert read_results(earlier)["seed"] == 42
+    assert main([*again, "--resume_from_checkpoint", "last"]) == 0
+    assert read_results(earlier)["seed"] == 7 and same_weights(earlier, earlier / "checkpoint-4")
+
+
+def test_no_step_is_trained_beyond_the_last(main: Any, command: list[str], earlier: Path) -> None:
+    """E2: Trainer itself trains one step more from a checkpoint that has all its steps."""
+    (earlier / "results.json").unlink()
+    assert main([*command, "--output_dir", str(earlier), "--resume_from_checkpoint", "last"]) == 0
+    assert read_results(earlier)["steps"] == 4 and same_weights(earlier, earlier / "checkpoint-4")
