@@ -37,8 +37,8 @@ def load_renamed_weights(model: Any, checkpoint: Path) -> None:
         checkpoint: The ``checkpoint-N`` directory.
 
     Raises:
-        ValueError: The checkpoint lacks weights of the model or has others besides, or the model's class cannot be built from its
-            configuration alone.
+        ValueError: The checkpoint lacks weights of the model or has others besides, or the model's class cannot be
+            built from its configuration alone.
     """
     # The widest dtype: a model may keep its head in float32 and the rest in bfloat16.
     dtype = functools.reduce(torch.promote_types, (p.dtype for p in model.parameters()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_adafisher.experiments.outputs import json_ready
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
-from hf_adafisher.experiments.runs.run import RESULTS_FILE
+from hf_adafisher.experiments.runs.run import DATA_FILE, RESULTS_FILE
 from hf_adafisher.optimizers.factory.create import available_optimizers, optimizer_record
 from hf_adafisher.training.arguments import optimizer_name
 from hf_adafisher.training.checkpoints import check_checkpoint_files, last_complete_checkpoint
@@ -89,3 +90,24 @@ def _has_results(output_dir: Path, state: TrainerState) -> bool:
     except (OSError, ValueError, LookupError, TypeError):
         return False
     return bool(history[: len(state.log_history)] == json_ready(state.log_history))
+
+
+def warn_of_changed_data(checkpoint: Path, hashes: Mapping[str, Mapping[str, str]]) -> None:
+    """Log a warning if the data is not that of the run that wrote a checkpoint.
+
+    Args:
+        checkpoint: The ``checkpoint-N`` directory.
+        hashes: Of the data as it is now; see ``PreparedRun.data_hashes``.
+    """
+    record = checkpoint / DATA_FILE
+    if not record.is_file():
+        return
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = [split for split in {**before, **hashes} if before.get(split) != hashes.get(split)]
+    if changed:
+        logger.warning(
+            "the data has changed since %s was written (%s): the run goes on with the new data, so it is neither the "
+            "one before nor one of its own; for a clean result start anew",
+            checkpoint,
+            ", ".join(changed),
+        )

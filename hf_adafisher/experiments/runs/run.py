@@ -29,6 +29,8 @@ from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 RESULTS_FILE = "results.json"
+DATA_FILE = "data.json"
+"""File of every checkpoint with the hashes of the data."""
 CURVE_FILE = "learning_curve.png"
 CARD_FILE = "README.md"
 SPLITS = ("validation", "test")
@@ -59,6 +61,8 @@ class PreparedRun(ABC):
     model_args: Any
     """A dataclass with ``model_name_or_path``; subclasses narrow its type."""
     data_args: Any
+    data_hashes: dict[str, dict[str, str]]
+    """Hash of the content of each split, ``{split: {"sha256": ...}}``."""
 
     loss_label: ClassVar[str]
     """Label of the losses' axis."""
@@ -117,6 +121,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
     timer, watch = StepTimer(), StopOnDivergence()
     curvature = [CurvatureCallback()] if run.training_args.curvature_log else []
     trainer = run.new_trainer([SetAside(run.checkpoint), timer, watch, *curvature])
+    trainer.checkpoint_files[DATA_FILE] = run.data_hashes
     outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = {"steps": trainer.state.global_step, "steps_per_epoch": _steps_per_epoch(trainer)}
     # Optimizer steps alone, those before a resume included, where wall_seconds has evaluations and checkpoints as
@@ -149,6 +154,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         "wall_seconds": outcome.metrics.get("train_runtime"),
         "step_time": timer.summary(),
         **_describe(run),
+        "optimizer_options": _options_used(trainer),
         "log_history": trainer.state.log_history,
     }
     _write(trainer, run, results, evaluation.files)
@@ -188,7 +194,15 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
 def _describe(run: PreparedRun) -> dict[str, Any]:
     settings = {"model": asdict(run.model_args), "data": asdict(run.data_args), "training": run.training_args.to_dict()}
     versions = software_versions(run.libraries)
-    return {**run.describe(), "versions": versions, "hardware": hardware(), "settings": settings}
+    described = {**run.describe(), "data": run.data_hashes}
+    return {**described, "versions": versions, "hardware": hardware(), "settings": settings}
+
+
+def _options_used(trainer: AdaFisherTrainer) -> dict[str, Any]:
+    """Options of the optimizer's first group as they were at the end, with the learning rate of the schedule."""
+    group = unwrapped(trainer.optimizer).param_groups[0]
+    options = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+    return {"learning_rate": group.get("initial_lr", group["lr"]), **options}
 
 
 def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
@@ -175,3 +177,60 @@ def test_no_step_is_trained_beyond_the_last(main: Any, command: list[str], earli
     (earlier / "results.json").unlink()
     assert main([*command, "--output_dir", str(earlier), "--resume_from_checkpoint", "last"]) == 0
     assert read_results(earlier)["steps"] == 4 and same_weights(earlier, earlier / "checkpoint-4")
+
+
+def test_a_resume_after_changed_data_keeps_the_tokenizer_and_says_so(
+    main: Any, command: list[str], files: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """E3: embeddings stand for the tokens of the checkpoint's tokenizer; hashes tell changed_data."""
+    train, output = tmp_path / "train.txt", tmp_path / "run"
+    text = Path(files["train"]).read_text(encoding="utf-8")
+    train.write_text(text, encoding="utf-8")
+    flags = [*command, "--train_file", str(train), "--save_steps", "2", "--output_dir", str(output)]
+    assert main([*flags, "--max_steps", "2"]) == 0
+    hashes = read_results(output)["data"]
+    assert hashes["train"] == {"sha256": hashlib.sha256(text.encode()).hexdigest()}
+    assert set(hashes) == {"train", "validation", "test"}
+    assert json.loads((output / "checkpoint-2" / "data.json").read_text()) == hashes
+    assert main([*flags, "--max_steps", "4", "--resume_from_checkpoint", "last"]) == 0
+    assert "the data has changed" not in caplog.text
+    train.write_text(text + "zyxwvut zyxwvut zyxwvut zyxwvut\n" * 500, encoding="utf-8")
+    before = AutoTokenizer.from_pretrained(output / "checkpoint-4").get_vocab()
+    assert main([*flags, "--max_steps", "6", "--resume_from_checkpoint", "last"]) == 0
+    assert f"the data has changed since {output / 'checkpoint-4'} was written (train)" in caplog.text
+    assert AutoTokenizer.from_pretrained(output).get_vocab() == before
+    after = read_results(output)["data"]
+    assert after["train"] != hashes["train"] and after["test"] == hashes["test"]
+
+
+@pytest.mark.parametrize(
+    ("optim", "asked", "used"),
+    [
+        ("adafisherw", ["--damping", "0.1", "--weight_decay", "0.1"], {"damping": 0.003, "weight_decay": 0.0}),
+        ("adamw", ["--adam_beta1", "0.5"], {"adam_beta1": 0.9}),
+        ("kfac", ["--optim_args", "damping=0.5"], {"optim_args": "damping=0.01"}),
+    ],
+)
+def test_a_resume_with_other_options_records_what_ran(
+    main: Any,
+    command: list[str],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    optim: str,
+    asked: list[str],
+    used: dict[str, Any],
+) -> None:
+    """E4: the checkpoint's options train on, so results and model card have these, and a warning has both."""
+    flags = [*command, "--save_steps", "2", "--optim", optim, "--output_dir", str(tmp_path)]
+    assert main([*flags, "--learning_rate", "0.04", "--max_steps", "2"]) == 0
+    assert "trains on with its own options" not in caplog.text
+    again = [*flags, "--learning_rate", "0.4", *asked, "--resume_from_checkpoint", "last"]
+    assert main(again) == 0
+    assert "learning_rate=0.04 (not 0.4)" in caplog.text
+    results, card = read_results(tmp_path), (tmp_path / "README.md").read_text()
+    settings = results["settings"]["training"]
+    assert {key: settings[key] for key in used} == used and settings["learning_rate"] == 0.04
+    assert results["optimizer_options"]["learning_rate"] == 0.04
+    assert "learning_rate: 0.04\n" in card and "0.4\n" not in card
+    rates = [entry["learning_rate"] for entry in results["log_history"] if "learning_rate" in entry]
+    assert max(rates) <= 0.04
