@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_adafisher.optimizers.adafisher import AdaFisher
@@ -197,6 +197,16 @@ class AdaFisherTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             _check_options(self._raw_optimizer(), asked_for, Path(checkpoint))
         self._record_options(asked_for, checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Load the state of the loss scaler; a file of one, where this run has none, is not used."""
+        if checkpoint is not None and getattr(self.accelerator, "scaler", None) is None:
+            scaler = Path(checkpoint) / SCALER_NAME
+            if scaler.is_file():
+                logger.warning("%s is not used: this run does not scale its loss (fp16).", scaler)
+            return
+        with _as_checkpoint_errors(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _record_options(self, asked_for: list[dict[str, Any]], checkpoint: str) -> None:
         """Set the arguments to the options that came with the checkpoint and train on, and warn where others were."""
