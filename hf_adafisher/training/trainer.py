@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 from transformers import Trainer
 from transformers.trainer import SCALER_NAME, TRAINER_STATE_NAME
@@ -143,7 +145,8 @@ class AdaFisherTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model; with schedule-free optimizers, the weights that are evaluated."""
         self._show_evaluated_weights()
-        super().save_model(output_dir, _internal_call)
+        with _naming(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Load a checkpoint, also where its weights have other names than the model's; refuse another model's."""
@@ -180,13 +183,14 @@ class AdaFisherTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Save a checkpoint; one that an earlier run left in this place does not count as complete meanwhile."""
-        if self.args.should_save:
-            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in self.checkpoint_files.items():
-                (folder / name).write_text(json.dumps(content), encoding="utf-8")
-        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with _naming(folder):
+            if self.args.should_save:
+                (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, content in self.checkpoint_files.items():
+                    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+            super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and scheduler; an error about the optimizer's state names the checkpoint."""
@@ -328,6 +332,19 @@ def _as_checkpoint_errors(checkpoint: Any) -> Iterator[None]:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"cannot resume from {checkpoint}: {error}") from error
+
+
+@contextlib.contextmanager
+def _naming(folder: Any) -> Iterator[None]:
+    """Name the folder in the error of a full disk, which torch and safetensors raise without it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        full = full or "PytorchStreamWriter failed writing" in str(error)
+        if full and getattr(error, "filename", None) is None:
+            raise OSError(errno.ENOSPC, f"cannot be saved ({error})", str(folder)) from error
+        raise
 
 
 def _options(optimizer: Any) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from hf_adafisher.experiments.benchmark.step import Workload, alternate, gpt2, timed, timer
 from hf_adafisher.experiments.drawing import new_figure
+from hf_adafisher.experiments.outputs import replacing
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 
 BASE = {"width": 256, "depth": 4, "vocabulary": 4096, "batch": 8}
@@ -113,4 +114,5 @@ def write_scaling(path: Path, result: Mapping[str, Any]) -> None:
         axes.plot([0, end], line, color="black", linestyle=":", label=text)
         axes.set(xlabel=f"{x}, millions", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,8 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from hf_adafisher.experiments.outputs import replacing
+from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+from tests.data.images.image_samples import class_folders
+from tests.experiments.runs.image_runs import TINY
+from tests.experiments.runs.image_runs import run as run_images
 from tests.scripts import read_results
 
 
@@ -234,3 +240,47 @@ def test_a_resume_with_other_options_records_what_ran(
     assert "learning_rate: 0.04\n" in card and "0.4\n" not in card
     rates = [entry["learning_rate"] for entry in results["log_history"] if "learning_rate" in entry]
     assert max(rates) <= 0.04
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "a$b$c", r"\alpha_$x^$", "$$"])
+def test_class_names_are_no_formulas(tmp_path: Path, name: str) -> None:
+    """E6: dollar signs and backslashes in the name of a folder stand in the picture as they are."""
+    class_folders(tmp_path / "data" / "images", {name: 6, "red": 6})
+    output = tmp_path / "out"
+    assert run_images(*TINY, "--data_dir", tmp_path / "data" / "images", "--max_steps", 1, "--output_dir", output) == 0
+    assert (output / "confusion_matrix.png").read_bytes().startswith(b"\x89PNG")
+    assert read_results(output)["confusion_matrix"]["classes"] == sorted([name, "red"])
+    assert write_learning_curves(tmp_path / "curve.png", {name: [{"step": 1, "loss": 1.0}]}, name)
+
+
+def test_a_full_disk_leaves_the_earlier_file_and_is_named(tmp_path: Path) -> None:
+    """E6: nothing is truncated in place, and the message has the path that Python's own lacks."""
+    path = tmp_path / "report.html"
+    path.write_text("an earlier report")
+    with pytest.raises(OSError, match=f"No space left on device.*{path}"), replacing(path) as partial:
+        partial.write_text("half of the new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_text() == "an earlier report" and [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "results"])
+def test_a_full_disk_ends_a_run_in_one_line(
+    main: Any,
+    command: list[str],
+    earlier: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+) -> None:
+    """E6: the folder is named, and the earlier run's results stay."""
+    before = {name: value for name, value in contents(earlier).items() if not name.startswith("checkpoint-")}
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    where = {"checkpoint": "torch.save", "results": "pathlib.Path.write_text"}[place]
+    monkeypatch.setattr(where, full)
+    assert main([*command, "--output_dir", str(earlier)]) == 2
+    message = caplog.records[-1].getMessage()
+    assert "No space left on device" in message and str(earlier) in message and "\n" not in message
+    assert before.items() <= contents(earlier).items()
