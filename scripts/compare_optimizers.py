@@ -22,6 +22,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
         config = use_local_data(config, arguments.local_data)
     given = {"budget": arguments.budget, "seeds": arguments.seeds}  # what --set must leave to them
     config = set_arguments({**config, **{key: value for key, value in given.items() if value}}, arguments.set)
-    return create_comparison(
+    comparison = create_comparison(
         config,
         Path(__file__).resolve().parent,
         arguments.output_dir or Path("out") / arguments.config.stem,
@@ -89,6 +90,10 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
         jobs=arguments.jobs,
         backend=arguments.backend,
     )
+    if arguments.cell_timeout is not None and not arguments.cell_timeout > 0:
+        raise ValueError(f"--cell_timeout is {arguments.cell_timeout}; it must be a positive number of seconds")
+    cells = [replace(cell, time_limit=arguments.cell_timeout) for cell in comparison.cells]
+    return replace(comparison, cells=cells)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--jobs", type=int, default=1, help="runs at a time, with the cores divided (default 1)")
     add("--backend", choices=BACKENDS, default="local", help="where the cells run (default local)")
+    add("--cell_timeout", type=float, metavar="SECONDS", help="stop a run after so long; it counts as failed")
     add("--retry_failed", action="store_true", help="run failed cells again")
     add("--verbose", action="store_true", help="show each run's own output")
     instead = parser.add_mutually_exclusive_group()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.outputs import write_json
+from hf_adafisher.experiments.outputs import replacing, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,11 @@ def line_style(index: int) -> Style:
         "markersize": 4,
         "linewidth": 1.4,
     }
+
+
+def plain_text(text: str) -> str:
+    """Escape a text of the user's for matplotlib, which takes what stands between two dollar signs for a formula."""
+    return text.replace("$", r"\$")
 
 
 def require_matplotlib() -> None:
@@ -102,8 +107,10 @@ def save_figure(figure: Any, path: Path, numbers: Mapping[str, Any]) -> list[Pat
 
     path.parent.mkdir(parents=True, exist_ok=True)
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".json")]
-    figure.savefig(files[0], dpi=120)
+    with replacing(files[0]) as partial:
+        figure.savefig(partial, dpi=120)
     with matplotlib.rc_context({"svg.hashsalt": "hf_adafisher"}):  # the same picture gives the same file
-        figure.savefig(files[1], metadata={"Date": None})
+        with replacing(files[1]) as partial:
+            figure.savefig(partial, metadata={"Date": None})
     write_json(files[2], dict(numbers))
     return files

@@ -6,8 +6,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
@@ -62,8 +62,32 @@ def json_ready(value: Any) -> Any:
     return str(value)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``, which takes its place once everything is written.
+
+    A killed process or a full disk leaves the earlier file as it was.
+
+    Raises:
+        OSError: It cannot be written; unlike Python's own, the message always names ``path``.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror or error}", str(path)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one piece; see ``replacing``."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write strict JSON: NaN and Infinity, which JSON does not have, become null."""
-    partial = path.with_name(path.name + ".partial")  # a killed run must not leave half a result
-    partial.write_text(json.dumps(json_ready(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    """Write strict JSON in one piece: NaN and Infinity, which JSON does not have, become null."""
+    write_text(path, json.dumps(json_ready(value), indent=2, allow_nan=False) + "\n")

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
+import random
 import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import safe_open
+from transformers.trainer_pt_utils import safe_globals
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +52,9 @@ class CheckpointError(ValueError):
 def check_checkpoint_files(checkpoint: Path) -> None:
     """Check that a checkpoint has all files that resuming needs, and that none of its files is damaged.
 
-    The check compares file sizes and tables of contents. It reads no tensors, so a changed value goes unnoticed, and
-    unpickles nothing. The time does not depend on the size of the model.
+    The check compares file sizes and tables of contents, and unpickles what resuming loads, with tensors and plain
+    values allowed only. It reads no tensors, so a changed value goes unnoticed. The time does not depend on the size
+    of the model.
 
     ``trainer_state.json``, weights, optimizer, scheduler and random state are required. So a checkpoint of
     ``save_only_model=True`` is refused: Trainer would silently resume with a new optimizer and learning rate schedule.
@@ -207,6 +213,36 @@ def _read_torch(path: Path) -> None:
             raise ValueError("it has no data.pkl: torch.save did not write it")
 
 
+def _read_state(path: Path) -> None:
+    """Read the structure of a file that resuming loads, as Trainer does: nothing but tensors and plain values.
+
+    Tensors are mapped, not read. A pickle that names anything else is refused before anything of it is run.
+    """
+    _read_torch(path)
+    with safe_globals():
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        if foreign:
+            raise ValueError(f"it names {', '.join(sorted(foreign))}, which no checkpoint needs, and is not loaded")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError("its pickle cannot be read") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
+    if path.name == "optimizer.pt" and not (
+        isinstance(state.get("state"), dict)
+        and isinstance(state.get("param_groups"), list)
+        and all(isinstance(group, dict) for group in state["param_groups"])
+    ):
+        raise ValueError("it has no state and param_groups: no optimizer wrote it")
+    if path.name.startswith("rng_state"):
+        random.Random().setstate(state["python"])
+        np.random.RandomState().set_state(state["numpy"])
+        torch.Generator().set_state(state["cpu"])
+    if path.name.startswith("pytorch_model") and not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError("it holds other things than weights")
+
+
 _READERS: dict[str, Callable[[Path], None]] = {
     "*.json": _read_json,
     "*.safetensors": _read_safetensors,
@@ -216,15 +252,15 @@ _READERS: dict[str, Callable[[Path], None]] = {
             "pytorch_model*.bin",
             "adapter_model.bin",
             "*/adapter_model.bin",
-            "training_args.bin",
             "optimizer.pt",
             "optimizer*.bin",
             "scheduler.pt",
             "scaler.pt",
             "rng_state*.pth",
         ),
-        _read_torch,
+        _read_state,
     ),
+    "training_args.bin": _read_torch,  # resuming does not load it, and it is a pickle of any class
 }
 
 

@@ -168,17 +168,36 @@ def test_an_archive_that_torch_did_not_write_is_named(checkpoint: Path) -> None:
     assert "optimizer.pt is truncated or damaged (it has no data.pkl" in problem_of(checkpoint)
 
 
-def test_nothing_is_unpickled(checkpoint: Path, tmp_path: Path) -> None:
+def test_no_code_of_a_checkpoint_is_run(checkpoint: Path, tmp_path: Path) -> None:
+    """E5: what resuming would load is refused with the name of the file, and nothing is executed."""
+
     class Trap:
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (tmp_path / "sprung",)
 
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+    torch.save(Trap(), checkpoint / "training_args.bin")  # not loaded by Trainer when it resumes
+    check_checkpoint_files(checkpoint)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin"):
+        content = (checkpoint / name).read_bytes() if (checkpoint / name).is_file() else None
         torch.save(Trap(), checkpoint / name)
+        assert re.search(f"{checkpoint / name} is truncated or damaged \\(it names .*getattr", problem_of(checkpoint))
+        (checkpoint / name).unlink()
+        if content is not None:
+            (checkpoint / name).write_bytes(content)
     check_checkpoint_files(checkpoint)
     assert not (tmp_path / "sprung").exists()
-    torch.load(checkpoint / "optimizer.pt", weights_only=False)
+    torch.load(checkpoint / "training_args.bin", weights_only=False)
     assert (tmp_path / "sprung").exists()  # it was set
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [5, [], {"param_groups": [3], "state": {}, "python": 1}])
+def test_files_of_other_contents(checkpoint: Path, name: str, content: Any) -> None:
+    """E5: valid for torch.load, and nothing that Trainer could use."""
+    if name in ("scheduler.pt", "scaler.pt") and isinstance(content, dict):
+        pytest.skip("any dictionary may be one of these")
+    torch.save(content, checkpoint / name)
+    assert f"{checkpoint / name} is truncated or damaged" in problem_of(checkpoint)
 
 
 def test_a_leftover_of_a_killed_writer_does_no_harm(checkpoint: Path) -> None:
@@ -424,8 +443,12 @@ def test_the_trainer_does_not_start_over_where_all_checkpoints_are_broken(run: P
     [
         (RECORD.build, {"optim": "adamw"}, "this checkpoint was not written by AdaFisherW"),
         (RECORD.build, {"optim": "adafisher"}, "this checkpoint was not written by AdaFisherW"),
-        (lambda: small_gpt2(n_embd=16), {}, "size mismatch for transformer.wte.weight"),
-        (lambda: small_gpt2(n_layer=1), {}, "doesn't match the size of optimizer's group"),
+        (lambda: small_gpt2(n_embd=16), {}, r"does not fit the model: .* is \(48,\) there, \(96,\) here, and 27 more"),
+        (
+            lambda: small_gpt2(n_layer=1),
+            {},
+            "it has no transformer.h.1.ln_1.weight, and 11 more",
+        ),
     ],
     ids=["adamw", "adafisher", "width", "depth"],
 )
@@ -440,6 +463,41 @@ def test_a_foreign_checkpoint_is_refused_before_anything_is_overwritten(
         with pytest.raises((ValueError, RuntimeError), match=message):
             our_trainer(folder, max_steps=8, save_steps=1).train(resume_from_checkpoint=resume)
         assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_the_last_falls_back_from_a_hostile_file(
+    run: Path, whole: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """E5: the run ends as the one that was not disturbed."""
+    torch.save({"a": print}, run / "checkpoint-6" / name)
+    our_trainer(run, seed=1).train(resume_from_checkpoint=True)
+    assert f"Skipping {run / 'checkpoint-6'}" in caplog.text and f"{run / 'checkpoint-6' / name}" in caplog.text
+    ends = [(folder / "checkpoint-6" / "model.safetensors").read_bytes() for folder in (run, whole)]
+    assert ends[0] == ends[1]
+
+
+def test_a_stray_loss_scaler_is_told_and_not_used(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """E5: of a run with fp16, or none of this one."""
+    torch.save({"scale": 65536.0}, run / "checkpoint-4" / "scaler.pt")
+    our_trainer(run).train(resume_from_checkpoint=str(run / "checkpoint-4"))
+    assert f"{run / 'checkpoint-4' / 'scaler.pt'} is not used" in caplog.text
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adagrad", "rmsprop"])
+def test_an_optimizer_of_trainer_refuses_another_ones_checkpoint(run: Path, optim: str) -> None:
+    """E5: not a bare ``KeyError: 'betas'``."""
+    before = snapshot(run)
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt was written by another optimizer than .*: it has no "):
+        our_trainer(run, optim=optim, max_steps=8).train(resume_from_checkpoint=True)
+    assert snapshot(run) == before
+
+
+def test_an_unusable_state_names_its_checkpoint(run: Path) -> None:
+    """E5: a scheduler that is a dictionary of other things."""
+    torch.save({"base_lrs": 3, "lr_lambdas": 5}, run / "checkpoint-6" / "scheduler.pt")
+    with pytest.raises(CheckpointError, match=re.escape(f"cannot resume from {run / 'checkpoint-6'}: ")):
+        our_trainer(run, max_steps=8).train(resume_from_checkpoint=True)
 
 
 def test_a_checkpoint_that_is_being_written_over_another_runs_does_not_count(

@@ -39,6 +39,9 @@ class ImageSource(Protocol):
             OSError: The image cannot be opened.
         """
 
+    def sample_bytes(self, index: int) -> bytes:
+        """Read enough of an image to tell it from any other; empty if it cannot be opened."""
+
     def read(self, index: int) -> Image:
         """Decode an image to RGB.
 
@@ -63,6 +66,18 @@ class EncodedSource:
             raise BrokenImageError(f"image {self.name(index)!r} cannot be read: {error}") from error
         except OSError as error:
             raise BrokenImageError(f"image {self.name(index)!r} cannot be opened: {error}") from error
+
+    def sample_bytes(self, index: int) -> bytes:
+        """Read all of a small file; of a large one its size and both ends, where the compressed pixels are."""
+        try:
+            with self.open(index) as file:
+                length = file.seek(0, io.SEEK_END)
+                file.seek(0)
+                if length <= 2 * _TAIL:
+                    return file.read()
+                return length.to_bytes(8, "little") + file.read(_TAIL) + _tail(file)
+        except OSError:
+            return b""
 
     def name(self, index: int) -> str:
         """Name of an image for error messages."""
@@ -152,6 +167,10 @@ class ArraySource:
     def name(self, index: int) -> str:
         """Title and position of the image."""
         return f"{self.title}, number {index}"
+
+    def sample_bytes(self, index: int) -> bytes:
+        """Pixels of the image."""
+        return self.images[index].tobytes()
 
     def open(self, index: int) -> BinaryIO:
         """Encode the image as a PNG file in memory."""

@@ -16,6 +16,8 @@ from hf_adafisher.data.images.hub import HubImages
 logger = logging.getLogger(__name__)
 
 _ENCODED = ("binary", "large_binary", "string")  # bytes of files, or their paths
+_FEW_CLASSES, _GAPS = 1000, 10
+"""Class numbers without names may have gaps up to here, or up to so many times their count."""
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -161,6 +163,8 @@ def _from_tables(
         _check_labels(labels, location, names)
         splits[split] = (TableSource(table, image, location), labels)
     highest = max((int(labels.max()) for _, labels in splits.values() if len(labels)), default=-1)
+    if not names:
+        _check_gaps({split: labels for split, (_, labels) in splits.items()}, source, highest)
     return LabelledImages(splits, tuple(names or map(str, range(highest + 1))), source)
 
 
@@ -212,6 +216,18 @@ def _check_labels(labels: np.ndarray, location: str, names: list[str] | None) ->
         allowed = f"0 to {len(names) - 1}" if names else "0 or more"
         raise ValueError(
             f"{location}: row {bad[0]} has {label} ({len(bad)} such rows); class numbers must be {allowed}"
+        )
+
+
+def _check_gaps(labels: Mapping[str, np.ndarray], source: str, highest: int) -> None:
+    """Refuse class numbers far beyond their count: one wrong label would make the head and its tables enormous."""
+    distinct = len(np.unique(np.concatenate([*labels.values()]))) if labels else 0
+    if highest >= max(_FEW_CLASSES, _GAPS * distinct):
+        split = next(split for split, values in labels.items() if len(values) and values.max() == highest)
+        raise ValueError(
+            f"{source}, {split}: row {int(np.argmax(labels[split]))} has the label {highest}, far out of the range of "
+            f"the {distinct} different labels; class numbers must be 0 to {distinct - 1}, or the column a ClassLabel, "
+            "with the names of the classes"
         )
 
 

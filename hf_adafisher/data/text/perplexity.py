@@ -157,11 +157,12 @@ def evaluate_perplexity(
 
 def _batches(windows: TokenWindows, batch_size: int) -> Iterator[Tensor]:
     """Yield ids of shape (batch, length). A shorter last window is a batch of its own, so nothing is padded."""
-    items = [windows[index]["input_ids"] for index in range(len(windows))]
-    short = [items.pop()] if len(items[-1]) < windows.block_size else []
-    for start in range(0, len(items), batch_size):
-        yield torch.stack(items[start : start + batch_size])
-    yield from (ids.unsqueeze(0) for ids in short)
+    last = windows[len(windows) - 1]["input_ids"]
+    full = len(windows) - (len(last) < windows.block_size)
+    for start in range(0, full, batch_size):
+        yield torch.stack([windows[index]["input_ids"] for index in range(start, min(start + batch_size, full))])
+    if full < len(windows):
+        yield last.unsqueeze(0)
 
 
 def _batch_nll(model: nn.Module, ids: Tensor) -> float:

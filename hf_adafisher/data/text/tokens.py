@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -19,13 +21,40 @@ MIN_VOCAB_SIZE = 257
 
 GPT1_NEWLINE = "\n</w>"
 
+_QUIET_SECONDS = 3
 _CHUNK_LINES = 1000  # one string per chunk: a whole corpus as one string costs a tokenizer gigabytes
+
+
+_CHUNK_CHARS = 1 << 20  # of longer chunks, and of longer lines, each piece is a string of its own
 
 
 def _chunks(lines: Sequence[str]) -> Iterator[str]:
     iterator = iter(lines)
     while chunk := list(islice(iterator, _CHUNK_LINES)):
-        yield "".join(f"{line}\n" for line in chunk)
+        yield from _pieces("".join(f"{line}\n" for line in chunk))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text before single spaces, where a byte-level tokenizer begins a token anyway."""
+    start = 0
+    while len(text) - start > _CHUNK_CHARS:
+        end = start + _CHUNK_CHARS
+        cut = text.rfind(" ", start + 1, end)
+        while cut > start and (text[cut - 1].isspace() or text[cut + 1].isspace()):
+            cut = text.rfind(" ", start + 1, cut)
+        end = cut if cut > start else end
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _with_progress(pieces: Iterable[str], lines: Sequence[str], description: str) -> Iterator[str]:
+    """Show a bar over the characters of a text that takes more than a few seconds."""
+    total = sum(map(len, lines)) + len(lines)
+    with tqdm(total=total, desc=description, unit="char", unit_scale=True, delay=_QUIET_SECONDS, leave=False) as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(len(piece))
 
 
 def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -58,7 +87,7 @@ def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_chunks(lines), trainer)
+    tokenizer.train_from_iterator(_with_progress(_chunks(lines), lines, "training the tokenizer"), trainer)
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), END_OF_TEXT)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -109,16 +138,14 @@ def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Te
     Raises:
         ValueError: The tokenizer has no start token.
     """
-    ids, line_end = [start_token_id(tokenizer)], line_end_id(tokenizer)
-    if line_end is None:
-        for chunk in _chunks(lines):
-            ids.extend(tokenizer.encode(chunk, add_special_tokens=False, verbose=False))
-    else:
-        for start in range(0, len(lines), _CHUNK_LINES):
-            batch = list(lines[start : start + _CHUNK_LINES])
-            for line in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                ids.extend([*line, line_end])
-    return torch.tensor(ids, dtype=torch.long)
+    ids, line_end = array("q", [start_token_id(tokenizer)]), line_end_id(tokenizer)
+    pieces = _chunks(lines) if line_end is None else (piece for line in lines for piece in [*_pieces(line), "\n"])
+    for piece in _with_progress(pieces, lines, "tokens"):
+        if line_end is not None and piece == "\n":
+            ids.append(line_end)
+        else:
+            ids.extend(tokenizer.encode(piece, add_special_tokens=False, verbose=False))
+    return torch.frombuffer(ids, dtype=torch.long)
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from hf_adafisher.experiments.benchmark.measurement import alternate, timed, timer
 from hf_adafisher.experiments.benchmark.workloads import Workload, gpt2
 from hf_adafisher.experiments.drawing import new_figure
+from hf_adafisher.experiments.outputs import replacing
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 
 BASE = {"width": 256, "depth": 4, "vocabulary": 4096, "batch": 8}
@@ -114,4 +115,5 @@ def draw_scaling(path: Path, result: Mapping[str, Any]) -> None:
         axes.plot([0, end], line, color="black", linestyle=":", label=text)
         axes.set(xlabel=f"{x}, millions", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120)

@@ -84,7 +84,8 @@ def timing_cell(cell: Cell) -> Cell:
     settings = {key: value for key, value in cell.settings.items() if key not in _FREE_OF_COST}
     common = {key: value for key, value in cell.common.items() if key not in _FREE_OF_COST | _SCHEDULE}
     steps = WARMUP_STEPS + MEASURED_WINDOWS * work_period(cell)
-    return Cell(settings, {**common, "max_steps": steps, "timing_only": True, "disable_tqdm": True})
+    common |= {"max_steps": steps, "timing_only": True, "disable_tqdm": True}
+    return Cell(settings, common, time_limit=cell.time_limit)
 
 
 def reference_cell(cells: Sequence[Cell]) -> Cell:

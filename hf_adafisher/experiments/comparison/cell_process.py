@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from hf_adafisher.experiments.runs.run import RESULTS_FILE
 LOG_FILE = "log.txt"
 COMMAND_FILE = "command.json"
 _LOCK_FILE = ".lock"
+_LOCK_SECONDS = 0.1
+_GRACE_SECONDS = 5.0
 
 Job = tuple[Cell, Path]
 """A cell and its folder."""
@@ -62,7 +65,13 @@ def is_done(cell: Cell, folder: Path, retry_failed: bool = False) -> bool:
 
 
 def run_cell(
-    cell: Cell, program: Path, folder: Path, threads: int, verbose: bool = False, started: Started | None = None
+    cell: Cell,
+    program: Path,
+    folder: Path,
+    threads: int,
+    verbose: bool = False,
+    started: Started | None = None,
+    stopping: threading.Event | None = None,
 ) -> str | None:
     """Run one cell to its end, successful or not.
 
@@ -78,40 +87,61 @@ def run_cell(
         threads: Of torch.
         verbose: Show the run's own output instead of keeping it in ``log.txt``.
         started: Called with the process, which it may ``stop``.
+        stopping: Set when a run that still waits for another process must not start any more.
 
     Returns:
         A message if it failed or was killed, else None.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / _LOCK_FILE) as (lock, waited):
-        if waited and (folder / RESULTS_FILE).is_file():
+    with _locked(folder / _LOCK_FILE, stopping) as (lock, waited):
+        if (stopping is not None and stopping.is_set()) or (waited and (folder / RESULTS_FILE).is_file()):
             return None
         (folder / RESULTS_FILE).unlink(missing_ok=True)  # of an attempt that failed
         (folder / COMMAND_FILE).write_text(json.dumps(cell.arguments(), indent=2), encoding="utf-8")
         begin = time.perf_counter()
-        code = _execute(cell.command(program, folder), folder, threads, verbose, lock, started)
+        code = _execute(cell.command(program, folder), folder, threads, verbose, lock, started, cell.time_limit)
         seconds = time.perf_counter() - begin
     if (folder / RESULTS_FILE).is_file():
         return None
-    if code < 0:
+    if code is not None and code < 0:
         return f"{cell.name}: killed by {signal.Signals(-code).name} after {seconds:.0f} s, it has no result"
     hint = "" if verbose else f", see {folder / LOG_FILE}"
-    reason = (None if verbose else _last_line(folder / LOG_FILE)) or f"exit status {code}"
+    if code is None:
+        reason = f"stopped after {cell.time_limit:g} s (--cell_timeout)"
+    else:
+        reason = (None if verbose else _last_line(folder / LOG_FILE)) or f"exit status {code}"
     write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason, "exit_status": code, "seconds": seconds})
     return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s: {reason}{hint}"
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop a run and its children: by SIGTERM, and after five seconds by SIGKILL."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
+def stop(*processes: subprocess.Popen[bytes]) -> None:
+    """Stop runs and their children: by SIGTERM, and after five seconds, or at a second Ctrl-C, by SIGKILL."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    try:
+        _signal(processes, signal.SIGTERM)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(deadline - time.monotonic(), 0))
+    finally:
+        _signal(processes, signal.SIGKILL)  # children that ignored the first signal, too, after their parent's end
+
+
+def _signal(processes: Iterable[subprocess.Popen[bytes]], sign: signal.Signals) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(5)
-            return
 
 
-def _execute(command: list[str], folder: Path, threads: int, verbose: bool, lock: int, started: Started | None) -> int:
+def _execute(
+    command: list[str],
+    folder: Path,
+    threads: int,
+    verbose: bool,
+    lock: int,
+    started: Started | None,
+    limit: float | None,
+) -> int | None:
+    """Run a command; return its exit status, or None if it was stopped after ``limit`` seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     # A session of its own: Ctrl-C goes to the comparison alone, which then stops its runs; a run that heard it too
     # would look like a failed one.
@@ -129,24 +159,27 @@ def _execute(command: list[str], folder: Path, threads: int, verbose: bool, lock
         if started is not None:
             started(process)
         try:
-            return process.wait()
-        except BaseException:
-            stop(process)
-            raise
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            stop(process)  # and what it left behind
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[tuple[int, bool]]:
+def _locked(path: Path, stopping: threading.Event | None = None) -> Iterator[tuple[int, bool]]:
     """Hold a lock that the run inherits, so that it ends with the last of both; yield it, and True if it waited."""
     import fcntl
 
     with path.open("a") as file:
         waited = False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waited = True
-            fcntl.flock(file, fcntl.LOCK_EX)
+        while stopping is None or not stopping.is_set():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                waited = True
+                time.sleep(_LOCK_SECONDS)
         yield file.fileno(), waited
 
 

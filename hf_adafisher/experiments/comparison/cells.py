@@ -28,12 +28,14 @@ class Cell:
         common: Arguments that all cells of the comparison share.
         label: Folder name; None: it follows from the settings.
         planned_seconds: Training time of a budget of time.
+        time_limit: Seconds after which the run is stopped and counts as failed; None: no limit.
     """
 
     settings: Mapping[str, Any]
     common: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
     planned_seconds: float | None = None
+    time_limit: float | None = None
 
     @property
     def optim(self) -> str:

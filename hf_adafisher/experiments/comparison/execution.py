@@ -93,7 +93,7 @@ def _run_locally(
 
     def run(job: Job) -> str | None:
         cell, folder = job
-        return None if stopping.is_set() else run_cell(cell, program, folder, threads, verbose, started)
+        return None if stopping.is_set() else run_cell(cell, program, folder, threads, verbose, started, stopping)
 
     def started(process: subprocess.Popen[bytes]) -> None:
         processes.append(process)
@@ -108,7 +108,5 @@ def _run_locally(
         except BaseException:  # Ctrl-C above all: what waits must not start, what runs must not stay behind
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                if process.poll() is None:
-                    stop(process)
+            stop(*(process for process in processes if process.poll() is None))
             raise

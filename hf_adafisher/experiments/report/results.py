@@ -14,6 +14,7 @@ import pandas as pd
 from hf_adafisher.experiments.comparison.cell_process import load_result
 from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.tasks import TASKS, Task
+from hf_adafisher.experiments.outputs import replacing
 
 COST = "cost"
 EPOCH_SECONDS = "seconds per epoch"
@@ -153,4 +154,5 @@ def write_csv(path: Path, results: Sequence[CellResult]) -> None:
     rows = [{"cell": r.cell, **r.settings, "status": r.status, "reason": r.reason, **r.values} for r in results]
     columns = ["cell", *arguments, "status", "reason", *results[0].values]
     table = pd.DataFrame(rows, columns=columns, dtype=object)  # so that whole numbers stay whole beside missing ones
-    table.to_csv(path, index=False, lineterminator="\r\n")
+    with replacing(path) as partial:
+        table.to_csv(partial, index=False, lineterminator="\r\n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.comparison.published import read_published_results
+from hf_adafisher.experiments.outputs import write_text
 from hf_adafisher.experiments.report.pictures import draw_pictures, optimizer_styles
 from hf_adafisher.experiments.report.provenance import settings_table, software_table, step_time_table
 from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
@@ -51,8 +52,8 @@ def write_report(comparison: Comparison, command: str = "") -> str:
     best = best_settings(settings)
     curves = _curves(folder, settings, best)
     sections = _sections(comparison, results, best, [curves, *stability_sections(folder, settings)], command)
-    (folder / "report.html").write_text(render_html(TITLE, sections), encoding="utf-8")
-    (folder / "report.md").write_text(render_markdown(TITLE, sections), encoding="utf-8")
+    write_text(folder / "report.html", render_html(TITLE, sections))
+    write_text(folder / "report.md", render_markdown(TITLE, sections))
     write_csv(folder / "cells.csv", results)
     return _summary(comparison, results, best, [path for section in sections for path in section.pictures])
 

@@ -18,9 +18,10 @@ from transformers import (
     set_seed,
 )
 
+from hf_adafisher.data.fingerprint import text_sha256
 from hf_adafisher.data.text.corpora import TextCorpus, count_words, load_corpus
 from hf_adafisher.data.text.tokens import TokenWindows, encode_lines, train_tokenizer
-from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint
+from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint, warn_of_changed_data
 from hf_adafisher.experiments.runs.clm import ClmRun, EncodedSplit
 from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
@@ -55,23 +56,32 @@ def prepare_clm_run(
     )
     limit = data_args.max_eval_lines
     corpus = replace(corpus, validation=corpus.validation[:limit], test=corpus.test[:limit])
-    tokenizer = load_tokenizer(model_args, corpus)
+    texts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    hashes = {name: {"sha256": text_sha256(lines)} for name, lines in texts.items() if lines}
+    if checkpoint is not None:
+        warn_of_changed_data(Path(checkpoint), hashes)
+    tokenizer = load_tokenizer(model_args, corpus, checkpoint)
     set_seed(training_args.seed)
     model = load_language_model(model_args, tokenizer, data_args.block_size)
     splits = {
-        name: EncodedSplit(encode_lines(tokenizer, lines), count_words(lines))
-        for name, lines in (("train", corpus.train), ("validation", corpus.validation), ("test", corpus.test))
-        if lines
+        name: EncodedSplit(encode_lines(tokenizer, lines), count_words(lines)) for name, lines in texts.items() if lines
     }
     datasets = {
         name: TokenWindows(splits[name].stream, data_args.block_size, name=f"{name} text")
         for name in ("train", "validation")
     }
-    return ClmRun(training_args, checkpoint, model, model_args, data_args, corpus, tokenizer, splits, datasets)
+    return ClmRun(training_args, checkpoint, model, model_args, data_args, hashes, corpus, tokenizer, splits, datasets)
 
 
-def load_tokenizer(model_args: ModelArguments, corpus: TextCorpus) -> PreTrainedTokenizerBase:
-    """Load the tokenizer named, or the pretrained model's, or train one on the training split."""
+def load_tokenizer(
+    model_args: ModelArguments, corpus: TextCorpus, checkpoint: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer, the one named, or the pretrained model's, or train one on the training split.
+
+    The embeddings of a checkpoint stand for the tokens of its own tokenizer, whatever the text has become.
+    """
+    if checkpoint is not None and (Path(checkpoint) / "tokenizer_config.json").is_file():
+        return AutoTokenizer.from_pretrained(checkpoint)
     name = model_args.tokenizer_name or model_args.model_name_or_path or model_args.embeddings_from
     if name is not None:
         return AutoTokenizer.from_pretrained(name)

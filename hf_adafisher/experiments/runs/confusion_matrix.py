@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hf_adafisher.experiments.drawing import new_panels
+from hf_adafisher.experiments.drawing import new_panels, plain_text
+from hf_adafisher.experiments.outputs import replacing
 
 _WITH_NUMBERS = 20
 """Largest number of classes with a number in each cell."""
@@ -45,11 +46,15 @@ def write_confusion_matrix(
             colour = "white" if shares[row, column] > 0.6 else "black"
             axes.text(column, row, str(matrix[row, column]), ha="center", va="center", color=colour, fontsize=8)
     if classes <= _WITH_NAMES:
-        names = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in class_names]
+        short = (name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name in class_names)
+        names = list(map(plain_text, short))
         size = 9 if classes <= _WITH_NUMBERS else 6 if classes <= 100 else 4
         axes.set_xticks(range(classes), names, rotation=90, fontsize=size)
         axes.set_yticks(range(classes), names, fontsize=size)
     correct = f"accuracy {np.trace(matrix) / total:.2%} of {total:,} images" if total else "no images"
-    axes.set(xlabel="predicted class", ylabel="true class", title=f"{title}: {correct}" if title else correct)
-    axes.figure.savefig(path, dpi=120, bbox_inches="tight")  # or labels beside a square picture are cut
+    axes.set(
+        xlabel="predicted class", ylabel="true class", title=f"{plain_text(title)}: {correct}" if title else correct
+    )
+    with replacing(path) as partial:
+        axes.figure.savefig(partial, dpi=120, bbox_inches="tight")  # or labels beside a square picture are cut
     return True

@@ -10,12 +10,13 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, set_seed
 
+from hf_adafisher.data.fingerprint import images_sha256
 from hf_adafisher.data.images.augmentation import ImageCollator
 from hf_adafisher.data.images.corpora import DEFAULT_IMAGES, ImageCorpus, ImageSplit, check_classes, load_images
 from hf_adafisher.data.images.dataset import ImageDataset
 from hf_adafisher.data.images.metrics import require_scikit_learn
 from hf_adafisher.data.images.normalization import corpus_normalization, pretrained_normalization
-from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint
+from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint, warn_of_changed_data
 from hf_adafisher.experiments.runs.image import ImageRun
 from hf_adafisher.experiments.runs.image_arguments import (
     ImageDataArguments,
@@ -64,6 +65,10 @@ def prepare_image_run(
     _check_arguments(model_args, data_args, training_args)
     checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
     corpus = _corpus(data_args)
+    images = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+    hashes = {name: {"sha256": images_sha256(split)} for name, split in images.items() if len(split)}
+    if checkpoint is not None:
+        warn_of_changed_data(Path(checkpoint), hashes)
     image_size = choose_image_size(model_args, corpus)
     set_seed(training_args.seed)
     network, model, loaded = load_classifier(model_args, corpus.class_names, image_size)
@@ -75,7 +80,9 @@ def prepare_image_run(
         trained, total = model.num_parameters(only_trainable=True), model.num_parameters()
         logger.info("the backbone is frozen: %s of %s parameters are trained (%s)", f"{trained:,}", f"{total:,}", names)
     scales = {} if model_args.layer_decay is None else layer_decay_scales(model, model_args.layer_decay)
-    if model_args.model_name_or_path is None:
+    if checkpoint is not None and (Path(checkpoint) / "preprocessor_config.json").is_file():
+        normalization = pretrained_normalization(checkpoint)  # whatever the images have become
+    elif model_args.model_name_or_path is None:
         normalization = corpus_normalization(corpus)
     else:
         normalization = pretrained_normalization(model_args.model_name_or_path)
@@ -101,6 +108,7 @@ def prepare_image_run(
         normalization=normalization,
         scales=scales,
         loaded=loaded,
+        data_hashes=hashes,
     )
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.drawing import new_panels
+from hf_adafisher.experiments.drawing import new_panels, plain_text
+from hf_adafisher.experiments.outputs import replacing
 
 ACCURACIES = (("eval_accuracy", "accuracy", "-"), ("eval_top5_accuracy", "top-5 accuracy", ":"))
 
@@ -39,18 +40,21 @@ def write_learning_curves(
     for index, (label, history) in enumerate(runs.items()):
         colour = {"color": f"C{index}"}
         dots = {**colour, "marker": "o", "markersize": 4}
-        panels[0].plot(*_logged(history, "loss"), **colour, alpha=0.5, linewidth=1, label=f"{label}, training")
-        panels[0].plot(*_logged(history, "eval_loss"), **dots, label=f"{label}, validation")
+        panels[0].plot(
+            *_logged(history, "loss"), **colour, alpha=0.5, linewidth=1, label=f"{plain_text(label)}, training"
+        )
+        panels[0].plot(*_logged(history, "eval_loss"), **dots, label=f"{plain_text(label)}, validation")
         for key, name, dash in accuracies:
-            panels[1].plot(*_logged(history, key), **dots, linestyle=dash, label=f"{label}, {name}")
-    panels[0].set(ylabel=loss_label, title=title)
+            panels[1].plot(*_logged(history, key), **dots, linestyle=dash, label=f"{plain_text(label)}, {name}")
+    panels[0].set(ylabel=loss_label, title=plain_text(title))
     panels[-1].set_xlabel("optimizer step")
     if accuracies:
         panels[1].set_ylabel("validation accuracy")
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend()
-    panels[0].figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        panels[0].figure.savefig(partial, dpi=120)
     return True
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,14 +19,18 @@ from transformers import PreTrainedModel, TrainerCallback
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
 from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence
+from hf_adafisher.experiments.runs.earlier_run import STAGING_FOLDER, SetAside, swap_in
 from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
 from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
 from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.arguments import optimizer_name
+from hf_adafisher.training.checkpoints import CheckpointError
 from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 RESULTS_FILE = "results.json"
+DATA_FILE = "data.json"
+"""File of every checkpoint with the hashes of the data."""
 CURVE_FILE = "learning_curve.png"
 CARD_FILE = "README.md"
 SPLITS = ("validation", "test")
@@ -56,6 +61,8 @@ class PreparedRun(ABC):
     model_args: Any
     """A dataclass with ``model_name_or_path``; subclasses narrow its type."""
     data_args: Any
+    data_hashes: dict[str, dict[str, str]]
+    """Hash of the content of each split, ``{split: {"sha256": ...}}``."""
 
     loss_label: ClassVar[str]
     """Label of the losses' axis."""
@@ -112,10 +119,9 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         nor saved. With ``timing_only`` nothing is evaluated, saved or drawn, and ``step_seconds`` has every step.
     """
     timer, watch = StepTimer(), StopOnDivergence()
-    trainer = run.new_trainer([timer, watch, *([CurvatureCallback()] if run.training_args.curvature_log else [])])
-    if trainer.is_world_process_zero():  # an earlier run's results must not stand beside this one's
-        for name in (RESULTS_FILE, CURVE_FILE, CARD_FILE, *run.extra_files):
-            (run.output_dir / name).unlink(missing_ok=True)
+    curvature = [CurvatureCallback()] if run.training_args.curvature_log else []
+    trainer = run.new_trainer([SetAside(run.checkpoint), timer, watch, *curvature])
+    trainer.checkpoint_files[DATA_FILE] = run.data_hashes
     outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = {"steps": trainer.state.global_step, "steps_per_epoch": _steps_per_epoch(trainer)}
     # Optimizer steps alone, those before a resume included, where wall_seconds has evaluations and checkpoints as
@@ -128,7 +134,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         status = "completed" if watch.diverged_at is None else "diverged"
         results = {"status": status, **dict.fromkeys(SPLITS), **steps, **cost, "step_seconds": timer.seconds}
         results |= _describe(run)
-        _write_results(trainer, run, results)
+        _write(trainer, run, results, {})
         return results
     evaluation = run.evaluate(trainer, watch.diverged_at is not None)
     train_loss = _last_loss(trainer.state.log_history)
@@ -148,6 +154,7 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         "wall_seconds": outcome.metrics.get("train_runtime"),
         "step_time": timer.summary(),
         **_describe(run),
+        "optimizer_options": _options_used(trainer),
         "log_history": trainer.state.log_history,
     }
     _write(trainer, run, results, evaluation.files)
@@ -172,7 +179,11 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
     except (ValueError, OSError, ImportError) as error:
         logging.error("%s", " ".join(str(error).split()))
         return 2
-    results = train_and_report(run)
+    try:
+        results = train_and_report(run)
+    except (CheckpointError, OSError) as error:  # the checkpoint does not fit the run; a full disk
+        logging.error("%s", " ".join(str(error).split()))
+        return 2
     for split in SPLITS:
         if results[split] is not None:
             print(f"{split}: {run.format_metrics(results[split])}")
@@ -183,7 +194,15 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
 def _describe(run: PreparedRun) -> dict[str, Any]:
     settings = {"model": asdict(run.model_args), "data": asdict(run.data_args), "training": run.training_args.to_dict()}
     versions = software_versions(run.libraries)
-    return {**run.describe(), "versions": versions, "hardware": hardware(), "settings": settings}
+    described = {**run.describe(), "data": run.data_hashes}
+    return {**described, "versions": versions, "hardware": hardware(), "settings": settings}
+
+
+def _options_used(trainer: AdaFisherTrainer) -> dict[str, Any]:
+    """Options of the optimizer's first group as they were at the end, with the learning rate of the schedule."""
+    group = unwrapped(trainer.optimizer).param_groups[0]
+    options = {key: value for key, value in group.items() if key not in ("params", "lr", "initial_lr")}
+    return {"learning_rate": group.get("initial_lr", group["lr"]), **options}
 
 
 def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:
@@ -196,34 +215,41 @@ def _last_loss(log_history: list[dict[str, Any]]) -> float | None:
     return next((entry["loss"] for entry in reversed(log_history) if "loss" in entry), None)
 
 
-def _write_results(trainer: AdaFisherTrainer, run: PreparedRun, results: dict[str, Any]) -> None:
-    if trainer.is_world_process_zero():
-        run.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run.output_dir / RESULTS_FILE, results)
-
-
 def _write(trainer: AdaFisherTrainer, run: PreparedRun, results: dict[str, Any], files: Mapping[str, Any]) -> None:
-    finished = results["status"] == "completed"
+    """Write all files of the run to a new place, and swap them in when they are complete."""
+    staging, main = run.output_dir / STAGING_FOLDER, trainer.is_world_process_zero()
+    reported = not run.training_args.timing_only
+    finished = reported and results["status"] == "completed"
+    if main:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed here
+        staging.mkdir(parents=True)
     if finished:
-        trainer.save_model()
-    _write_results(trainer, run, results)
-    if not trainer.is_world_process_zero():
+        trainer.save_model(str(staging), _internal_call=True)  # it would upload, before anything is in its place
+    if not main:
         return
-    name, folder = results["corpus"]["name"], run.output_dir
-    title = f"{name}, {results['model']['parameters']:,} parameters"
-    curves = {results["optimizer"]: results["log_history"]}
-    write_learning_curves(folder / CURVE_FILE, curves, title, loss_label=run.loss_label)
-    run.write_files(folder, results, files)
+    write_json(staging / RESULTS_FILE, results)
+    name = results["corpus"]["name"]
     if finished:
-        _write_card(trainer, run, name)
+        _write_card(trainer, run, name, staging)
+    if reported:
+        title = f"{name}, {results['model']['parameters']:,} parameters"
+        curves = {results["optimizer"]: results["log_history"]}
+        write_learning_curves(staging / CURVE_FILE, curves, title, loss_label=run.loss_label)
+        run.write_files(staging, results, files)
+    swap_in(staging, run.output_dir, RESULTS_FILE, (CURVE_FILE, CARD_FILE, *run.extra_files))
 
 
-def _write_card(trainer: AdaFisherTrainer, run: PreparedRun, corpus: str) -> None:
+def _write_card(trainer: AdaFisherTrainer, run: PreparedRun, corpus: str, folder: Path) -> None:
     if run.pretrained is None:
         # A model without a name of its own would be called "a fine-tuned version of" nothing.
         run.model.config._name_or_path = str(run.output_dir)
-    trainer.create_model_card(tasks=run.card_task, dataset=corpus)
-    card = run.output_dir / CARD_FILE
+    final = trainer.args.output_dir
+    trainer.args.output_dir = str(folder)  # Trainer writes the card there
+    try:
+        trainer.create_model_card(model_name=run.output_dir.resolve().name, tasks=run.card_task, dataset=corpus)
+    finally:
+        trainer.args.output_dir = final
+    card = folder / CARD_FILE
     text = card.read_text(encoding="utf-8")
     if run.pretrained is not None:  # a folder, of which Trainer knows no link
         text = text.replace("was trained from scratch on", f"is a fine-tuned version of `{run.pretrained}` on")

@@ -384,3 +384,16 @@ def test_the_cifar10_subset() -> None:
     assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (9000, 1000, 2000)
     assert corpus.class_names[:3] == ("airplane", "automobile", "bird")
     assert set(np.bincount(corpus.validation.labels)) == {100}
+
+
+def test_a_label_far_out_of_range_is_found_before_training(tmp_path: Path) -> None:
+    """E6: a confusion matrix of a million classes would take 7 TiB, after the training."""
+    import datasets
+
+    rows = {"image": [{"bytes": encoded(picture(seed=row)), "path": None} for row in range(6)]}
+    table = datasets.Dataset.from_dict({**rows, "label": [0, 1, 0, 1, 1_000_000, 0]})
+    table.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train: row 4 has the label 1000000, far out of the range"):
+        load_images(data_dir=tmp_path)
+    datasets.Dataset.from_dict({**rows, "label": [0, 1, 0, 1, 500, 0]}).to_parquet(tmp_path / "train.parquet")
+    assert len(load_images(data_dir=tmp_path, validation_fraction=0.2).class_names) == 501  # gaps are allowed

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -227,3 +229,48 @@ def test_name_and_files_or_no_training_file_are_refused(text_file: Path) -> None
         load_corpus("ptb", train_files=text_file)
     with pytest.raises(ValueError, match="--train_file"):
         load_corpus(validation_files=text_file)
+
+
+def test_a_long_line_is_encoded_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E6: with the same tokens, whatever the length of the pieces; no piece is longer."""
+    from hf_adafisher.data.text import tokens
+
+    text = " ".join(load_corpus().validation[:40]) + "  two  spaces   three " + "unbroken" * 10
+    tokenizer = tokens.train_tokenizer([text], 400)
+    whole = tokens.encode_lines(tokenizer, [text])
+    monkeypatch.setattr(tokens, "_CHUNK_CHARS", 150)
+    pieces = list(tokens._chunks([text]))
+    assert "".join(pieces) == text + "\n" and len(pieces) > 10 and max(map(len, pieces)) <= 150
+    assert torch.equal(tokens.encode_lines(tokenizer, [text]), whole)
+    assert tokens.train_tokenizer([text], 400).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_long_line_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """E6: a text that takes more than a few seconds has a bar; any other has none."""
+    from hf_adafisher.data.text import tokens
+
+    line = "a line of words " * 1000
+    tokenizer = tokens.train_tokenizer([line], 300)
+    assert "tokens" not in capsys.readouterr().err
+    monkeypatch.setattr(tokens, "_QUIET_SECONDS", 0)
+    monkeypatch.setattr(tokens, "_CHUNK_CHARS", 1000)
+    tokens.encode_lines(tokenizer, [line])
+    assert "tokens" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_line_of_100_mb_stays_under_2_gb(tmp_path: Path) -> None:
+    """E6: tokenizer and tokens of one line, in a process of its own."""
+    code = (
+        "import resource\n"
+        "from hf_adafisher.data.text.corpora import load_corpus\n"
+        "from hf_adafisher.data.text.tokens import encode_lines, train_tokenizer\n"
+        "words = ' '.join(load_corpus().train)\n"
+        "line = (words * (100_000_000 // len(words) + 1))[:100_000_000]\n"
+        "del words\n"
+        "print(len(encode_lines(train_tokenizer([line], 300), [line])))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    tokens, kilobytes = map(int, done.stdout.split())
+    assert tokens > 30_000_000 and kilobytes < 2_000_000

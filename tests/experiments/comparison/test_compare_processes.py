@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
-from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
+from tests.scripts import load_script
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]
@@ -150,3 +152,89 @@ def test_the_command_of_a_run_stands_beside_it(compare: Compare, tmp_path: Path)
     compare([{**ENTRY, "learning_rate": 0.1}], budget="steps=4").run()
     command = json.loads((tmp_path / "out" / "adamw,learning_rate=0.1" / "command.json").read_text())
     assert command == ["--max_steps", "4", "--optim", "adamw", "--learning_rate", "0.1"]
+
+
+# A run and a child of it, which SIGTERM does not stop.
+STUBBORN_RUN = """
+import os, pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+os.fork()
+with open(out.parent / "pids.txt", "a") as file:
+    file.write(f"{os.getpid()}\\n")
+time.sleep(60)
+"""
+
+
+def pids(out: Path) -> list[int]:
+    path = out / "pids.txt"
+    return [int(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_ctrl_c_twice_ends_everything_at_once(program: Path, tmp_path: Path) -> None:
+    """E7: runs and children that ignore SIGTERM too, without waiting for the five seconds to pass."""
+    out = tmp_path / "out"
+    out.mkdir()
+    program.write_text(STUBBORN_RUN)
+    process = subprocess.Popen([sys.executable, "-c", DRIVER, str(program.parent), str(out)])
+    try:
+        wait_until(lambda: len(pids(out)) == 4)  # two runs, each with a child
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) != 0
+        assert time.monotonic() - begin < 4
+        wait_until(lambda: not any(map(alive, pids(out))), seconds=2)
+    finally:
+        process.kill()
+        for pid in filter(alive, pids(out)):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_ctrl_c_ends_a_comparison_that_waits_for_another_ones_run(program: Path, tmp_path: Path) -> None:
+    """E7: for the lock of a cell, which the other process holds."""
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    script = DRIVER.replace("jobs=2).run()", "jobs=1).run()").replace("[0.1, 0.2, 0.3]", "[0.1]")
+    config = {"cells": [{"optim": "adamw", "learning_rate": [0.1]}]}
+    (cell,) = create_comparison(config, program.parent, out).cells
+    (out / cell.name).mkdir()
+    with (out / cell.name / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = subprocess.Popen([sys.executable, "-c", script, str(program.parent), str(out)])
+        time.sleep(8)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(5) != 0
+        finally:
+            process.kill()
+
+
+def test_a_run_beyond_its_time_limit_has_failed(program: Path, tmp_path: Path, compare: Compare) -> None:
+    """E7: it and its children are stopped, and the other cells run."""
+    program.write_text(STUBBORN_RUN.replace("os.fork()", "os.fork() if '0.2' in sys.argv else sys.exit('no')"))
+    comparison = compare([ENTRY])
+    limited = replace(comparison, cells=[replace(cell, time_limit=2.0) for cell in comparison.cells])
+    failures = limited.run()
+    assert len(failures) == 3
+    cell = next(cell for cell in comparison.cells if cell.settings["learning_rate"] == 0.2)
+    result = load_result(tmp_path / "out" / cell.name)
+    assert result is not None and result["status"] == "failed"
+    assert result["reason"] == "stopped after 2 s (--cell_timeout)"
+    assert len(pids(tmp_path / "out")) == 2 and not any(map(alive, pids(tmp_path / "out")))
+
+
+def test_the_time_limit_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """E7: every cell gets it, and a limit that is none is refused."""
+    module = load_script("compare_optimizers")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"cells": [{"optim": "adamw"}]}))
+    arguments = module._parser().parse_args(["--config", str(config), "--cell_timeout", "90"])
+    assert [cell.time_limit for cell in module._comparison(arguments).cells] == [90.0]
+    assert module.main(["--config", str(config), "--cell_timeout", "0", "--dry_run"]) == 2
+    assert "--cell_timeout is 0.0; it must be a positive number" in capsys.readouterr().err

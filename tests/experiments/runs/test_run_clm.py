@@ -257,7 +257,7 @@ def test_a_run_goes_on_without_matplotlib(
     assert (tmp_path / "results.json").exists()
 
 
-def test_an_interrupted_run_leaves_no_earlier_results(
+def test_an_interrupted_run_leaves_the_earlier_results(
     main: Any, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: Any, **kwargs: Any) -> None:
@@ -267,7 +267,7 @@ def test_an_interrupted_run_leaves_no_earlier_results(
     (tmp_path / "results.json").write_text("an earlier run's")
     with pytest.raises(KeyboardInterrupt):
         main([*command, "--output_dir", str(tmp_path)])
-    assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "results.json").read_text() == "an earlier run's"
 
 
 def test_a_refused_resume_leaves_the_earlier_run_as_it_was(
