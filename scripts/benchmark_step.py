@@ -22,12 +22,13 @@ import torch
 from hf_adafisher.experiments.benchmark import scaling as benchmark_scaling
 from hf_adafisher.experiments.benchmark import step as benchmark
 from hf_adafisher.experiments.benchmark import trainer_step as benchmark_trainer
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run it; returns 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(benchmark.MODELS), default="gpt2-20m", help="default gpt2-20m")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds (default 15, at least 2)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.comparison.cells import set_arguments, task_of, use_local_data
 from hf_adafisher.experiments.comparison.execution import BACKENDS
 from hf_adafisher.experiments.comparison.forecast import forecast
@@ -92,7 +93,7 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config", type=Path, required=True, help="JSON file with the cells")
     add("--output_dir", type=Path, help="folder of the comparison")

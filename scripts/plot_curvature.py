@@ -18,13 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.figures.curvature_picture import draw_curvature
 from hf_adafisher.experiments.figures.runs import run_figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draws it; returns the exit status: 0, or 2 where there is nothing to draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run, or its curvature.jsonl")
     parser.add_argument(
         "--output", type=Path, help="PNG; SVG and JSON stand beside it (default curvature.png beside the record)"

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_adafisher.data.images.dataset import ImageDataset
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.drawing import require_matplotlib
 from hf_adafisher.experiments.figures.free_arguments import TASKS, refuse_decided
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
@@ -94,11 +95,10 @@ def figure_parser(description: str, output: str) -> argparse.ArgumentParser:
         description: the script's docstring.
         output: default of --output.
     """
-    parser = argparse.ArgumentParser(
+    parser = StrictParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Every other argument is the run's, as its script knows it: --model, --dataset, --seed and so on.",
-        allow_abbrev=False,
     )
     tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
     parser.add_argument("--task", choices=TASKS, default="digits", help=f"{tasks} (default digits)")
