@@ -7,15 +7,17 @@ import statistics
 from collections.abc import Mapping
 
 from hf_adafisher.experiments.comparison.budget import StepTime, seconds_of_epochs, timing_cell
-from hf_adafisher.experiments.comparison.cell_process import is_done, load_result
 from hf_adafisher.experiments.comparison.cells import Cell
-from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.identity import cell_folder
+from hf_adafisher.experiments.comparison.protocol import Comparison, failed_measurements
+from hf_adafisher.experiments.comparison.stored import load_result
 
 
 def forecast(comparison: Comparison) -> str:
     """Format the names of all cells, their number, the number of finished ones, and the time of the others."""
-    cells = comparison.cells_as_planned()
-    open_cells = [cell for cell in cells if not is_done(cell, comparison.output_dir / cell.name)]
+    cells, unplanned = comparison.plans()
+    failed = failed_measurements(unplanned)
+    open_cells = [cell for cell in cells if cell.name not in failed and not comparison.is_done(cell)]
     times, source = _times(comparison)
     lines = [*(cell.name for cell in cells), ""]
     count = f"{len(cells)} cells, {len(cells) - len(open_cells)} of them finished"
@@ -76,7 +78,7 @@ def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
 def _from_finished(comparison: Comparison) -> dict[str, StepTime]:
     seen: dict[str, list[tuple[float, int | None]]] = {}
     for cell in comparison.cells:
-        result = load_result(comparison.output_dir / cell.name) or {}
+        result = load_result(cell_folder(comparison.output_dir, cell)) or {}
         mean = (result.get("step_time") or {}).get("mean_ms")
         if mean:
             seen.setdefault(timing_cell(cell).name, []).append((mean / 1000, result.get("steps_per_epoch")))

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
+from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.stored import load_result
+from tests.experiments.cell_folders import folder_of
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]
@@ -123,13 +125,13 @@ def test_ray_gives_the_same_results(compare: Compare, started: Started, tmp_path
     entry = {"optim": "adamw", "learning_rate": [0.1, 0.2, -1.0, 2.0]}
     local = compare([entry])
     expected = local.run()
-    results = {cell.name: load_result(tmp_path / "out" / cell.name) for cell in local.cells}
+    results = {cell.name: load_result(local.folder(cell)) for cell in local.cells}
     (tmp_path / "out").rename(tmp_path / "local")
     cluster = compare([entry], backend="ray")
     failures = cluster.run()
     assert len(failures) == len(expected) == 1 and "failed with exit status 1" in failures[0]
     for cell in cluster.cells:
-        found, wanted = load_result(tmp_path / "out" / cell.name), results[cell.name]
+        found, wanted = load_result(cluster.folder(cell)), results[cell.name]
         assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
     assert sorted(started()) == sorted(f"{cell.name} {available_cores()}" for cell in cluster.cells)
     assert cluster.run() == [] and len(started()) == 4
@@ -143,5 +145,5 @@ def test_without_ray(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_of_a_run_stands_beside_it(compare: Compare, tmp_path: Path) -> None:
     compare([{**ENTRY, "learning_rate": 0.1}], budget="steps=4").run()
-    command = json.loads((tmp_path / "out" / "adamw,learning_rate=0.1" / "command.json").read_text())
-    assert command == ["--max_steps", "4", "--optim", "adamw", "--learning_rate", "0.1"]
+    command = json.loads((folder_of(tmp_path / "out", "adamw,learning_rate=0.1") / "command.json").read_text())
+    assert command["arguments"] == {"max_steps": 4, "optim": "adamw", "learning_rate": 0.1}

@@ -28,7 +28,7 @@ def test_the_beginning_of_a_name_is_an_error_with_the_nearest_name(parse: Any, w
 
 def test_a_value_of_another_type_is_a_sentence_too() -> None:
     """E15: the parser's errors are one line, not a page of usage."""
-    with pytest.raises(ValueError, match="--update_interval.*: invalid int value: 'x'"):
+    with pytest.raises(ValueError, match=r"--update_interval.*: invalid int value: 'x'"):
         parse_clm_arguments(["--update_interval", "x"])
     with pytest.raises(ValueError, match="these words belong to no argument: stray"):
         parse_clm_arguments(["stray"])
