@@ -51,9 +51,12 @@ def _check(cell: Cell) -> None:
             value = getattr(one, field.name, None)
             if field.init and isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{field.name} is {value}; it must be finite")
-    rate = objects[-1].learning_rate
-    if rate is not None and rate < 0:
-        raise ValueError(f"learning_rate is {rate}; it must be at least 0")
+    training = objects[-1]
+    if training.learning_rate is not None and training.learning_rate < 0:
+        raise ValueError(f"learning_rate is {training.learning_rate}; it must be at least 0")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, name) < 1:
+            raise ValueError(f"{name} is {getattr(training, name)}; it must be at least 1")
 
 
 def _parser(task: str) -> Callable[[Sequence[str]], tuple[Any, ...]]:

@@ -154,7 +154,7 @@ def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, 
         _check_settable(key, config)
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             value = text
         if isinstance(value, dict):
             raise ValueError(f"--set {key}: {text} is no value of an argument")

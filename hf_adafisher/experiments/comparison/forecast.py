@@ -72,7 +72,8 @@ def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
     batch = arguments.get("per_device_train_batch_size")
     if examples is None or batch is None:
         return None
-    return math.ceil(math.ceil(examples / batch) / arguments.get("gradient_accumulation_steps", 1))
+    # A configuration may hold numbers as text, as a command line does.
+    return math.ceil(math.ceil(examples / int(batch)) / int(arguments.get("gradient_accumulation_steps", 1)))
 
 
 def _from_finished(comparison: Comparison) -> dict[str, StepTime]:
@@ -104,6 +105,7 @@ def _own_steps(cell: Cell, time: StepTime | None) -> float | None:
     """Steps of a cell without a budget: its ``max_steps``, or its epochs if their length is known."""
     arguments = cell.all_settings
     epochs, length = arguments.get("num_train_epochs"), None if time is None else time.steps_per_epoch
-    if arguments.get("max_steps") is not None or epochs is None or length is None:
-        return arguments.get("max_steps")
-    return math.ceil(epochs * length)
+    steps = arguments.get("max_steps")
+    if steps is not None or epochs is None or length is None:
+        return None if steps is None else float(steps)
+    return math.ceil(float(epochs) * length)

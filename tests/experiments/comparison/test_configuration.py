@@ -93,6 +93,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 3}, "vocab_size is 3"),
     ({"train_file": "nowhere.txt"}, "train_file does not exist: nowhere.txt"),
     ({"eval_strategy": "never"}, "never"),
+    ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; it must be at least 1"),
+    ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps is -1; it must be at least 1"),
 ]
 
 
@@ -190,6 +192,17 @@ def test_a_preset_is_found_by_its_name(
     assert "no configuration 'wikitext2-smal', did you mean 'wikitext2-small'" in capsys.readouterr().err
     (tmp_path / "wikitext2-small").write_text(json.dumps(GOOD))
     assert find_configuration(Path("wikitext2-small"), CONFIGS) == Path("wikitext2-small")
+
+
+def test_numbers_may_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """E13: as on a command line; the forecast multiplies them all the same."""
+    common = {"per_device_train_batch_size": "16", "num_train_epochs": "2", "gradient_accumulation_steps": "2"}
+    config = {"common": common, "cells": [{"optim": "adamw"}], "train_examples": 640, "step_seconds": {"adamw": 0.5}}
+    assert dry_run(config, tmp_path) == 0
+    assert "about 20 s for the 1 cells left" in capsys.readouterr().out
+    assert dry_run(config, tmp_path, "--set", "max_steps='3'", "max_steps=60") == 0
+    assert "about 30 s" in capsys.readouterr().out
+    assert dry_run(config, tmp_path, "--set", "y=" + "[" * 100_000) == 2
 
 
 def test_a_million_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
