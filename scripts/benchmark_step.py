@@ -28,12 +28,13 @@ from hf_adafisher.experiments.benchmark.scaling import draw_scaling, measure_sca
 from hf_adafisher.experiments.benchmark.step import measure_optimizers, measure_step
 from hf_adafisher.experiments.benchmark.trainer_step import measure_trainer
 from hf_adafisher.experiments.benchmark.workloads import MODELS
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write the result; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="gpt2-20m", help="default gpt2-20m")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds (default 15, at least 2)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")

@@ -16,7 +16,6 @@ the report's pictures.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import shlex
 import signal
@@ -26,11 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.comparison.cells import set_arguments, task_of, use_local_data
+from hf_adafisher.experiments.command_line import StrictParser
+from hf_adafisher.experiments.comparison.cell_arguments import check_cells
+from hf_adafisher.experiments.comparison.cells import set_arguments, use_local_data
+from hf_adafisher.experiments.comparison.configuration import load_configuration
 from hf_adafisher.experiments.comparison.execution import BACKENDS
 from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
-from hf_adafisher.experiments.report.write_report import describe_step_times, write_report
+from hf_adafisher.experiments.report.write_report import describe_step_times, read_comparison, write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,24 +67,27 @@ def _run(comparison: Comparison, arguments: argparse.Namespace) -> int:
     if arguments.measure_only:
         failures = comparison.measure(arguments.retry_failed)
         print(describe_step_times(comparison))
+        failed = any(time.seconds is None for time in comparison.step_times().values())
     else:
         if not arguments.report_only:
             failures = comparison.run(arguments.verbose, arguments.retry_failed)
-        print(write_report(comparison, shlex.join(["python", *arguments.typed])))
+        results = read_comparison(comparison)
+        print(write_report(comparison, shlex.join(["python", *arguments.typed]), results))
+        failed = any(result.status == "failed" for result in results)
     print("\n".join(failures), end="\n" if failures else "")
-    return 1 if failures else 0
+    return 1 if failures or failed else 0
 
 
 def _comparison(arguments: argparse.Namespace) -> Comparison:
-    config: dict[str, Any] = json.loads(arguments.config.read_text(encoding="utf-8"))
-    task_of(config)
+    scripts = Path(__file__).resolve().parent
+    config: dict[str, Any] = load_configuration(arguments.config, scripts / "configs")
     if arguments.local_data is not None:
         config = use_local_data(config, arguments.local_data)
     given = {"budget": arguments.budget, "seeds": arguments.seeds}  # what --set must leave to them
     config = set_arguments({**config, **{key: value for key, value in given.items() if value}}, arguments.set)
     comparison = create_comparison(
         config,
-        Path(__file__).resolve().parent,
+        scripts,
         arguments.output_dir or Path("out") / arguments.config.stem,
         optimizers=arguments.optimizers,
         seeds=arguments.seeds,
@@ -92,14 +97,17 @@ def _comparison(arguments: argparse.Namespace) -> Comparison:
     )
     if arguments.cell_timeout is not None and not arguments.cell_timeout > 0:
         raise ValueError(f"--cell_timeout is {arguments.cell_timeout}; it must be a positive number of seconds")
+    if not arguments.report_only:  # results of earlier versions may have other arguments
+        reference = [comparison.reference] if comparison.reference is not None else []
+        check_cells([*comparison.cells, *reference])
     cells = [replace(cell, time_limit=arguments.cell_timeout) for cell in comparison.cells]
     return replace(comparison, cells=cells)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", type=Path, required=True, help="JSON file with the cells")
+    add("--config", type=Path, required=True, help="JSON file with the cells, or the name of one in scripts/configs")
     add("--output_dir", type=Path, help="folder of the comparison")
     add("--optimizers", nargs="+", metavar="NAME", help="only these of the configuration")
     add("--seeds", nargs="+", type=int, metavar="N", help="instead of the configuration's")

@@ -12,12 +12,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.optimizers.factory.optimizer_table import as_json, as_markdown, as_text, modes_as_markdown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the list, in the form asked for; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--markdown", action="store_true", help="as a Markdown table")
     form.add_argument("--json", action="store_true", help="as JSON")

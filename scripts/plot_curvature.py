@@ -18,13 +18,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.figures.command_line import run_figure
 from hf_adafisher.experiments.figures.layers.picture import draw_curvature
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw it; return the exit status: 0, or 2 without anything to draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run, or its curvature.jsonl")
     parser.add_argument(
         "--output", type=Path, help="PNG; SVG and JSON stand beside it (default curvature.png beside the record)"

@@ -20,6 +20,7 @@ from torch import nn
 
 import hf_adafisher
 from hf_adafisher import create_optimizer
+from hf_adafisher.experiments.command_line import StrictParser
 
 PACKAGE = Path(hf_adafisher.__file__).parent
 
@@ -57,7 +58,7 @@ def trace(name: str) -> dict[str, Counter[tuple[str, str]]]:
 
 def main() -> None:
     """Print the counts as a table, or as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optim", default="adafisherw", help="adafisherw, adafisher, spectral-adafisher or kfac")
     parser.add_argument("--list", action="store_true", help="list the functions")
     parser.add_argument("--json", action="store_true", help="print JSON")

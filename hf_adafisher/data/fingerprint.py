@@ -1,13 +1,24 @@
-"""Hashes of a split's content, by which data that changed under the same name is told."""
+"""Hashes of a split's content and of files, by which data that changed under the same name is told."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hf_adafisher.data.images.corpora import ImageSplit
+
+
+def file_sha256(path: str | PathLike[str]) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def text_sha256(lines: Sequence[str]) -> str:

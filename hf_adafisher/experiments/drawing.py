@@ -109,8 +109,8 @@ def save_figure(figure: Any, path: Path, numbers: Mapping[str, Any]) -> list[Pat
     files = [path.with_suffix(suffix) for suffix in (".png", ".svg", ".json")]
     with replacing(files[0]) as partial:
         figure.savefig(partial, dpi=120)
-    with matplotlib.rc_context({"svg.hashsalt": "hf_adafisher"}):  # the same picture gives the same file
-        with replacing(files[1]) as partial:
-            figure.savefig(partial, metadata={"Date": None})
+    same_file = matplotlib.rc_context({"svg.hashsalt": "hf_adafisher"})  # the same picture gives the same file
+    with same_file, replacing(files[1]) as partial:
+        figure.savefig(partial, metadata={"Date": None})
     write_json(files[2], dict(numbers))
     return files

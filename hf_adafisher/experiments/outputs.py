@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from hf_adafisher import __version__
+from hf_adafisher.experiments.source_state import source_state
 
 
 def software_versions(optional: Sequence[str] = ()) -> dict[str, str]:
-    """Return the versions of Python and of the libraries that a result depends on.
+    """Return the versions of Python, of this package (with its commit) and of the libraries that a result depends on.
 
     Args:
         optional: Further libraries; those not installed are left out.
     """
-    versions = {"python": platform.python_version(), "hf_adafisher": __version__}
+    versions = {"python": platform.python_version(), **source_state()}
     for name in ("torch", "transformers", "accelerate", "datasets", "tokenizers"):
         versions[name] = metadata.version(name)
     for name in optional:

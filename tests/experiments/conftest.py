@@ -10,6 +10,7 @@ import pytest
 
 from hf_adafisher.data.text import load_corpus
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
+from tests.experiments.cell_folders import name_of
 from tests.scripts import load_script
 
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300", "--block_size", "16"]
@@ -109,6 +110,7 @@ def started(tmp_path: Path) -> Callable[..., list[str]]:
 
     def read(folder: str = "out") -> list[str]:
         path = tmp_path / folder / "started.txt"
-        return path.read_text().splitlines() if path.is_file() else []
+        lines = path.read_text().splitlines() if path.is_file() else []
+        return [f"{name_of(path.parent / cell)} {threads}" for cell, threads in map(str.split, lines)]
 
     return read

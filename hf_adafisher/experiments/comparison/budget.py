@@ -84,8 +84,8 @@ def timing_cell(cell: Cell) -> Cell:
     settings = {key: value for key, value in cell.settings.items() if key not in _FREE_OF_COST}
     common = {key: value for key, value in cell.common.items() if key not in _FREE_OF_COST | _SCHEDULE}
     steps = WARMUP_STEPS + MEASURED_WINDOWS * work_period(cell)
-    common |= {"max_steps": steps, "timing_only": True, "disable_tqdm": True}
-    return Cell(settings, common, time_limit=cell.time_limit)
+    timing = {**common, "max_steps": steps, "timing_only": True, "disable_tqdm": True}
+    return replace(cell, settings=settings, common=timing)
 
 
 def reference_cell(cells: Sequence[Cell]) -> Cell:
@@ -128,12 +128,13 @@ def read_step_time(results: Sequence[Mapping[str, Any]], interval: int) -> StepT
     """Average the results of a measurement, which has several where several cells run side by side."""
     for result in results:
         if result["status"] == "failed":
-            return StepTime(None, reason=result["reason"])
+            return StepTime(None, reason=result.get("reason") or "it failed")
     try:
-        seconds = statistics.fmean(typical_step_seconds(result["step_seconds"], interval) for result in results)
+        seconds = statistics.fmean(typical_step_seconds(result.get("step_seconds", []), interval) for result in results)
     except ValueError as error:
         return StepTime(None, reason=f"{results[0]['status']}: {error}")
-    return StepTime(seconds, int(results[0]["steps_per_epoch"]))
+    length = results[0].get("steps_per_epoch")
+    return StepTime(seconds, None if length is None else int(length))
 
 
 def plan_cell(cell: Cell, budget: Budget, time: StepTime | None, reference: StepTime | None) -> Cell:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -11,14 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.experiments.comparison.identity import write_record
+from hf_adafisher.experiments.comparison.stored import is_done
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.runs.run import RESULTS_FILE
 
 LOG_FILE = "log.txt"
-COMMAND_FILE = "command.json"
+MAX_JOBS = 1024
 _LOCK_FILE = ".lock"
 _LOCK_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
@@ -34,34 +34,12 @@ def available_cores() -> int:
 
 
 def threads_for(jobs: int) -> int:
-    """Return the threads of each of ``jobs`` runs side by side. Raise ValueError for ``jobs`` below 1."""
+    """Return the threads of each of ``jobs`` runs side by side. Raise ValueError for ``jobs`` outside 1..1024."""
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if jobs > MAX_JOBS:
+        raise ValueError(f"jobs must be at most {MAX_JOBS}, got {jobs}: this machine has {available_cores()} cores")
     return max(available_cores() // jobs, 1)
-
-
-def load_result(folder: Path) -> dict[str, Any] | None:
-    """Load the result of a cell, or None if it has none."""
-    path = folder / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def is_done(cell: Cell, folder: Path, retry_failed: bool = False) -> bool:
-    """Check that a cell has a result, made with the same arguments.
-
-    Raises:
-        ValueError: The result was made with other arguments.
-    """
-    result = load_result(folder)
-    if result is None:
-        return False
-    command = folder / COMMAND_FILE
-    if command.is_file() and json.loads(command.read_text(encoding="utf-8")) != cell.arguments():
-        raise ValueError(
-            f"{folder} holds a result made with other arguments ({command} lists them): use another output "
-            "directory, or delete the folder to run it again"
-        )
-    return not (retry_failed and result["status"] == "failed")
 
 
 def run_cell(
@@ -71,6 +49,7 @@ def run_cell(
     threads: int,
     verbose: bool = False,
     started: Started | None = None,
+    retry_failed: bool = False,
     stopping: threading.Event | None = None,
 ) -> str | None:
     """Run one cell to its end, successful or not.
@@ -78,7 +57,7 @@ def run_cell(
     Its folder gets the run's files, its output (``log.txt``) and its command. A run that ends with an error has a
     result too: ``status`` is ``failed``, ``reason`` the last line of its output. One that a signal kills has none.
     If another process is running the same cell (a comparison that was killed leaves its runs behind, two may share a
-    folder), it is waited for.
+    folder), it is waited for. A cell that has a result by then is not run, and its result stays.
 
     Args:
         cell: Of a comparison.
@@ -87,31 +66,43 @@ def run_cell(
         threads: Of torch.
         verbose: Show the run's own output instead of keeping it in ``log.txt``.
         started: Called with the process, which it may ``stop``.
+        retry_failed: Run it again if its result is a failure, but not one that was just waited for.
         stopping: Set when a run that still waits for another process must not start any more.
 
     Returns:
         A message if it failed or was killed, else None.
+
+    Raises:
+        ValueError: The folder has got a result made with other arguments or data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / _LOCK_FILE, stopping) as (lock, waited):
-        if (stopping is not None and stopping.is_set()) or (waited and (folder / RESULTS_FILE).is_file()):
+        if (stopping is not None and stopping.is_set()) or is_done(cell, folder, retry_failed and not waited):
             return None
         (folder / RESULTS_FILE).unlink(missing_ok=True)  # of an attempt that failed
-        (folder / COMMAND_FILE).write_text(json.dumps(cell.arguments(), indent=2), encoding="utf-8")
+        write_record(cell, folder)
         begin = time.perf_counter()
         code = _execute(cell.command(program, folder), folder, threads, verbose, lock, started, cell.time_limit)
         seconds = time.perf_counter() - begin
-    if (folder / RESULTS_FILE).is_file():
-        return None
-    if code is not None and code < 0:
-        return f"{cell.name}: killed by {signal.Signals(-code).name} after {seconds:.0f} s, it has no result"
-    hint = "" if verbose else f", see {folder / LOG_FILE}"
-    if code is None:
-        reason = f"stopped after {cell.time_limit:g} s (--cell_timeout)"
-    else:
-        reason = (None if verbose else _last_line(folder / LOG_FILE)) or f"exit status {code}"
-    write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason, "exit_status": code, "seconds": seconds})
+        if (folder / RESULTS_FILE).is_file():
+            return None
+        if code is not None and code < 0:
+            return f"{cell.name}: killed by {signal.Signals(-code).name} after {seconds:.0f} s, it has no result"
+        hint = "" if verbose else f", see {folder / LOG_FILE}"
+        if code is None:
+            reason = f"stopped after {cell.time_limit:g} s (--cell_timeout)"
+        else:
+            reason = (None if verbose else _last_line(folder / LOG_FILE)) or f"exit status {code}"
+        failure = {"status": "failed", "reason": reason, "exit_status": code, "seconds": seconds}
+        write_json(folder / RESULTS_FILE, failure)
     return f"{cell.name}: failed with exit status {code} after {seconds:.0f} s: {reason}{hint}"
+
+
+def prepare_cell(cell: Cell, folder: Path) -> None:
+    """Write the record of a cell that a shell will run by itself, unless it is running."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(BlockingIOError), _locked(folder / _LOCK_FILE, wait=False):
+        write_record(cell, folder)
 
 
 def stop(*processes: subprocess.Popen[bytes]) -> None:
@@ -167,7 +158,7 @@ def _execute(
 
 
 @contextlib.contextmanager
-def _locked(path: Path, stopping: threading.Event | None = None) -> Iterator[tuple[int, bool]]:
+def _locked(path: Path, stopping: threading.Event | None = None, wait: bool = True) -> Iterator[tuple[int, bool]]:
     """Hold a lock that the run inherits, so that it ends with the last of both; yield it, and True if it waited."""
     import fcntl
 
@@ -178,6 +169,8 @@ def _locked(path: Path, stopping: threading.Event | None = None) -> Iterator[tup
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
+                if not wait:
+                    raise
                 waited = True
                 time.sleep(_LOCK_SECONDS)
         yield file.fileno(), waited

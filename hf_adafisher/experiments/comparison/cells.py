@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from hf_adafisher.experiments.comparison.configuration import check_configuration
 from hf_adafisher.experiments.comparison.tasks import TASKS, Task
 
-_KEYS = {
-    "description", "task", "common", "cells", "seeds", "budget", "step_seconds", "train_examples", "overhead_seconds",
-    "paper",
-}  # fmt: skip
+_SLUG_LENGTH, _HASH_LENGTH = 30, 10
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,18 @@ class Cell:
     Attributes:
         settings: Arguments of this cell, ``optim`` among them.
         common: Arguments that all cells of the comparison share.
-        label: Folder name; None: it follows from the settings.
+        copy: Number of a copy, for cells that run side by side with themselves.
         planned_seconds: Training time of a budget of time.
         time_limit: Seconds after which the run is stopped and counts as failed; None: no limit.
+        task: Name of the comparison's task.
     """
 
     settings: Mapping[str, Any]
     common: Mapping[str, Any] = field(default_factory=dict)
-    label: str | None = None
+    copy: int = 1
     planned_seconds: float | None = None
     time_limit: float | None = None
+    task: str = "clm"
 
     @property
     def optim(self) -> str:
@@ -44,9 +47,16 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Folder name: ``adamw,learning_rate=0.001,seed=0``."""
+        """The settings as text: ``adamw,learning_rate=0.001,seed=0``."""
         rest = [f"{key}={value}" for key, value in self.settings.items() if key != "optim"]
-        return self.label or ",".join([self.optim, *rest])
+        return ",".join([self.optim, *rest, *([f"copy={self.copy}"] if self.copy > 1 else [])])
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its folder: letters, digits and hyphens, the same for the same settings in any order."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.optim.lower())[:_SLUG_LENGTH].strip("-") or "cell"
+        identity = json.dumps([canonical(self.settings), self.copy], sort_keys=True)
+        return f"{slug}-{hashlib.sha256(identity.encode()).hexdigest()[:_HASH_LENGTH]}"
 
     @property
     def all_settings(self) -> dict[str, Any]:
@@ -55,11 +65,7 @@ class Cell:
 
     def arguments(self) -> list[str]:
         """Return the command line arguments of the run, without the program and the output directory."""
-        pairs = []
-        for key, value in self.all_settings.items():
-            values = value if isinstance(value, list) else [value]
-            pairs += [f"--{key}", *(str(v).lower() if isinstance(v, bool) else str(v) for v in values)]
-        return pairs
+        return [word for key, value in self.all_settings.items() for word in (f"--{key}", *_words(value))]
 
     def command(self, program: Path, folder: Path) -> list[str]:
         """Return the command that runs it."""
@@ -68,6 +74,24 @@ class Cell:
     def shell_line(self, program: Path, folder: Path, threads: int) -> str:
         """Return the command for a shell or a scheduler, with the number of threads."""
         return f"OMP_NUM_THREADS={threads} TOKENIZERS_PARALLELISM=false {shlex.join(self.command(program, folder))}"
+
+
+def canonical(settings: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return arguments as the words of a command line, with equal numbers as equal words: 1, 1.0 and "1e0"."""
+    return {key: [_canonical(word) for word in _words(value)] for key, value in settings.items()}
+
+
+def _words(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [str(one).lower() if isinstance(one, bool) else str(one) for one in values]
+
+
+def _canonical(word: str) -> str:
+    try:
+        number = Decimal(word)
+        return str(number.normalize()) if number.is_finite() else word
+    except ArithmeticError:  # no number, or one beyond all bounds
+        return word
 
 
 def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
@@ -80,10 +104,10 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
             add nothing.
 
     Raises:
-        ValueError: A missing or an unknown key, an unknown task, an entry without ``optim``, two sources of seeds, or
-            the same cell twice.
+        ValueError: No configuration (see ``hf_adafisher.experiments.comparison.configuration``), two sources of seeds,
+            or the same cell twice.
     """
-    _check(config)
+    check_configuration(config)
     cells: dict[str, Cell] = {}
     twice = []
     for entry in config["cells"]:
@@ -93,22 +117,15 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
         settings = {key: value for key, value in entry.items() if key != "seeds"} | ({"seed": seeds} if seeds else {})
         lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
         for values in itertools.product(*lists.values()):
-            cell = Cell(dict(zip(lists, values, strict=True)), config.get("common", {}))
-            if cells.setdefault(cell.name, cell) is not cell and "seeds" not in entry:
+            chosen = dict(zip(lists, values, strict=True))
+            cell = Cell(chosen, config.get("common", {}), task=config.get("task", "clm"))
+            if cells.setdefault(cell.folder_name, cell) is not cell and "seeds" not in entry:
                 twice.append(cell.name)
+    names = [cell.name for cell in cells.values()]
+    twice += [name for name in names if names.count(name) > 1]  # of values that hold commas and equals signs
     if twice:
         raise ValueError(f"these cells stand in the configuration twice: {sorted(set(twice))}")
     return list(cells.values())
-
-
-def _check(config: Mapping[str, Any]) -> None:
-    unknown = sorted(set(config) - _KEYS)
-    if unknown or not config.get("cells"):
-        raise ValueError(f'a comparison needs "cells" and may have {sorted(_KEYS)}; unknown: {unknown or "none"}')
-    task_of(config)
-    for entry in config["cells"]:
-        if "optim" not in entry:
-            raise ValueError(f'each entry of "cells" names an "optim", this one does not: {entry}')
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
@@ -139,7 +156,7 @@ def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, 
         _check_settable(key, config)
         try:
             value = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             value = text
         if isinstance(value, dict):
             raise ValueError(f"--set {key}: {text} is no value of an argument")

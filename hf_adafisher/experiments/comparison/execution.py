@@ -12,10 +12,12 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from hf_adafisher.experiments.comparison.cell_process import Job, is_done, load_result, run_cell, stop, threads_for
+from hf_adafisher.experiments.comparison.cell_process import Job, run_cell, stop, threads_for
 from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.experiments.comparison.identity import cell_folder
 from hf_adafisher.experiments.comparison.ray_cluster import run_on_ray
-from hf_adafisher.experiments.comparison.tasks import TASKS
+from hf_adafisher.experiments.comparison.stored import is_done, load_result
+from hf_adafisher.experiments.comparison.tasks import TASKS, format_number
 
 BACKENDS = ("local", "ray")
 Headline = Callable[[dict[str, Any]], str | None]
@@ -50,16 +52,16 @@ def run_cells(
         One message for each cell that failed, or was killed and has no result.
 
     Raises:
-        ValueError: ``jobs`` below 1, or a folder whose result was made with other arguments.
+        ValueError: ``jobs`` out of range, or a folder whose result was made with other arguments or data.
         ImportError: ``ray`` is not installed.
     """
     threads = threads_for(jobs)
-    folders = [(cell, output_dir / cell.name) for cell in cells]
+    folders = [(cell, cell_folder(output_dir, cell)) for cell in cells]
     todo = [(cell, folder) for cell, folder in folders if not is_done(cell, folder, retry_failed)]
     if backend == "ray":
-        outcomes = run_on_ray(todo, program.resolve(), threads)
+        outcomes = run_on_ray(todo, program.resolve(), threads, retry_failed)
     else:
-        outcomes = _run_locally(todo, program, threads, jobs, verbose and jobs == 1)
+        outcomes = _run_locally(todo, program, threads, jobs, verbose and jobs == 1, retry_failed)
     failures = []
     with (
         contextlib.closing(outcomes),  # so that it stops its runs as soon as anything goes wrong here
@@ -78,22 +80,25 @@ def describe_result(cell: Cell, result: dict[str, Any] | None, headline: Headlin
     if result is None:
         return f"{cell.name}: no result"
     if result["status"] == "failed":
-        return f"{cell.name}: failed: {result['reason']}"
+        return f"{cell.name}: failed: {result.get('reason') or 'no reason given'}"
+    steps = f"{format_number(result.get('steps'), 0)} steps"
     if "step_seconds" in result:
-        return f"{cell.name}: {result['steps']} steps, {result['train_seconds']:.1f} s"
+        return f"{cell.name}: {steps}, {format_number(result.get('train_seconds'), 1)} s"
     metric = (headline(result) if result["status"] == "completed" else None) or result["status"]
-    return f"{cell.name}: {metric}, {result['steps']} steps, {result['train_seconds']:.0f} s"
+    return f"{cell.name}: {metric}, {steps}, {format_number(result.get('train_seconds'), 0)} s"
 
 
 def _run_locally(
-    todo: Sequence[Job], program: Path, threads: int, jobs: int, verbose: bool
+    todo: Sequence[Job], program: Path, threads: int, jobs: int, verbose: bool, retry_failed: bool
 ) -> Generator[tuple[Job, str | None], None, None]:
     processes: list[subprocess.Popen[bytes]] = []
     stopping = threading.Event()
 
     def run(job: Job) -> str | None:
         cell, folder = job
-        return None if stopping.is_set() else run_cell(cell, program, folder, threads, verbose, started, stopping)
+        if stopping.is_set():
+            return None
+        return run_cell(cell, program, folder, threads, verbose, started, retry_failed, stopping)
 
     def started(process: subprocess.Popen[bytes]) -> None:
         processes.append(process)

@@ -7,15 +7,17 @@ import statistics
 from collections.abc import Mapping
 
 from hf_adafisher.experiments.comparison.budget import StepTime, seconds_of_epochs, timing_cell
-from hf_adafisher.experiments.comparison.cell_process import is_done, load_result
 from hf_adafisher.experiments.comparison.cells import Cell
-from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.identity import cell_folder
+from hf_adafisher.experiments.comparison.protocol import Comparison, failed_measurements
+from hf_adafisher.experiments.comparison.stored import load_result
 
 
 def forecast(comparison: Comparison) -> str:
     """Format the names of all cells, their number, the number of finished ones, and the time of the others."""
-    cells = comparison.cells_as_planned()
-    open_cells = [cell for cell in cells if not is_done(cell, comparison.output_dir / cell.name)]
+    cells, unplanned = comparison.plans()
+    failed = failed_measurements(unplanned)
+    open_cells = [cell for cell in cells if cell.name not in failed and not comparison.is_done(cell)]
     times, source = _times(comparison)
     lines = [*(cell.name for cell in cells), ""]
     count = f"{len(cells)} cells, {len(cells) - len(open_cells)} of them finished"
@@ -70,13 +72,14 @@ def _steps_per_epoch(cell: Cell, examples: int | None) -> int | None:
     batch = arguments.get("per_device_train_batch_size")
     if examples is None or batch is None:
         return None
-    return math.ceil(math.ceil(examples / batch) / arguments.get("gradient_accumulation_steps", 1))
+    # A configuration may hold numbers as text, as a command line does.
+    return math.ceil(math.ceil(examples / int(batch)) / int(arguments.get("gradient_accumulation_steps", 1)))
 
 
 def _from_finished(comparison: Comparison) -> dict[str, StepTime]:
     seen: dict[str, list[tuple[float, int | None]]] = {}
     for cell in comparison.cells:
-        result = load_result(comparison.output_dir / cell.name) or {}
+        result = load_result(cell_folder(comparison.output_dir, cell)) or {}
         mean = (result.get("step_time") or {}).get("mean_ms")
         if mean:
             seen.setdefault(timing_cell(cell).name, []).append((mean / 1000, result.get("steps_per_epoch")))
@@ -102,6 +105,7 @@ def _own_steps(cell: Cell, time: StepTime | None) -> float | None:
     """Steps of a cell without a budget: its ``max_steps``, or its epochs if their length is known."""
     arguments = cell.all_settings
     epochs, length = arguments.get("num_train_epochs"), None if time is None else time.steps_per_epoch
-    if arguments.get("max_steps") is not None or epochs is None or length is None:
-        return arguments.get("max_steps")
-    return math.ceil(epochs * length)
+    steps = arguments.get("max_steps")
+    if steps is not None or epochs is None or length is None:
+        return None if steps is None else float(steps)
+    return math.ceil(float(epochs) * length)

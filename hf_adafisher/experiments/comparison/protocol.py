@@ -17,13 +17,14 @@ from hf_adafisher.experiments.comparison.budget import (
     timing_cell,
     work_period,
 )
-from hf_adafisher.experiments.comparison.cell_process import is_done, load_result, threads_for
+from hf_adafisher.experiments.comparison.cell_process import prepare_cell, threads_for
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, select_optimizers, task_of
+from hf_adafisher.experiments.comparison.configuration import check_configuration
 from hf_adafisher.experiments.comparison.execution import run_cells
+from hf_adafisher.experiments.comparison.identity import cell_folder
 from hf_adafisher.experiments.comparison.published import read_published_results
+from hf_adafisher.experiments.comparison.stored import is_done, stored_result
 from hf_adafisher.experiments.comparison.tasks import Task
-from hf_adafisher.experiments.outputs import write_json
-from hf_adafisher.experiments.runs.run import RESULTS_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,12 @@ class Comparison:
         times = {}
         for cell in self._timing_cells():
             copies = self._copies(cell)
-            results = [found for copy in copies if (found := load_result(self._times / copy.name)) is not None]
+            try:
+                found = [stored_result(copy, cell_folder(self._times, copy), archive=True) for copy in copies]
+            except ValueError as error:  # measured with other arguments or data
+                times[cell.name] = StepTime(None, reason=str(error))
+                continue
+            results = [result for result in found if result is not None]
             if len(results) == len(copies):
                 times[cell.name] = read_step_time(results, work_period(cell))
                 _warn_of_threads(cell, results[0], threads_for(self.jobs))
@@ -79,7 +85,7 @@ class Comparison:
         failures = []
         for cell in self._timing_cells():
             copies = self._copies(cell)
-            if not all(is_done(copy, self._times / copy.name, retry_failed) for copy in copies):
+            if not all(is_done(copy, cell_folder(self._times, copy), retry_failed) for copy in copies):
                 print(f"measuring the step time of {cell.name}")
                 failures += run_cells(
                     copies, self.program, self._times, self.jobs, backend=self.backend, retry_failed=retry_failed
@@ -88,43 +94,43 @@ class Comparison:
 
     def plan(self) -> list[Cell]:
         """Return the cells with their steps; those without a step time are left out."""
-        return [plan for plan in self._plans().values() if isinstance(plan, Cell)]
+        cells, unplanned = self.plans()
+        return [cell for cell in cells if cell.name not in unplanned]
 
     def unplanned(self) -> dict[str, str]:
         """Return the reasons of the cells that ``plan`` leaves out, by name."""
-        return {name: plan for name, plan in self._plans().items() if isinstance(plan, str)}
+        return self.plans()[1]
 
-    def cells_as_planned(self) -> list[Cell]:
-        """Return all cells, with their steps if these are known."""
-        plans = self._plans()
-        return [plan if isinstance(plan := plans[cell.name], Cell) else cell for cell in self.cells]
+    def folder(self, cell: Cell) -> Path:
+        """Return the folder of a cell."""
+        return cell_folder(self.output_dir, cell)
 
-    def _plans(self) -> dict[str, Cell | str]:
-        """Each cell with its steps, or the reason why there are none, by name."""
+    def is_done(self, cell: Cell) -> bool:
+        """Check that a cell has a result; see ``hf_adafisher.experiments.comparison.stored.is_done``."""
+        return is_done(cell, self.folder(cell))
+
+    def plans(self) -> tuple[list[Cell], dict[str, str]]:
+        """Return all cells, with their steps if these are known; and the reasons why some are not, by name."""
         if self.budget is None:
-            return {cell.name: cell for cell in self.cells}
+            return list(self.cells), {}
         times = self.step_times() if self.budget.needs_times else {}
         reference = times.get(timing_cell(self.reference).name) if self.reference is not None else None
-        plans: dict[str, Cell | str] = {}
+        cells, reasons = [], {}
         for cell in self.cells:
             time = times.get(timing_cell(cell).name)
             needed = [time, reference] if self.reference is not None else [time]
             missing = [one for one in needed if one is None or one.seconds is None]
             if self.budget.needs_times and missing:
                 failure = next((one.reason for one in missing if one is not None), None)
-                plans[cell.name] = f"step time: {failure}" if failure else _NOT_MEASURED
+                reasons[cell.name] = f"step time: {failure}" if failure else _NOT_MEASURED
+                cells.append(cell)
             else:
-                plans[cell.name] = plan_cell(cell, self.budget, time, reference)
-        return plans
+                cells.append(plan_cell(cell, self.budget, time, reference))
+        return cells, reasons
 
     def run(self, verbose: bool = False, retry_failed: bool = False) -> list[str]:
         """Measure step times if the budget needs them, run every cell without a result; return messages of failures."""
         failures = self.measure(retry_failed) if self.budget is not None and self.budget.needs_times else []
-        for name, reason in self.unplanned().items():
-            folder = self.output_dir / name
-            if reason != _NOT_MEASURED and load_result(folder) is None:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_json(folder / RESULTS_FILE, {"status": "failed", "reason": reason})
         return failures + run_cells(
             self.plan(),
             self.program,
@@ -137,17 +143,19 @@ class Comparison:
         )
 
     def commands(self) -> list[str]:
-        """Return a shell line for each cell that has no result.
+        """Return a shell line for each cell that has no result, and write the records of these cells.
 
         Raises:
             ValueError: The steps of a cell are not known yet.
         """
-        reasons = self.unplanned()
+        planned, reasons = self.plans()
         if _NOT_MEASURED in reasons.values():
             raise ValueError("the budget needs step times: run the same with --measure_only first, on the same machine")
-        cells = [cell for cell in self.plan() if not is_done(cell, self.output_dir / cell.name)]
+        cells = [cell for cell in planned if cell.name not in reasons and not self.is_done(cell)]
+        for cell in cells:
+            prepare_cell(cell, self.folder(cell))
         threads = threads_for(self.jobs)
-        return [cell.shell_line(self.program, self.output_dir / cell.name, threads) for cell in cells]
+        return [cell.shell_line(self.program, self.folder(cell), threads) for cell in cells]
 
     @property
     def _times(self) -> Path:
@@ -158,7 +166,12 @@ class Comparison:
         return list({cell.name: cell for cell in map(timing_cell, cells)}.values())
 
     def _copies(self, cell: Cell) -> list[Cell]:
-        return [cell, *(replace(cell, label=f"{cell.name},copy={n}") for n in range(2, self.jobs + 1))]
+        return [cell, *(replace(cell, copy=n) for n in range(2, self.jobs + 1))]
+
+
+def failed_measurements(unplanned: Mapping[str, str]) -> dict[str, str]:
+    """Select the cells that cannot run, since a measurement of their budget failed."""
+    return {name: reason for name, reason in unplanned.items() if reason != _NOT_MEASURED}
 
 
 def create_comparison(
@@ -189,13 +202,14 @@ def create_comparison(
         ValueError: A configuration or an override that is not valid.
     """
     threads_for(jobs)
-    full = {**config, **({"budget": budget} if budget else {})}
+    check_configuration(config)
+    full = {**config, **({} if budget is None else {"budget": budget})}
     if seeds:
-        entries = [{**entry, "seeds": list(seeds)} if "seeds" in entry else entry for entry in config.get("cells", [])]
+        entries = [{**entry, "seeds": list(seeds)} if "seeds" in entry else entry for entry in config["cells"]]
         full |= {"seeds": list(seeds), "cells": entries}
     selected = select_optimizers(full, optimizers) if optimizers else full
     cells = expand_cells(selected)
-    parsed = Budget.parse(full["budget"]) if full.get("budget") else None
+    parsed = Budget.parse(full["budget"]) if "budget" in full else None
     reference = None
     if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
         reference = reference_cell(expand_cells(select_optimizers(full, [parsed.optim])))

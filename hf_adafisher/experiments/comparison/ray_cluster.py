@@ -10,7 +10,9 @@ from typing import Any
 from hf_adafisher.experiments.comparison.cell_process import Job, available_cores, run_cell
 
 
-def run_on_ray(todo: Sequence[Job], program: Path, threads: int) -> Generator[tuple[Job, str | None], None, None]:
+def run_on_ray(
+    todo: Sequence[Job], program: Path, threads: int, retry_failed: bool = False
+) -> Generator[tuple[Job, str | None], None, None]:
     """Run cells as Ray tasks, each with as many CPUs as it has threads.
 
     The cluster is the one that is connected, that of ``RAY_ADDRESS``, or a new one on this machine.
@@ -19,6 +21,7 @@ def run_on_ray(todo: Sequence[Job], program: Path, threads: int) -> Generator[tu
         todo: Cells and their folders.
         program: Absolute path of the script that runs one cell.
         threads: Of each run.
+        retry_failed: Run cells again whose result is a failure.
 
     Returns:
         Iterator over the cells as they end, each with a message if it failed.
@@ -30,11 +33,11 @@ def run_on_ray(todo: Sequence[Job], program: Path, threads: int) -> Generator[tu
         import ray
     except ImportError as error:
         raise ImportError('--backend ray needs ray: pip install "hf_adafisher[ray]"') from error
-    return _outcomes(ray, todo, program, threads)
+    return _outcomes(ray, todo, program, threads, retry_failed)
 
 
 def _outcomes(
-    ray: Any, todo: Sequence[Job], program: Path, threads: int
+    ray: Any, todo: Sequence[Job], program: Path, threads: int, retry_failed: bool
 ) -> Generator[tuple[Job, str | None], None, None]:
     if not todo:
         return
@@ -45,7 +48,10 @@ def _outcomes(
         ray.init(address=cluster, log_to_driver=False, **size)
     # A run that was killed with its worker is not tried again behind the user's back: the same call does that.
     remote: Callable[..., Any] = ray.remote(num_cpus=threads, max_retries=0)(run_cell).remote
-    running = {remote(cell, program, folder.resolve(), threads): (cell, folder) for cell, folder in todo}
+    running = {
+        remote(cell, program, folder.resolve(), threads, retry_failed=retry_failed): (cell, folder)
+        for cell, folder in todo
+    }
     try:
         while running:
             (reference,), _ = ray.wait(list(running))

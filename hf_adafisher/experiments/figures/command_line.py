@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.drawing import require_matplotlib
 from hf_adafisher.experiments.figures.reserved_arguments import TASKS
 
@@ -21,11 +22,10 @@ def figure_parser(description: str, output: str) -> argparse.ArgumentParser:
         description: Docstring of the script.
         output: Default of ``--output``.
     """
-    parser = argparse.ArgumentParser(
+    parser = StrictParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Every other argument is the run's, as its script knows it: --model, --dataset, --seed and so on.",
-        allow_abbrev=False,
     )
     tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
     parser.add_argument("--task", choices=TASKS, default="digits", help=f"{tasks} (default digits)")

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from transformers import HfArgumentParser
-
+from hf_adafisher.experiments.command_line import RunParser
 from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.experiments.runs.image_arguments import (
     ImageDataArguments,
@@ -50,14 +49,14 @@ _RESERVED_ON_DIGITS: dict[str, tuple[str, Any]] = {
 def given_arguments(task: str, words: Sequence[str]) -> dict[str, Any]:
     """Values of the arguments among the words of a command line, by their full names.
 
-    The run's own parser finds them, in every spelling that it takes: ``--learning_rate 1``, ``--learning-rate=1``,
-    and unambiguous abbreviations. Words that it does not know are left out.
+    The run's own parser finds them, in every spelling that it takes: ``--learning_rate 1``, ``--learning-rate=1``.
+    Words that it does not know are left out.
 
     Args:
         task: One of ``TASKS``.
         words: Words of the command line.
     """
-    parser = HfArgumentParser(_ARGUMENTS[task])  # type: ignore[arg-type]  # typed too narrowly for a tuple
+    parser = RunParser(_ARGUMENTS[task])
     parser.set_defaults(**dict.fromkeys(field.name for one in _ARGUMENTS[task] for field in fields(one)))
     found, _ = parser.parse_known_args(list(words))
     return {name: value for name, value in vars(found).items() if value is not None}

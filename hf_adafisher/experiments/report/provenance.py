@@ -6,11 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from hf_adafisher.experiments.comparison.cell_process import load_result
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.report.results import CellResult
 from hf_adafisher.experiments.report.tables import Table
+from hf_adafisher.experiments.source_state import describe_source
 
+_SOURCE = ("hf_adafisher", "commit", "uncommitted_changes")
 _MACHINE = ("platform", "device", "cpu_count", "torch_threads")
 
 
@@ -27,18 +28,46 @@ def settings_table(comparison: Comparison) -> Table:
     return Table(["setting", "value"], [[key, _text(value)] for key, value in settings.items()])
 
 
-def software_table(comparison: Comparison, results: Sequence[CellResult]) -> Table:
-    """Tabulate versions, hardware and the model; several values where the cells differ."""
+def software_table(results: Sequence[CellResult]) -> Table:
+    """Tabulate versions, hardware, the model and the data; several values where the cells differ."""
     found: dict[str, dict[str, None]] = {}
     for result in results:
-        content = load_result(comparison.output_dir / result.cell) or {}
+        content = result.content
         machine = {key: value for key, value in content.get("hardware", {}).items() if key in _MACHINE}
         model = {f"model {key}": value for key, value in content.get("model", {}).items()}
         corpus = {"corpus": content.get("corpus", {}).get("source")}
-        for key, value in {**content.get("versions", {}), **machine, **model, **corpus}.items():
+        data = {f"data, {key}": value for key, value in (result.record or {}).get("data", {}).items()}
+        versions = {**content.get("versions", {}), **_source(result)}
+        for key, value in {**versions, **machine, **model, **corpus, **data}.items():
             if value is not None:
                 found.setdefault(key, {})[_text(value)] = None
     return Table(["what", "value"], [[key, "; ".join(values)] for key, values in found.items()])
+
+
+def describe_mixture(results: Sequence[CellResult]) -> str:
+    """Describe what the cells of one table do not have in common: source code; or have no record of."""
+    sources: dict[str, int] = {}
+    for result in results:
+        if source := _source(result):
+            text = describe_source(source)
+            sources[text] = sources.get(text, 0) + 1
+    parts = []
+    if len(sources) > 1:
+        counts = "; ".join(f"{text} ({count} runs)" for text, count in sources.items())
+        parts.append(f"These runs are not all of the same source code: {counts}.")
+    unknown = sum(result.record is None and result.status != "failed" for result in results)
+    if unknown:
+        parts.append(
+            f"{unknown} of {len(results)} runs have no record of their arguments and data (earlier versions wrote "
+            "none) and are taken as they are."
+        )
+    return " ".join(parts)
+
+
+def _source(result: CellResult) -> dict[str, str]:
+    """State of the source code as the run itself says, else as the comparison wrote it down before the run."""
+    said = {key: str(value) for key, value in result.content.get("versions", {}).items() if key in _SOURCE}
+    return said or dict((result.record or {}).get("software", {}))
 
 
 def step_time_table(comparison: Comparison) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader
 
-from hf_adafisher.experiments.report.tables import Table
+from hf_adafisher.experiments.report.tables import Table, escape_markdown, escape_paragraph
 
 _TEMPLATE = "report.html.jinja"
 
@@ -43,10 +44,18 @@ def render_markdown(title: str, sections: Sequence[Section]) -> str:
     """Render Markdown, with pictures as links to files beside it."""
     parts = [f"# {title}"]
     for section in sections:
-        parts += [f"## {section.title}"] if section.title else []
-        parts += [section.text] if section.text else []
+        parts += [f"## {escape_markdown(section.title)}"] if section.title else []
+        parts += [escape_paragraph(section.text)] if section.text else []
         parts += [section.table.markdown().rstrip()] if section.table is not None else []
-        parts += [section.note] if section.note else []
-        parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in section.pictures.items()]
-        parts += [f"```bash\n{section.command}\n```"] if section.command else []
+        parts += [escape_paragraph(section.note)] if section.note else []
+        pictures = [(path, escape_markdown(caption)) for path, caption in section.pictures.items()]
+        parts += [f"![{caption}]({path.name})\n\n{caption}" for path, caption in pictures]
+        parts += [_code_block(section.command)] if section.command else []
     return "\n\n".join(parts) + "\n"
+
+
+def _code_block(command: str) -> str:
+    """Fence a command by more backticks than it has in a row."""
+    longest = max(map(len, re.findall("`+", command)), default=0)
+    fence = "`" * max(longest + 1, 3)
+    return f"{fence}bash\n{command}\n{fence}"

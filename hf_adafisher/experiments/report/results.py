@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hf_adafisher.experiments.comparison.cell_process import load_result
 from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.experiments.comparison.identity import cell_folder, read_record
+from hf_adafisher.experiments.comparison.stored import stored_result
 from hf_adafisher.experiments.comparison.tasks import TASKS, Task
 from hf_adafisher.experiments.outputs import replacing
 
@@ -32,6 +33,9 @@ class CellResult:
         values: Metrics by name; None where there is no value.
         history: Trainer's log, for curves.
         task: Of the comparison.
+        folder: Its name.
+        content: All of ``results.json``.
+        record: Its ``command.json``; None for results of earlier versions.
     """
 
     cell: str
@@ -41,6 +45,9 @@ class CellResult:
     values: Mapping[str, float | None]
     history: Sequence[Mapping[str, Any]]
     task: Task = TASKS["clm"]
+    folder: str = ""
+    content: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] | None = None
 
     @property
     def cost(self) -> float:
@@ -103,13 +110,48 @@ def _number(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def read_results(cells: Sequence[Cell], output_dir: Path, task: Task = TASKS["clm"]) -> list[CellResult]:
-    """Read the results of all cells that have one, in their order."""
-    found = [(cell, load_result(output_dir / cell.name)) for cell in cells]
-    return [_cell_result(cell, result, task) for cell, result in found if result is not None]
+def read_results(
+    cells: Sequence[Cell], output_dir: Path, task: Task = TASKS["clm"], unplanned: Mapping[str, str] | None = None
+) -> list[CellResult]:
+    """Read the results of all cells that have one, in their order.
+
+    A damaged result is a failure, and so is one made with other arguments or other data: no table mixes them.
+
+    Args:
+        cells: With their steps, if these are known.
+        output_dir: Folder of the comparison.
+        task: Of the comparison.
+        unplanned: Reasons of the cells whose steps are not known, by name.
+    """
+    results, first = [], None
+    for cell in cells:
+        folder = cell_folder(output_dir, cell)
+        try:
+            planned = cell.name not in (unplanned or {})
+            content = stored_result(cell, folder, planned=planned, archive=True)
+            record = None if content is None or content["status"] == "failed" else read_record(folder)
+        except ValueError as error:
+            content, record = {"status": "failed", "reason": str(error)}, None
+        if content is None:
+            continue
+        if record is not None:
+            first = first or (cell.name, record["data"])
+            changed = [key for key, value in record["data"].items() if first[1].get(key, value) != value]
+            if changed:  # where the data themselves are not there to be compared with
+                reason = f"{folder} was made with other data than {first[0]} ({', '.join(changed)} changed)"
+                content = {"status": "failed", "reason": reason}
+        results.append(_cell_result(cell, content, task, folder.name, record))
+    return results
 
 
-def _cell_result(cell: Cell, result: Mapping[str, Any], task: Task) -> CellResult:
+def failed_result(cell: Cell, reason: str, task: Task) -> CellResult:
+    """Return the result of a cell that could not run."""
+    return _cell_result(cell, {"status": "failed", "reason": reason}, task, cell.folder_name, None)
+
+
+def _cell_result(
+    cell: Cell, result: Mapping[str, Any], task: Task, folder: str, record: Mapping[str, Any] | None
+) -> CellResult:
     milliseconds, steps = (result.get("step_time") or {}).get("mean_ms"), result.get("steps_per_epoch")
     values = {
         "steps": result.get("steps"),
@@ -123,7 +165,8 @@ def _cell_result(cell: Cell, result: Mapping[str, Any], task: Task) -> CellResul
     reason = result.get("reason") or ""
     if result["status"] == "diverged":
         reason = f"the loss was not finite at step {result.get('diverged_at_step')}"
-    return CellResult(cell.name, cell.settings, result["status"], reason, values, result.get("log_history") or [], task)
+    history = result.get("log_history") or []
+    return CellResult(cell.name, cell.settings, result["status"], reason, values, history, task, folder, result, record)
 
 
 def group_by_setting(results: Sequence[CellResult]) -> list[SettingResults]:
@@ -151,8 +194,11 @@ def best_settings(settings: Sequence[SettingResults]) -> list[SettingResults]:
 def write_csv(path: Path, results: Sequence[CellResult]) -> None:
     """Write one line a cell (at least one): its arguments, and all metrics at full precision."""
     arguments = dict.fromkeys(key for result in results for key in result.settings)
-    rows = [{"cell": r.cell, **r.settings, "status": r.status, "reason": r.reason, **r.values} for r in results]
-    columns = ["cell", *arguments, "status", "reason", *results[0].values]
+    rows = [
+        {"cell": r.cell, "folder": r.folder, **r.settings, "status": r.status, "reason": r.reason, **r.values}
+        for r in results
+    ]
+    columns = ["cell", "folder", *arguments, "status", "reason", *results[0].values]
     table = pd.DataFrame(rows, columns=columns, dtype=object)  # so that whole numbers stay whole beside missing ones
     with replacing(path) as partial:
         table.to_csv(partial, index=False, lineterminator="\r\n")

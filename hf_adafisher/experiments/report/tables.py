@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,23 @@ from typing import Any
 from hf_adafisher.experiments.comparison.published import PublishedResults
 from hf_adafisher.experiments.comparison.tasks import Metric, format_number
 from hf_adafisher.experiments.report.results import CellResult, SettingResults
+
+
+def escape_markdown(text: str) -> str:
+    """Escape text for Markdown: it shows as it is, and is neither markup nor HTML; line breaks become spaces."""
+    plain = html.escape(" ".join(text.split()), quote=False)
+    # An underscore within a word is none of Markdown's; escaped there, names would be hard to read.
+    return re.sub(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", plain)
+
+
+def escape_paragraph(text: str) -> str:
+    """Escape a paragraph for Markdown, also what would begin a heading, a list or a line there."""
+    return re.sub(r"^(\d*)([#=]|[+-](?=[\s-]|$)|(?<=\d)[.)](?=\s|$))", r"\1\\\2", escape_markdown(text))
+
+
+def escape_bars(text: str) -> str:
+    """Escape what would end a cell of a table: bars, and line breaks become spaces."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 @dataclass(frozen=True)
@@ -25,11 +44,16 @@ class Table:
     rows: Sequence[Sequence[str]]
     bold: frozenset[int] = frozenset()
 
-    def markdown(self) -> str:
-        """Render Markdown; the first text of a highlighted row is bold."""
-        lines = ["| " + " | ".join(self.columns) + " |", "|" + "---|" * len(self.columns)]
+    def markdown(self, escape: Callable[[str], str] = escape_markdown) -> str:
+        """Render Markdown; the first text of a highlighted row is bold.
+
+        Args:
+            escape: Applied to every text; ``escape_bars`` is for screens, which show Markdown as it is.
+        """
+        columns = [escape(column) for column in self.columns]
+        lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         for index, row in enumerate(self.rows):
-            texts = [text.replace("|", "\\|") for text in row]
+            texts = [escape(text) for text in row]
             if index in self.bold:
                 texts[0] = f"**{texts[0]}**"
             lines.append("| " + " | ".join(texts) + " |")

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.protocol import Comparison, failed_measurements
 from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.outputs import write_text
 from hf_adafisher.experiments.report.pictures import draw_pictures, optimizer_styles
-from hf_adafisher.experiments.report.provenance import settings_table, software_table, step_time_table
+from hf_adafisher.experiments.report.provenance import describe_mixture, settings_table, software_table, step_time_table
 from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
 from hf_adafisher.experiments.report.results import (
     CellResult,
     SettingResults,
     best_settings,
+    failed_result,
     group_by_setting,
     read_results,
     write_csv,
 )
 from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import draw_stability
-from hf_adafisher.experiments.report.tables import best_table, cell_table, failure_table
+from hf_adafisher.experiments.report.tables import best_table, cell_table, escape_bars, failure_table
 
 TITLE = "Comparison of optimizers"
 _METHOD = (
@@ -31,12 +33,13 @@ _METHOD = (
 )
 
 
-def write_report(comparison: Comparison, command: str = "") -> str:
+def write_report(comparison: Comparison, command: str = "", results: Sequence[CellResult] | None = None) -> str:
     """Write ``report.html``, ``report.md``, ``cells.csv`` and the pictures into the comparison's folder.
 
     Args:
         comparison: Some of its cells have results.
         command: The command line, for the report.
+        results: Of ``read_comparison``, if they have been read.
 
     Returns:
         The tables in short and the paths, as text to print.
@@ -45,7 +48,7 @@ def write_report(comparison: Comparison, command: str = "") -> str:
         ValueError: No cell has a result yet.
     """
     folder = comparison.output_dir
-    results = read_results(comparison.cells_as_planned(), folder, comparison.task)
+    results = read_comparison(comparison) if results is None else list(results)
     if not results:
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
     settings = group_by_setting(results)
@@ -58,9 +61,21 @@ def write_report(comparison: Comparison, command: str = "") -> str:
     return _summary(comparison, results, best, [path for section in sections for path in section.pictures])
 
 
+def read_comparison(comparison: Comparison) -> list[CellResult]:
+    """Read all results of a comparison; cells that cannot be planned are failures."""
+    cells, unplanned = comparison.plans()
+    results = read_results(cells, comparison.output_dir, comparison.task, unplanned)
+    found = {result.cell for result in results}
+    failed = {name: reason for name, reason in failed_measurements(unplanned).items() if name not in found}
+    return [
+        *results,
+        *(failed_result(cell, failed[cell.name], comparison.task) for cell in cells if cell.name in failed),
+    ]
+
+
 def describe_step_times(comparison: Comparison) -> str:
     """Format the measured step times."""
-    return step_time_table(comparison).markdown()
+    return step_time_table(comparison).markdown(escape_bars)
 
 
 def stability_sections(folder: Path, settings: list[SettingResults]) -> list[Section]:
@@ -83,7 +98,8 @@ def _sections(
     pictures: list[Section],
     command: str,
 ) -> list[Section]:
-    lead = (str(comparison.config.get("description", "")), _unfinished(comparison, results))
+    description = str(comparison.config.get("description", ""))
+    lead = (description, _unfinished(comparison, results), describe_mixture(results))
     failures, times = failure_table(results), step_time_table(comparison)
     sections = [
         Section("", " ".join(filter(None, lead))),
@@ -97,7 +113,7 @@ def _sections(
         text = "Measured before the runs: median over windows of steps, the first steps left out."
         sections.append(Section("Step times for the budget", text, times))
     sections.append(Section("Settings", "What all runs share.", settings_table(comparison), is_text=True))
-    sections.append(Section("Software and hardware", table=software_table(comparison, results), is_text=True))
+    sections.append(Section("Software and hardware", table=software_table(results), is_text=True))
     if command:
         sections.append(Section("Command", command=command))
     return sections
@@ -123,15 +139,17 @@ def _unfinished(comparison: Comparison, results: list[CellResult]) -> str:
 def _summary(
     comparison: Comparison, results: list[CellResult], best: list[SettingResults], pictures: list[Path]
 ) -> str:
-    parts = [cell_table(results, best).markdown()]
+    parts = [cell_table(results, best).markdown(escape_bars)]
     published = read_published_results(comparison.config)
     if best and (len(results) > len(best) or published is not None):
-        parts.append(best_table(best, published).markdown())
+        parts.append(best_table(best, published).markdown(escape_bars))
         parts += [published.note + "\n"] if published is not None else []
     unfinished = _unfinished(comparison, results)
-    parts += [unfinished + "\n"] if unfinished else []
+    parts += [text + "\n" for text in (unfinished, describe_mixture(results)) if text]
     lost = sum(not math.isfinite(result.cost) for result in results)
-    parts += [f"{lost} of {len(results)} runs diverged or failed; the report says why.\n"] if lost else []
+    failed = any(result.status == "failed" for result in results)
+    hint = " --retry_failed runs failed ones again." if failed else ""
+    parts += [f"{lost} of {len(results)} runs diverged or failed; the report says why.{hint}\n"] if lost else []
     parts += [f"picture: {path}" for path in pictures]
     parts += [f"report: {comparison.output_dir / name}" for name in ("report.html", "report.md", "cells.csv")]
     return "\n".join(parts)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
+from hf_adafisher.experiments.command_line import RunParser, describe_unknown_keys
+from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 
 
@@ -73,12 +74,23 @@ def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None
 
     Raises:
         FileNotFoundError: The JSON file does not exist.
-        ValueError: An unknown name in it, or a value out of its range.
+        ValueError: An unknown name, a value of another type, or one out of its range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser(types)  # type: ignore[arg-type]  # typed too narrowly for a tuple of dataclasses
+    parser = RunParser(types)
     if len(argv) == 1 and argv[0].endswith(".json"):
-        if not Path(argv[0]).is_file():
-            raise FileNotFoundError(f"configuration file {argv[0]!r} does not exist; give the path of a JSON file")
-        return tuple(parser.parse_json_file(argv[0]))
-    return tuple(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))
+        return tuple(parser.parse_dict(_read_arguments(argv[0], types)))
+    return parser.parse_into(argv)
+
+
+def _read_arguments(path: str, types: tuple[type, ...]) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"configuration file {path!r} does not exist; give the path of a JSON file")
+    given = read_json(Path(path))
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} must hold an object, the names of arguments with their values")
+    known = {one.name for type_ in types for one in fields(type_) if one.init}
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ValueError(f"{path}: {describe_unknown_keys(unknown, known)}")
+    return given

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.comparison.budget import timing_cell
-from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
+from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers
 from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
+from hf_adafisher.experiments.comparison.stored import load_result
 from hf_adafisher.optimizers.factory.create import available_optimizers
+from tests.experiments.cell_folders import folder_of
 from tests.scripts import load_script
 
 CONFIGS = Path(__file__).parents[3] / "scripts" / "configs"
@@ -67,11 +69,11 @@ def test_an_entry_may_have_seeds_of_its_own(compare: Callable[..., Comparison]) 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"cells": []}, 'needs "cells"'),
-        ({"cells": [{"optim": "a"}], "common_": {}}, "unknown: .'common_'"),
-        ({"cells": [{"x": 1}]}, 'names an "optim"'),
+        ({"cells": []}, "'cells' must be a list with something in it"),
+        ({"cells": [{"optim": "a"}], "common_": {}}, "unknown key 'common_', did you mean 'common'"),
+        ({"cells": [{"x": 1}]}, r"'cells'\[0\] needs 'optim'"),
         ({"cells": [{"optim": "a", "x": [1, 1]}]}, r"twice: \['a,x=1'\]"),
-        ({"cells": [{"optim": "a"}], "task": "chess"}, "unknown task 'chess'; available: clm, image"),
+        ({"cells": [{"optim": "a"}], "task": "chess"}, "'task' must be one of clm, image, got 'chess'"),
         ({"cells": [{"optim": "a", "seed": 1}], "seeds": [0]}, "not in both"),
     ],
 )
@@ -104,7 +106,7 @@ def test_a_failed_cell_is_a_result_with_its_reason(compare: Compare, started: St
     comparison = compare([{"optim": "adamw", "learning_rate": [-1.0, 0.1]}])
     (failure,) = comparison.run()
     assert "learning_rate=-1.0: failed with exit status 1" in failure and "log.txt" in failure
-    result = load_result(tmp_path / "out" / "adamw,learning_rate=-1.0")
+    result = load_result(folder_of(tmp_path / "out", "adamw,learning_rate=-1.0"))
     assert (result["status"], result["reason"]) == ("failed", "ValueError: lr is negative")
     assert comparison.run() == [] and len(started()) == 2
     assert len(comparison.run(retry_failed=True)) == 1 and len(started()) == 3
@@ -119,10 +121,10 @@ def test_commands_for_a_scheduler(compare: Compare, tmp_path: Path, started: Sta
     comparison = compare(entries, budget="steps=20", seeds=[3])
     compare([{**entries[0], "learning_rate": 0.1}], budget="steps=20", seeds=[3]).run()
     (line,) = comparison.commands()
-    folder = tmp_path / "out" / "adamw,learning_rate=0.2,optim_args=a=1, b=$HOME,seed=3"
-    folder.mkdir()
+    name = "adamw,learning_rate=0.2,optim_args=a=1, b=$HOME,seed=3"
+    folder = folder_of(tmp_path / "out", name)
     subprocess.run(line, shell=True, check=True)
-    assert load_result(folder)["steps"] == 20 and started()[-1] == f"{folder.name} {available_cores()}"
+    assert load_result(folder)["steps"] == 20 and started()[-1] == f"{name} {available_cores()}"
     assert comparison.commands() == [] and comparison.run() == [] and len(started()) == 2
 
 
@@ -204,7 +206,7 @@ def test_the_script_end_to_end_on_a_tiny_model(
     assert compare.main([*arguments, *output, "--jobs", "2"]) == 0
     table = capsys.readouterr().out
     assert "**adafisherw**" in table and "**adamw, learning_rate=0.01**" in table and "report.html" in table
-    results = load_result(tmp_path / "out" / "adafisherw")
+    results = load_result(folder_of(tmp_path / "out", "adafisherw"))
     windows = results["corpus"]["train"]["tokens"] // 15  # of 16 tokens, one of them shared with the next
     assert results["steps"] == 3 and results["steps_per_epoch"] == -(-windows // 16) > 1
     assert compare.main([*arguments, *output, "--report_only", "--optimizers", "adamw"]) == 0
@@ -221,9 +223,9 @@ def test_the_script_measures_and_plans(
     assert "--measure_only first" in capsys.readouterr().err
     assert script().main([*only, "--measure_only"]) == 0
     assert "| adafisherw |" in capsys.readouterr().out
-    measured = load_result(tmp_path / "out" / "step_times" / "adafisherw")
+    measured = load_result(folder_of(tmp_path / "out" / "step_times", "adafisherw"))
     assert len(measured["step_seconds"]) == measured["steps"] == 40 and measured["validation"] is None
-    assert not list((tmp_path / "out" / "step_times" / "adafisherw").glob("*.safetensors"))
+    assert not list(folder_of(tmp_path / "out" / "step_times", "adafisherw").glob("*.safetensors"))
     assert script().main([*only, "--list_commands"]) == 0
     assert f"--max_steps {2 * measured['steps_per_epoch']} " in capsys.readouterr().out
 

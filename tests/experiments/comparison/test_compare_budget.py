@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from hf_adafisher.experiments.comparison.budget import Budget, timing_cell, typical_step_seconds, work_period
-from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
+from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.forecast import forecast, format_duration
 from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.comparison.stored import load_result
+from hf_adafisher.experiments.report.write_report import read_comparison
+from tests.experiments.cell_folders import folder_of
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]
@@ -67,7 +70,7 @@ def test_seconds_become_steps(compare: Compare, started: Started, tmp_path: Path
         "adamw,learning_rate=0.1,seed=0": (300, 60),
         "adamw,learning_rate=0.2,seed=0": (300, 60),
     }
-    assert all(load_result(tmp_path / "out" / name)["steps"] == steps for name, (steps, _) in planned.items())
+    assert all(load_result(folder_of(tmp_path / "out", name))["steps"] == steps for name, (steps, _) in planned.items())
     assert comparison.run() == [] and len(started()) == 4 and len(started("out/step_times")) == 2
 
 
@@ -107,7 +110,7 @@ def test_other_threads_than_measured_are_said(compare: Compare, caplog: pytest.L
     comparison = compare(ENTRIES, budget="seconds=6")
     comparison.plan()
     assert not caplog.records
-    path = comparison.output_dir / "step_times" / "adamw" / "results.json"
+    path = folder_of(comparison.output_dir / "step_times", "adamw") / "results.json"
     path.write_text(path.read_text().replace('"torch_threads": ', '"torch_threads": 7'))
     comparison.plan()
     assert "the step time of adamw was measured with 7" in caplog.text
@@ -117,9 +120,10 @@ def test_other_threads_than_measured_are_said(compare: Compare, caplog: pytest.L
 def test_an_optimizer_that_cannot_be_timed_does_not_stop_the_others(compare: Compare, started: Started) -> None:
     comparison = compare([{"optim": "broken", "learning_rate": [1, 2]}, ENTRIES[1]], budget="seconds=6")
     assert "broken: failed with exit status 1" in comparison.run()[0]
+    results = {result.cell: result for result in read_comparison(comparison)}
     for rate in (1, 2):
-        result = load_result(comparison.output_dir / f"broken,learning_rate={rate}")
-        assert (result["status"], result["reason"]) == ("failed", "step time: ValueError: lr is negative")
+        result = results[f"broken,learning_rate={rate}"]
+        assert (result.status, result.reason) == ("failed", "step time: ValueError: lr is negative")
     assert len(started()) == 2 and comparison.run() == [] and len(started("out/step_times")) == 2
 
 
@@ -128,9 +132,11 @@ def test_epochs_of_an_optimizer_that_cannot_be_timed_are_no_budget(compare: Comp
     comparison = compare([{"optim": "broken"}, ENTRIES[1]], budget="like=broken:epochs=2", optimizers=["adamw"])
     assert comparison.unplanned() == dict.fromkeys([cell.name for cell in comparison.cells], "step time not measured")
     assert len(comparison.run()) == 1 and comparison.plan() == [] and started() == []
-    for cell in comparison.cells:
-        result = load_result(comparison.output_dir / cell.name)
-        assert result is not None and result["reason"] == "step time: ValueError: lr is negative"
+    results = read_comparison(comparison)
+    assert [result.cell for result in results] == [cell.name for cell in comparison.cells]
+    assert {(result.status, result.reason) for result in results} == {
+        ("failed", "step time: ValueError: lr is negative")
+    }
 
 
 @pytest.mark.subprocess

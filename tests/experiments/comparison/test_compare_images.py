@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.experiments.comparison.cell_process import load_result
 from hf_adafisher.experiments.comparison.cells import expand_cells, set_arguments, use_local_data
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.comparison.published import read_published_results
+from hf_adafisher.experiments.comparison.stored import load_result
 from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.report import pictures
 from hf_adafisher.experiments.report.results import CellResult, best_settings, group_by_setting, read_results
@@ -104,7 +104,7 @@ def test_every_cell_is_in_the_csv_in_per_cent(finished: Comparison) -> None:
         lines = list(csv.DictReader(file))
     assert len(lines) == 12
     for line in lines:
-        result = load_result(finished.output_dir / line["cell"])
+        result = load_result(finished.output_dir / line["folder"])
         for split in ("validation", "test"):
             assert float(line[f"{split} accuracy %"]) == 100 * result[split]["accuracy"]
             assert float(line[f"{split} top-5 %"]) == 100 * result[split]["top5_accuracy"]
@@ -115,7 +115,7 @@ def test_every_cell_is_in_the_csv_in_per_cent(finished: Comparison) -> None:
 @pytest.mark.subprocess
 def test_the_paper_is_named_below_its_column(finished: Comparison) -> None:
     printed = write_report(finished)
-    for name, source in (("report.md", "Table 9 & <co>"), ("report.html", "Table 9 &amp; &lt;co&gt;")):
+    for name, source in (("report.md", "Table 9 &amp; &lt;co&gt;"), ("report.html", "Table 9 &amp; &lt;co&gt;")):
         text = (finished.output_dir / name).read_text()
         column, below = text.index("paper: test accuracy %"), text.index(source)
         assert column < below < text.index("Curves and learning rates")
@@ -250,8 +250,9 @@ def test_what_cannot_be_set(pair: str, message: str) -> None:
 
 
 def test_the_script_sets_arguments_and_reads_images_from_a_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     config = {"task": "image", "common": {"dataset": "cifar10", "flip": 0.5}, "cells": [{"optim": "adam"}]}
     (tmp_path / "c.json").write_text(json.dumps(config))
     command = ["--config", str(tmp_path / "c.json"), "--budget", "steps=3", "--list_commands"]

@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.experiments.comparison.cell_process import available_cores, load_result
+from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
+from hf_adafisher.experiments.comparison.stored import load_result
+from tests.experiments.cell_folders import folder_of
 from tests.scripts import load_script
 
 Compare = Callable[..., Comparison]
@@ -129,13 +131,13 @@ def test_ray_gives_the_same_results(compare: Compare, started: Started, tmp_path
     entry = {"optim": "adamw", "learning_rate": [0.1, 0.2, -1.0, 2.0]}
     local = compare([entry])
     expected = local.run()
-    results = {cell.name: load_result(tmp_path / "out" / cell.name) for cell in local.cells}
+    results = {cell.name: load_result(local.folder(cell)) for cell in local.cells}
     (tmp_path / "out").rename(tmp_path / "local")
     cluster = compare([entry], backend="ray")
     failures = cluster.run()
     assert len(failures) == len(expected) == 1 and "failed with exit status 1" in failures[0]
     for cell in cluster.cells:
-        found, wanted = load_result(tmp_path / "out" / cell.name), results[cell.name]
+        found, wanted = load_result(cluster.folder(cell)), results[cell.name]
         assert {**found, "seconds": 0} == {**wanted, "seconds": 0}
     assert sorted(started()) == sorted(f"{cell.name} {available_cores()}" for cell in cluster.cells)
     assert cluster.run() == [] and len(started()) == 4
@@ -150,8 +152,8 @@ def test_without_ray(compare: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.subprocess
 def test_the_command_of_a_run_stands_beside_it(compare: Compare, tmp_path: Path) -> None:
     compare([{**ENTRY, "learning_rate": 0.1}], budget="steps=4").run()
-    command = json.loads((tmp_path / "out" / "adamw,learning_rate=0.1" / "command.json").read_text())
-    assert command == ["--max_steps", "4", "--optim", "adamw", "--learning_rate", "0.1"]
+    command = json.loads((folder_of(tmp_path / "out", "adamw,learning_rate=0.1") / "command.json").read_text())
+    assert command["arguments"] == {"max_steps": 4, "optim": "adamw", "learning_rate": 0.1}
 
 
 # A run and a child of it, which SIGTERM does not stop.
@@ -202,8 +204,8 @@ def test_ctrl_c_ends_a_comparison_that_waits_for_another_ones_run(program: Path,
     script = DRIVER.replace("jobs=2).run()", "jobs=1).run()").replace("[0.1, 0.2, 0.3]", "[0.1]")
     config = {"cells": [{"optim": "adamw", "learning_rate": [0.1]}]}
     (cell,) = create_comparison(config, program.parent, out).cells
-    (out / cell.name).mkdir()
-    with (out / cell.name / ".lock").open("a") as lock:
+    (out / cell.folder_name).mkdir()
+    with (out / cell.folder_name / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen([sys.executable, "-c", script, str(program.parent), str(out)])
         time.sleep(8)
@@ -223,7 +225,7 @@ def test_a_run_beyond_its_time_limit_has_failed(program: Path, tmp_path: Path, c
     failures = limited.run()
     assert len(failures) == 3
     cell = next(cell for cell in comparison.cells if cell.settings["learning_rate"] == 0.2)
-    result = load_result(tmp_path / "out" / cell.name)
+    result = load_result(tmp_path / "out" / cell.folder_name)
     assert result is not None and result["status"] == "failed"
     assert result["reason"] == "stopped after 2 s (--cell_timeout)"
     assert len(pids(tmp_path / "out")) == 2 and not any(map(alive, pids(tmp_path / "out")))

@@ -26,6 +26,7 @@ from hf_adafisher.experiments.report.pictures import draw_pictures
 from hf_adafisher.experiments.report.results import CellResult, best_settings, group_by_setting, read_results
 from hf_adafisher.experiments.report.tables import best_table
 from hf_adafisher.experiments.report.write_report import write_report
+from tests.experiments.cell_folders import folder_of
 
 Compare = Callable[..., Comparison]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -99,7 +100,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         lines = list(csv.DictReader(file))
     assert len(lines) == 36 and {line["status"] for line in lines} == {"completed", "diverged", "failed"}
     for line in lines:
-        result = json.loads((finished.output_dir / line["cell"] / "results.json").read_text())
+        result = json.loads((finished.output_dir / line["folder"] / "results.json").read_text())
         loss = (result.get("validation") or {}).get("loss")
         assert line["validation loss"] == ("" if loss is None else repr(loss))
         assert line["steps"] == str(result.get("steps", ""))  # whole, though failed runs have none
@@ -126,7 +127,7 @@ def test_the_page_shows_text_as_it_is(finished: Comparison) -> None:
 
 @pytest.mark.subprocess
 def test_an_unfinished_comparison_says_so(finished: Comparison) -> None:
-    shutil.rmtree(finished.output_dir / "adamw,learning_rate=0.05,seed=0")
+    shutil.rmtree(folder_of(finished.output_dir, "adamw,learning_rate=0.05,seed=0"))
     assert "1 of 36 runs have no result yet" in write_report(finished)
     assert "1 of 36 runs have no result yet" in (finished.output_dir / "report.html").read_text()
 

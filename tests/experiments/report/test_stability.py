@@ -23,6 +23,7 @@ from hf_adafisher.experiments.report.results import best_settings, group_by_sett
 from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import draw_stability
 from hf_adafisher.experiments.report.write_report import stability_sections, write_report
+from tests.experiments.cell_folders import folder_of, name_of
 from tests.experiments.comparison.test_compare import CONFIGS, script
 
 SIZES, SEEDS = (16, 64, 128), (0, 1)
@@ -284,9 +285,9 @@ def test_step_times_are_measured_for_each_batch_size(compare: Callable[..., Comp
     entries = [{"optim": "adamw", "per_device_train_batch_size": [16, 32], "learning_rate": [0.1, 0.2]}]
     comparison = compare(entries, budget="seconds=6")
     assert comparison.run() == []
-    names = sorted(path.name for path in (comparison.output_dir / "step_times").iterdir() if path.is_dir())
+    names = sorted(map(name_of, (path for path in (comparison.output_dir / "step_times").iterdir() if path.is_dir())))
     assert names == [f"adamw,per_device_train_batch_size={size}" for size in (16, 32)]
-    slower = comparison.output_dir / "step_times" / names[1] / "results.json"
+    slower = folder_of(comparison.output_dir / "step_times", names[1]) / "results.json"
     timing = json.loads(slower.read_text())
     slower.write_text(json.dumps({**timing, "step_seconds": [2 * value for value in timing["step_seconds"]]}))
     steps = {values({"seed": 0, **cell.settings})[1]: cell.common["max_steps"] for cell in comparison.plan()}

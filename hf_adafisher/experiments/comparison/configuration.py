@@ -1,0 +1,125 @@
+"""Configurations of comparisons: found by path or name, read strictly, and described once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_adafisher.experiments.comparison.schema import (
+    Check,
+    either,
+    listing,
+    mapping,
+    number,
+    one_of,
+    refuse,
+    scalar,
+    text,
+)
+from hf_adafisher.experiments.comparison.tasks import TASKS
+from hf_adafisher.experiments.json_files import read_json
+from hf_adafisher.optimizers.factory.records import did_you_mean
+
+_SEEDS = listing(number(0, whole=True), empty=False, unique=True)
+_VALUE = either(scalar, listing(scalar, empty=False))
+
+
+def _name(value: Any, place: str) -> None:
+    text(value, place)
+    if not value.strip():
+        refuse(place, value, "the name of an optimizer")
+
+
+def _arguments(values: Check, more: Mapping[str, Check] | None = None, required: Collection[str] = ()) -> Check:
+    """Accept arguments of runs with their values."""
+    check_all = mapping(more, others=values, required=required)
+
+    def check(value: Any, place: str) -> None:
+        check_all(value, place)
+        for key in value:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                raise ValueError(f"{place}: {key!r} is no name of an argument: write it without hyphens and spaces")
+        if "output_dir" in value:
+            raise ValueError(f"{place}: 'output_dir' is that of the comparison: use --output_dir")
+
+    return check
+
+
+_ENTRY = _arguments(
+    either(scalar, listing(_VALUE, empty=False)),
+    {"optim": either(_name, listing(_name, empty=False)), "seeds": _SEEDS},
+    required=("optim",),
+)
+CONFIGURATION = mapping(
+    {
+        "description": text,
+        "task": one_of(TASKS),
+        "common": _arguments(_VALUE),
+        "cells": listing(_ENTRY, empty=False),
+        "seeds": _SEEDS,
+        "budget": text,
+        "step_seconds": mapping(others=number(0, above=True)),
+        "train_examples": number(1, whole=True),
+        "overhead_seconds": number(0),
+        "paper": mapping(
+            {
+                "source": text,
+                "measure": text,
+                "by": text,
+                "values": mapping(others=either(number(), mapping(others=number()))),
+            },
+            required=("source", "measure", "values"),
+        ),
+    },
+    required=("cells",),
+)
+"""Every key of a configuration, with what it may hold."""
+
+
+def check_configuration(config: Any) -> None:
+    """Check a configuration against ``CONFIGURATION``.
+
+    Raises:
+        ValueError: An unknown key (the message holds the nearest known one), or a value of another kind; the message
+            says where.
+    """
+    CONFIGURATION(config, "the configuration")
+
+
+def find_configuration(name: Path, presets: Path) -> Path:
+    """Return the path of a configuration.
+
+    Args:
+        name: Path of a file, or the name of a preset, with or without ``.json``.
+        presets: Folder of the presets.
+
+    Raises:
+        FileNotFoundError: There is neither; the message holds the nearest preset.
+    """
+    candidates = [name, presets / name, presets / f"{name}.json"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    known = sorted(path.relative_to(presets).with_suffix("").as_posix() for path in presets.rglob("*.json"))
+    wanted = name.name.removesuffix(".json")
+    raise FileNotFoundError(
+        f"there is no configuration {str(name)!r}{did_you_mean(wanted, known)}; presets: {', '.join(known)}"
+    )
+
+
+def load_configuration(name: Path, presets: Path) -> dict[str, Any]:
+    """Read and check a configuration; see ``find_configuration``.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is no JSON or no configuration; the message names the file.
+    """
+    path = find_configuration(name, presets)
+    config = read_json(path)
+    try:
+        check_configuration(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return dict(config)
