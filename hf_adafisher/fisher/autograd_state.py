@@ -1,4 +1,4 @@
-"""What autograd is doing at the moment, where a hook must know whether a call is part of training."""
+"""State of autograd, by which a hook knows whether a call is part of training."""
 
 from __future__ import annotations
 

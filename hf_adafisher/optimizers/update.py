@@ -81,7 +81,7 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     """
     dtype = blocks[0].compute_dtype
     params, grads, exp_avgs = ([getattr(block, name) for block in blocks] for name in ("param", "grad", "exp_avg"))
-    p, g, m = (_cast(tensors, dtype) for tensors in (params, grads, exp_avgs))
+    p, g, m = (t if t[0].dtype == dtype else _cast(t, dtype) for t in (params, grads, exp_avgs))
     if isinstance(c.l2, Tensor) or c.l2 != 0.0:
         g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
     rest, damping = ([x] * len(blocks) if isinstance(x, Tensor) else x for x in (c.rest, c.damping))
@@ -103,9 +103,7 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
 
 
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors, which are all of one dtype, or copies in another, made together."""
-    if tensors[0].dtype == dtype:
-        return tensors
+    """Copies of tensors of one dtype in another, made together."""
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(copies, tensors)
     return copies

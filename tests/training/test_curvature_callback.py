@@ -26,6 +26,7 @@ from hf_adafisher import (
     CurvatureCallback,
     OptimizerFactory,
 )
+from hf_adafisher.optimizers import blocks
 from hf_adafisher.optimizers.diagnostics import layer_curvature as module
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS, layer_curvature, needs_every_process
 from hf_adafisher.training import curvature_callback as callback_module
@@ -102,7 +103,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Small diagonals are formed; large ones are looked at through their factors, or in blocks: here all of them."""
     if request.param == "factors":
         monkeypatch.setattr(module, "SMALL", 0)
-        monkeypatch.setattr(module, "CPU_BLOCK", 16)
+        monkeypatch.setattr(blocks, "CPU_BLOCK", 16)
     return request.param
 
 

@@ -66,7 +66,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         if updates is None:
             return None
         for update in updates:
-            update.apply(self._state_of(update.group, update.param), self._statistics.uses_of(update.param))
+            update.apply(self._state_of(update.group, update.param), self._statistics.entry_of(update.param).uses)
         if updates:
             self._statistics.forget()
         return bool(updates)
@@ -91,7 +91,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             dtype = dtype_option(group, "momentum_dtype", p.dtype)
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-            state.update(new_state(self._statistics.uses_of(p), p))
+            state.update(new_state(self._statistics.entry_of(p).uses, p))
         return state
 
     def _track(self) -> None:
@@ -100,7 +100,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         for p in self._params():
             state = self.state.get(p)
             if state:
-                fresh = new_state(self._statistics.uses_of(p), p)
+                fresh = new_state(self._statistics.entry_of(p).uses, p)
                 known = {key: value for key, value in state.items() if key not in ("step", self.momentum_key)}
                 if not known.keys() <= fresh.keys():  # another rule reaches it now: its factors mean something else
                     for key in known:
@@ -110,7 +110,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
 
     def state_shapes(self, p: Any) -> dict[str, tuple[int, ...]]:
         """Keys and shapes of a parameter's state; they depend on the model alone."""
-        factors = new_state(self._statistics.uses_of(p), p)
+        factors = new_state(self._statistics.entry_of(p).uses, p)
         return {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
 
     def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
@@ -156,7 +156,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
                 p,
                 group,
                 self.state.get(p, {}),
-                self._statistics.uses_of(p),
+                self._statistics.entry_of(p).uses,
                 self._statistics.known_terms(p, self.state[p]) if self.state.get(p) else [],
                 self._statistics.entry_of(p).provisional,
             )

@@ -71,10 +71,10 @@ class SpectralStatistics(FactorStatistics):
         return {**factors, OUTPUT_GRAD: factors[OUTPUT_GRAD] * rows_in_use(factors)}
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
-        return estimated_terms(self.uses_of(p), state, p.shape)
+        return estimated_terms(self.entry_of(p).uses, state, p.shape)
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
-        return gradient_estimate(self.uses_of(p)[0].diagonal, full_tensor(grad))
+        return gradient_estimate(self.entry_of(p).uses[0].diagonal, full_tensor(grad))
 
     def whitening(self, p: Tensor, terms: Sequence[DiagonalTerm], group: Mapping[str, float]) -> tuple[Tensor, Tensor]:
         """``a (rows, 1)`` and ``b (1, columns)`` that whiten a hidden matrix, and lead back; kept with the terms.

@@ -78,7 +78,7 @@ class FactorStatistics(StatisticsTracker):
         return FactorRecorder(self.model, self._params)
 
     def _report_uncovered(self) -> None:
-        orphans = [p for p in self._params if self.uses_of(p)[0].tracked is None]
+        orphans = [p for p in self._params if self.entry_of(p).uses[0].tracked is None]
         if orphans:
             logger.warning("No layer rule reaches %s; gradient factors are used instead.", self.describe(orphans))
 
@@ -109,10 +109,6 @@ class FactorStatistics(StatisticsTracker):
             )
         return self._entries[id(p)]
 
-    def uses_of(self, p: Any) -> tuple[ParameterUse, ...]:
-        """All uses of a trained parameter, at least one."""
-        return self.entry_of(p).uses
-
     def _follow_replaced_parameters(self) -> None:
         """FSDP2 replaces the parameters by sharded ones but keeps the modules: look the new ones up there."""
         self._params = [getattr(*self._owners[id(p)]) if id(p) in self._owners else p for p in self._params]
@@ -141,11 +137,11 @@ class FactorStatistics(StatisticsTracker):
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         """Terms from the averages, none while there are none."""
-        return terms_of(self.uses_of(p), state, p.shape, normalize)
+        return terms_of(self.entry_of(p).uses, state, p.shape, normalize)
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
         """Term from the current gradient, which stands in for them."""
-        return gradient_term(self.uses_of(p)[0].diagonal, full_tensor(grad))
+        return gradient_term(self.entry_of(p).uses[0].diagonal, full_tensor(grad))
 
     def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[DiagonalTerm]:
         """Terms that the last step used, else those of the averages; none while nothing is known.
@@ -166,7 +162,7 @@ class FactorStatistics(StatisticsTracker):
     def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
         """Ids of trained parameters that a rule reaches, and that have no statistics in the optimizer's state."""
         for p in self._params:
-            state, uses = states.get(p), self.uses_of(p)
+            state, uses = states.get(p), self.entry_of(p).uses
             empty = not state or all(use.average(state, p.shape).is_empty for use in uses)
             if empty and p.requires_grad and uses[0].tracked is not None:
                 yield id(p)
@@ -174,7 +170,7 @@ class FactorStatistics(StatisticsTracker):
     def collect_first(
         self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]], newcomers: Collection[int]
     ) -> list[FactorUpdate]:
-        """What was recorded for newcomers since the last step, between two refreshes; nothing if it is not finite."""
+        """Collect the first statistics of newcomers, between two refreshes; nothing if they are not finite."""
         sample = self.recorder.flush()
         if sample.non_finite:
             return []
@@ -187,7 +183,7 @@ class FactorStatistics(StatisticsTracker):
         self, sample: Sample, group: Mapping[str, Any], p: Tensor, grad: Tensor
     ) -> Iterator[FactorUpdate]:
         """Of every use of a parameter whose module recorded something."""
-        uses = self.uses_of(p)
+        uses = self.entry_of(p).uses
         for use in uses:
             if use.tracked in sample.factors:
                 assert use.tracked is not None
@@ -208,7 +204,7 @@ class FactorStatistics(StatisticsTracker):
         """
         found = []
         for _, p, grad in with_gradient:
-            uses = self.uses_of(p)
+            uses = self.entry_of(p).uses
             tracked = uses[0].tracked
             if len(uses) == 1 and tracked in sample.factors and tracked.rule.input_numbers_rows:
                 unseen = sample.factors[tracked][INPUT] == 0
@@ -232,7 +228,7 @@ class FactorStatistics(StatisticsTracker):
     ) -> bool:
         """True where a parameter with recorded statistics was not used since the last step."""
         for p in self._params:
-            state, uses, grad = states.get(p), self.uses_of(p), gradients.get(id(p))
+            state, uses, grad = states.get(p), self.entry_of(p).uses, gradients.get(id(p))
             if not state or not p.requires_grad or any(use.tracked in sample.factors for use in uses):
                 continue
             # Of a shard a process knows only its own zeros.
@@ -272,7 +268,7 @@ class FactorStatistics(StatisticsTracker):
         recorded: list[FactorUpdate] = []
         fallbacks, kept, informative = [], [], bool(sample.factors)
         for group, p, grad in with_gradient:
-            uses = self.uses_of(p)
+            uses = self.entry_of(p).uses
             used = list(self._recorded_updates(sample, group, p, grad))
             recorded += used
             if not used and (id(p) in hidden or needs_gradient_factors(uses, state_of(group, p), p.shape)):
@@ -281,7 +277,8 @@ class FactorStatistics(StatisticsTracker):
                 fallbacks.append(FactorUpdate(group, p, uses[0], uses[0].diagonal.from_gradient(full), True))
             elif id(p) in silent:
                 kept.append(p)
-        self._warn_bypassed(kept, "their averages stay as they are")
+        if kept:
+            self._warn_bypassed(kept, "their averages stay as they are")
         if not informative and not sample.non_finite:
             return []  # zeros everywhere: distributed checkpoints make such a step to initialise states
         from_gradients = [*fallbacks, *(u for u in recorded if u.use.tracked in sample.broadcast)]
@@ -289,5 +286,6 @@ class FactorStatistics(StatisticsTracker):
             self._warn_dropped(sample.non_finite)
             return None
         bypassed = [update.param for update in fallbacks if update.use.tracked is not None]
-        self._warn_bypassed(bypassed, "gradient factors are used")
+        if bypassed:
+            self._warn_bypassed(bypassed, "gradient factors are used")
         return recorded + fallbacks

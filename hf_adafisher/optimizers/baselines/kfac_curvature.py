@@ -68,7 +68,7 @@ class KroneckerStatistics(StatisticsTracker):
                 yield id(block.weight)
 
     def collect_first(self) -> Sample | None:
-        """What was recorded for newcomers since the last call; None if anything of it is not finite."""
+        """Collect the first statistics of newcomers; None if they are not finite."""
         sample = self.recorder.flush()
         return None if sample.non_finite else sample
 

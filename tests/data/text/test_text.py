@@ -259,6 +259,7 @@ def test_a_long_line_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 @pytest.mark.slow
+@pytest.mark.subprocess
 def test_a_line_of_100_mb_stays_under_2_gb(tmp_path: Path) -> None:
     """E6: tokenizer and tokens of one line, in a process of its own."""
     code = (

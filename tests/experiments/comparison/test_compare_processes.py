@@ -173,6 +173,7 @@ def pids(out: Path) -> list[int]:
     return [int(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
+@pytest.mark.subprocess
 def test_ctrl_c_twice_ends_everything_at_once(program: Path, tmp_path: Path) -> None:
     """E7: runs and children that ignore SIGTERM too, without waiting for the time of grace (a minute here) to pass."""
     out = tmp_path / "out"
@@ -196,6 +197,7 @@ def test_ctrl_c_twice_ends_everything_at_once(program: Path, tmp_path: Path) -> 
             os.kill(pid, signal.SIGKILL)
 
 
+@pytest.mark.subprocess
 def test_ctrl_c_ends_a_comparison_that_waits_for_another_ones_run(program: Path, tmp_path: Path) -> None:
     """E7: for the lock of a cell, which the other process holds."""
     import fcntl
@@ -218,6 +220,7 @@ def test_ctrl_c_ends_a_comparison_that_waits_for_another_ones_run(program: Path,
             process.kill()
 
 
+@pytest.mark.subprocess
 def test_a_run_beyond_its_time_limit_has_failed(program: Path, tmp_path: Path, compare: Compare) -> None:
     """E7: it and its children are stopped, and the other cells run."""
     program.write_text(STUBBORN_RUN.replace("os.fork()", "os.fork() if '0.2' in sys.argv else sys.exit('no')"))

@@ -24,7 +24,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
     save = Figure.savefig
 
     def keep(self: Figure, path: Any, *args: Any, **kwargs: Any) -> None:
-        figures[Path(path).name] = self
+        figures[Path(path).name.removeprefix(".partial-")] = self
         save(self, path, *args, **kwargs)
 
     monkeypatch.setattr(Figure, "savefig", keep)
