@@ -260,7 +260,7 @@ def test_a_long_line_shows_its_progress(monkeypatch: pytest.MonkeyPatch, capsys:
 
 @pytest.mark.slow
 @pytest.mark.subprocess
-def test_a_line_of_20_mb_stays_under_800_mb(tmp_path: Path) -> None:
+def test_a_line_of_20_mb_stays_under_1_gb(tmp_path: Path) -> None:
     """E6: tokenizer and tokens of one line, in a process of its own; 100 MB take 1.6 GB."""
     code = (
         "import resource\n"
@@ -274,4 +274,4 @@ def test_a_line_of_20_mb_stays_under_800_mb(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     tokens, kilobytes = map(int, done.stdout.split())
-    assert tokens > 6_000_000 and kilobytes < 800_000, (tokens, kilobytes)
+    assert tokens > 6_000_000 and kilobytes < 1_000_000, (tokens, kilobytes)
