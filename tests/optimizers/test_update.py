@@ -143,7 +143,7 @@ def test_parameters_of_all_shapes_and_dtypes_are_updated_together(
     numbers = {**OPTIONS, "step": 2, "decoupled": decoupled}
     double, single, half = torch.float64, torch.float32, torch.bfloat16
     parameters, expected = [], []
-    for dtype, momentum in ((double, double), (single, single), (half, half), (half, single), (double, double)):
+    for dtype, momentum in ((double, double), (single, single), (half, single), (half, half), (double, double)):
         for example in EXAMPLES.values():
             param, grad, exp_avg = (example.tensor().to(dtype) for _ in range(3))
             exp_avg = exp_avg.to(momentum)
