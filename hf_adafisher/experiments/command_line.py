@@ -42,6 +42,9 @@ class RunParser(StrictParser, HfArgumentParser):
         Raises:
             ValueError: An unknown argument, a value of another type or out of its range.
         """
+        for word in argv:
+            if word.startswith("--") and word.endswith("=--"):  # argparse makes an empty list of it
+                self.error(f"argument {word.removesuffix('=--')}: -- is no value")
         *objects, unknown = self.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
         )

@@ -26,7 +26,8 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
     non-finite loss by the average of the others, which would hide a diverged run.
 
     Raises:
-        ValueError: ``max_steps`` and ``num_train_epochs`` that leave nothing to train.
+        ValueError: ``max_steps`` and ``num_train_epochs`` that leave nothing to train, numbers that are not finite, a
+            negative learning rate, a batch without examples.
     """
 
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -54,6 +55,12 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
     def __post_init__(self) -> None:
         if self.timing_only:
             self.eval_strategy = self.save_strategy = "no"
+        check_finite(self)
+        if self.learning_rate is not None and self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be at least 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         super().__post_init__()
         if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ValueError(
@@ -79,8 +86,20 @@ def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RunParser(types)
     if len(argv) == 1 and argv[0].endswith(".json"):
-        return tuple(parser.parse_dict(_read_arguments(argv[0], types)))
-    return parser.parse_into(argv)
+        objects = tuple(parser.parse_dict(_read_arguments(argv[0], types)))
+    else:
+        objects = parser.parse_into(argv)
+    for one in objects:
+        check_finite(one)
+    return objects
+
+
+def check_finite(arguments: Any) -> None:
+    """Raise ValueError if a number in a dataclass is NaN or infinite."""
+    for one in fields(arguments):
+        value = getattr(arguments, one.name, None)
+        if one.init and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{one.name} is {value}; it must be finite")
 
 
 def _read_arguments(path: str, types: tuple[type, ...]) -> dict[str, Any]:
