@@ -54,6 +54,7 @@ def test_the_soak_finds(fault: str, tmp_path: Path, capsys: pytest.CaptureFixtur
     summary = json.loads((out / "soak.json").read_text())
     assert 12 <= summary["kills"] <= 13 and sum(summary["kills_by_moment"].values()) == summary["kills"]
     assert len(summary["kills_by_moment"]) >= 3 and {loop["kind"] for loop in summary["each"]} == {"run", "comparison"}
+    assert sum(sum(loop["kills"].values()) for loop in summary["each"]) == summary["kills"]
     assert (summary["finished"] < summary["loops"]) == (fault in ("unfinished", "lost"))
     assert (summary["equal"] < summary["loops"]) == (fault != "none")
     assert (summary["lost"] > 0) == (fault == "lost")

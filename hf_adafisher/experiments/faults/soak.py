@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -140,14 +140,17 @@ class Soak:
             process = subprocess.Popen(
                 self._command(loop.kind, folder), stdout=file, stderr=file, env=environment, start_new_session=True
             )
-            while process.poll() is None and not victim:
-                if pattern and deadline is None and set(_below(folder, pattern)) - before:
-                    deadline = time.monotonic() + delay
-                if self.stopping.is_set() or (deadline is not None and time.monotonic() >= deadline):
-                    victim = draw.choice(victims) if draw else "all"
-                    _kill(process, victim)
-                time.sleep(_POLL_SECONDS)
-            status = process.wait()
+            try:
+                while process.poll() is None and not victim:
+                    if pattern and deadline is None and set(_below(folder, pattern)) - before:
+                        deadline = time.monotonic() + delay
+                    if self.stopping.is_set() or (deadline is not None and time.monotonic() >= deadline):
+                        victim = draw.choice(victims) if draw and not self.stopping.is_set() else "all"
+                        _kill(process, victim)
+                    time.sleep(_POLL_SECONDS)
+                status = process.wait()
+            finally:  # after Ctrl-C too
+                _kill(process, "all")
         loop.lost += [name for name, value in kept.items() if finished_files(folder).get(name) != value]
         if draw and victim and status:
             loop.kills[moment] += 1
@@ -192,14 +195,14 @@ def summarize(loops: list[Loop]) -> dict[str, Any]:
         "finished": sum(loop.finished for loop in loops),
         "equal": sum(loop.equal for loop in loops),
         "lost": sum(len(loop.lost) for loop in loops),
-        "each": [asdict(loop) for loop in loops],
+        "each": [vars(loop) for loop in loops],
     }
 
 
 def finished_files(folder: Path) -> dict[str, str]:
-    """Return the hashes of the files that a finished run or cell must keep, by path."""
-    folders = [path.parent for path in _below(folder, RESULTS_FILE)]
-    return {str(path): _hash(path) for one in folders for path in map(one.joinpath, _KEPT) if path.is_file()}
+    """Return hash and time of the files that a finished run or cell must keep, by path; equal ones may be new ones."""
+    paths = [path.with_name(name) for path in _below(folder, RESULTS_FILE) for name in _KEPT]
+    return {str(path): f"{_hash(path)} {path.stat().st_mtime_ns}" for path in paths if path.is_file()}
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -221,6 +224,8 @@ def _hash(path: Path) -> str:
 
 def _kill(process: subprocess.Popen[bytes], victim: str) -> None:
     """Kill ``all``, the ``parent`` alone, or the first ``child`` if there is one."""
+    if process.poll() is not None:
+        return
     children = []
     with suppress(psutil.NoSuchProcess):
         children = psutil.Process(process.pid).children(recursive=True)
