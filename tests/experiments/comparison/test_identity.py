@@ -21,6 +21,8 @@ from hf_adafisher.experiments.outputs import software_versions
 from hf_adafisher.experiments.report.write_report import read_comparison, write_report
 from hf_adafisher.experiments.source_state import describe_source, source_state
 
+pytestmark = pytest.mark.subprocess
+
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]
 ENTRY = {"optim": "adamw", "learning_rate": [0.1, 0.2]}

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hf_adafisher.experiments.comparison.cell_process import run_cell
 from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.execution import run_cells
@@ -25,6 +27,8 @@ from hf_adafisher.experiments.comparison.protocol import create_comparison
 entry = {"optim": "adamw", "learning_rate": [0.1, 0.2, 0.3]}
 assert create_comparison({"cells": [entry]}, pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2])).run() == []
 """
+
+pytestmark = pytest.mark.subprocess
 
 
 def test_a_cell_that_ended_meanwhile_is_neither_deleted_nor_run_again(

@@ -16,6 +16,8 @@ from hf_adafisher.experiments.report.tables import Table, escape_paragraph
 from hf_adafisher.experiments.report.write_report import read_comparison, write_report
 from tests.experiments.comparison.test_compare import TINY, script
 
+pytestmark = pytest.mark.subprocess
+
 Compare = Callable[..., Comparison]
 ENTRY = {"optim": "adamw", "learning_rate": [0.1, 0.2]}
 GOOD: dict[str, Any] = {
