@@ -140,6 +140,30 @@ def test_arguments(table: Table, main: Any, attempt: Any, command: list[str], ea
     table.attack("arguments", cases, lambda: contents(earlier))
 
 
+def test_argument_files(
+    table: Table, main: Any, attempt: Any, files: dict[str, str], earlier: Path, tmp_path: Path
+) -> None:
+    """A JSON file instead of a command line: values of other types, unknown names, no JSON."""
+    path = tmp_path / "run.json"
+    good = {**{f"{split}_file": file for split, file in files.items()}, "output_dir": str(earlier), "use_cpu": True}
+    good |= {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 300, "block_size": 16, "max_steps": 4}
+
+    def run(content: Any) -> Outcome:
+        damage(path, content)
+        return attempt(main, [str(path)])
+
+    contents_of: list[tuple[Any, str]] = [
+        ({**good, name: value}, name) for name in NUMBERS for value in ("abc", [], [1], {}, True)
+    ]
+    contents_of += [({**good, name: None}, name) for name in ("n_layer", "n_head", "block_size", "dropout", "seed")]
+    contents_of += [({**good, name: 1}, name) for name in MISSPELT]
+    contents_of += [({**good, name: 3}, "3") for name in CHOICES]
+    contents_of += [(content, str(path)) for content, _ in cases_of(configurations.test_files_that_are_no_json)]
+    contents_of += [(content, str(path)) for content in ([], None, "text", 3)]
+    cases = [(str(content)[-60:], lambda content=content: run(content), word) for content, word in contents_of]
+    table.attack("argument files", cases, lambda: contents(earlier))
+
+
 class Trap:
     """A pickle that runs code when it is loaded."""
 
