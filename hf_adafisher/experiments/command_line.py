@@ -36,6 +36,13 @@ class RunParser(StrictParser, HfArgumentParser):
         """Raise ValueError instead of a page of usage on the standard error stream."""
         raise ValueError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, as ``ArgumentParser.parse_known_args`` does, which makes an empty list of the value ``--``."""
+        for word in args or ():
+            if word.startswith("--") and word.endswith("=--"):
+                self.error(f"argument {word.removesuffix('=--')}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
     def parse_into(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """Return an object of each dataclass.
 

@@ -16,6 +16,9 @@ from hf_adafisher.experiments.command_line import RunParser, describe_unknown_ke
 from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 
+_OTHER_KINDS: dict[type, tuple[str, ...]] = {list: ("list",), dict: ("dict",), type(None): ("None", "Optional")}
+"""Values of a JSON file that a command line cannot hold, and parts of the names of types that take them."""
+
 
 @dataclass
 class RunTrainingArguments(AdaFisherTrainingArguments):
@@ -26,7 +29,8 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
     non-finite loss by the average of the others, which would hide a diverged run.
 
     Raises:
-        ValueError: ``max_steps`` and ``num_train_epochs`` that leave nothing to train.
+        ValueError: ``max_steps`` and ``num_train_epochs`` that leave nothing to train, numbers that are not finite, a
+            negative learning rate, a batch without examples.
     """
 
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
@@ -54,6 +58,12 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
     def __post_init__(self) -> None:
         if self.timing_only:
             self.eval_strategy = self.save_strategy = "no"
+        check_finite(self)
+        if self.learning_rate is not None and self.learning_rate < 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be at least 0")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         super().__post_init__()
         if self.max_steps <= 0 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
             raise ValueError(
@@ -79,18 +89,41 @@ def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RunParser(types)
     if len(argv) == 1 and argv[0].endswith(".json"):
-        return tuple(parser.parse_dict(_read_arguments(argv[0], types)))
-    return parser.parse_into(argv)
+        objects = tuple(parser.parse_dict(_read_arguments(argv[0], types, parser)))
+    else:
+        objects = parser.parse_into(argv)
+    for one in objects:
+        check_finite(one)
+    return objects
 
 
-def _read_arguments(path: str, types: tuple[type, ...]) -> dict[str, Any]:
+def check_finite(arguments: Any) -> None:
+    """Raise ValueError if a number in a dataclass is NaN or infinite."""
+    for one in fields(arguments):
+        value = getattr(arguments, one.name, None)
+        if one.init and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{one.name} is {value}; it must be finite")
+
+
+def _read_arguments(path: str, types: tuple[type, ...], parser: RunParser) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"configuration file {path!r} does not exist; give the path of a JSON file")
     given = read_json(Path(path))
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold an object, the names of arguments with their values")
-    known = {one.name for type_ in types for one in fields(type_) if one.init}
+    known = {one.name: str(one.type) for type_ in types for one in fields(type_) if one.init}
     unknown = [key for key in given if key not in known]
     if unknown:
         raise ValueError(f"{path}: {describe_unknown_keys(unknown, known)}")
-    return given
+    words = {}
+    for key, value in given.items():
+        others = _OTHER_KINDS.get(type(value))
+        if others is None:
+            words[key] = f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
+        elif not any(kind in known[key] for kind in others):
+            raise ValueError(f"{path}: {key} must be a number, a text, true or false, got {value!r}")
+    try:  # as on a command line, where every value has the type of its argument
+        typed = vars(parser.parse_known_args(list(words.values()))[0])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return {**given, **{key: typed[key] for key in words}}

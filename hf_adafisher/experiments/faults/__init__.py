@@ -1,0 +1,1 @@
+"""Random faults over runs and comparisons."""
