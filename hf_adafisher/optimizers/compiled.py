@@ -76,11 +76,9 @@ class CompiledUpdate:
 
 
 def _kind_of(block: Block) -> Any:
-    """Everything that a kernel is compiled for but the sizes."""
-    tensors = block.param, block.grad, block.exp_avg
-    layouts = tuple((tensor.dtype, tensor.is_contiguous()) for tensor in tensors)
-    broadcast = tuple(tuple(tuple(size == 1 for size in factor.shape) for factor in term) for term in block.terms)
-    return block.param.device, layouts, broadcast
+    """Key of the kernel for a parameter: device, dtypes, number of axes and of factors; sizes do not matter."""
+    param, grad, exp_avg, terms = block
+    return param.device, param.dtype, grad.dtype, exp_avg.dtype, param.dim(), *[len(term) for term in terms]
 
 
 @functools.cache

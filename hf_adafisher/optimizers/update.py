@@ -84,8 +84,11 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     p, g, m = (t if t[0].dtype == dtype else _cast(t, dtype) for t in (params, grads, exp_avgs))
     if isinstance(c.l2, Tensor) or c.l2 != 0.0:
         g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
-    rest, damping = ([x] * len(blocks) if isinstance(x, Tensor) else x for x in (c.rest, c.damping))
-    torch._foreach_lerp_(m, g, rest)
+    if isinstance(c.rest, Tensor):  # compilers fuse this, and no lerp by a tensor
+        torch._foreach_add_(m, torch._foreach_mul(torch._foreach_sub(g, m), c.rest))
+    else:
+        torch._foreach_lerp_(m, g, c.rest)
+    damping = [c.damping] * len(blocks) if isinstance(c.damping, Tensor) else c.damping
     diagonals = [sum_of_terms(b.terms, b.param).to(dtype) for b in blocks]
     if all(b.makes_its_diagonal for b in blocks):
         torch._foreach_add_(diagonals, damping)
