@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
@@ -216,7 +218,7 @@ def _last_loss(log_history: list[dict[str, Any]]) -> float | None:
 
 
 def _write(trainer: AdaFisherTrainer, run: PreparedRun, results: dict[str, Any], files: Mapping[str, Any]) -> None:
-    """Write all files of the run to a new place, and swap them in when they are complete."""
+    """Write all files of the run to a new place, swap them in when they are complete, and upload them if asked to."""
     staging, main = run.output_dir / STAGING_FOLDER, trainer.is_world_process_zero()
     reported = not run.training_args.timing_only
     finished = reported and results["status"] == "completed"
@@ -237,6 +239,16 @@ def _write(trainer: AdaFisherTrainer, run: PreparedRun, results: dict[str, Any],
         write_learning_curves(staging / CURVE_FILE, curves, title, loss_label=run.loss_label)
         run.write_files(staging, results, files)
     swap_in(staging, run.output_dir, RESULTS_FILE, (CURVE_FILE, CARD_FILE, *run.extra_files))
+    args = trainer.args
+    if finished and args.push_to_hub:
+        upload_folder(
+            repo_id=str(trainer.hub_model_id),
+            folder_path=run.output_dir,
+            commit_message="Model save",
+            token=args.hub_token,
+            revision=args.hub_revision,
+            ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        )
 
 
 def _write_card(trainer: AdaFisherTrainer, run: PreparedRun, corpus: str, folder: Path) -> None:

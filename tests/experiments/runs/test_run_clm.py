@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_adafisher.data.text import count_words
+from hf_adafisher.experiments.runs import run as run_module
 from hf_adafisher.experiments.runs.checkpoints import find_checkpoint
 from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
 from hf_adafisher.experiments.runs.clm_setup import prepare_clm_run
+from hf_adafisher.experiments.runs.run import train_and_report
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.scripts import read_results
 
@@ -281,3 +283,23 @@ def test_a_refused_resume_leaves_the_earlier_run_as_it_was(
     assert main([*again, str(finished / "checkpoint-2"), "--optim", "adamw"]) == 2
     assert "this checkpoint was not written by adamw" in caplog.text
     assert (finished / "results.json").read_bytes() == before
+
+
+def test_a_finished_run_is_uploaded_as_it_is(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``--push_to_hub``: once, complete, with the run's own card and results, and without checkpoints."""
+    uploads: list[tuple[str, set[str], list[str]]] = []
+
+    def upload(repo_id: str, folder_path: Path, ignore_patterns: list[str], **options: Any) -> None:
+        uploads.append((repo_id, {path.name for path in Path(folder_path).iterdir()}, ignore_patterns))
+
+    monkeypatch.setattr(run_module, "upload_folder", upload)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None: setattr(self, "hub_model_id", "me/model"))
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: None)
+    out = tmp_path / "out"
+    run = prepare_clm_run(*parse_clm_arguments([*command, "--output_dir", str(out), "--push_to_hub"]))
+    assert train_and_report(run)["status"] == "completed"
+    ((repository, files, ignored),) = uploads
+    assert repository == "me/model" and {"results.json", "README.md", "model.safetensors", "tokenizer.json"} <= files
+    assert "checkpoint-*" in ignored and ".unfinished" not in files
