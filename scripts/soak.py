@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("kills", "jobs"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
-    logging.getLogger("hf_adafisher").setLevel(logging.ERROR)  # incomplete checkpoints are what is wanted here
+    logger = logging.getLogger("hf_adafisher")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # incomplete checkpoints are what is wanted here
     try:
         with tqdm(total=arguments.kills, desc="kills") as bar:
             soak = Soak(Path(__file__).resolve().parent, arguments.output_dir, arguments.seed, bar.update)
@@ -44,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        logger.setLevel(level)
     write_json(arguments.output_dir / "soak.json", summary)
     each = summary.pop("each")
     print(json.dumps(summary))
