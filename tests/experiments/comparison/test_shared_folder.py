@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -64,7 +65,11 @@ def test_two_processes_share_a_folder(compare: Compare, program: Path, started: 
 
 def waits(pid: int) -> bool:
     """True if the process holds the lock file of a cell open, which another one has locked."""
-    return any(str(fd.readlink()).endswith(".lock") for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.is_symlink())
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(descriptor.readlink()).endswith(".lock"):
+                return True
+    return False
 
 
 def test_a_failure_that_was_waited_for_is_not_tried_again(
