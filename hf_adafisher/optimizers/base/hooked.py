@@ -138,9 +138,8 @@ class HookedOptimizer(Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        due = self.refresh_due
         with torch.no_grad():
-            if due:
+            if self.refresh_due:
                 self._refresh()
             elif self._newcomers:
                 self._welcome_newcomers()

@@ -143,11 +143,12 @@ def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], dam
 def _momentum_blocks(
     p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm]
 ) -> Iterator[tuple[Tensor, Sequence[DiagonalTerm]]]:
-    dtype = torch.promote_types(statistics_dtype(p.dtype), exp_avg.dtype)
+    block = Block(p, exp_avg, exp_avg, terms)
+    dtype = block.compute_dtype
     if 0 < p.numel() <= SMALL:
         yield exp_avg.to(dtype), terms
     elif p.numel():
-        for part in split_into_blocks(Block(p, exp_avg, exp_avg, terms), block_size(p)):
+        for part in split_into_blocks(block, block_size(p)):
             yield part.exp_avg.to(dtype), part.terms
 
 
