@@ -178,3 +178,21 @@ def diagonal_of(terms: Sequence[DiagonalTerm], like: Tensor, damping: float) -> 
     """``sum of the products of the terms + damping``: the damped diagonal in the shape of ``like``."""
     total = sum_of_terms(terms, like).add(damping)
     return total if total.shape == like.shape else total.expand(like.shape)
+
+
+def mean_of_terms(terms: Sequence[DiagonalTerm]) -> Tensor:
+    """Mean of the undamped diagonal that these terms make, without forming it; 0-dimensional.
+
+    A term without tensors is the constant 1.
+    """
+    return torch.stack([_mean_of_term(term) for term in terms]).sum()
+
+
+def _mean_of_term(term: DiagonalTerm) -> Tensor:
+    """Mean of a product: each factor's mean over the axes that it alone has, and only then the product."""
+    reduced = []
+    for factor in term:
+        others = [other for other in term if other is not factor]
+        alone = [axis for axis in range(factor.dim()) if all(other.shape[axis] == 1 for other in others)]
+        reduced.append(factor.mean(alone, keepdim=True) if alone else factor)
+    return math.prod(reduced[1:], start=reduced[0]).mean() if reduced else torch.ones(())

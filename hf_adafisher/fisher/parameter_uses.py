@@ -69,7 +69,7 @@ def new_state(uses: Sequence[ParameterUse], param: Tensor) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for use in uses:
         state.update(use.new_state(param))
-    if uses[0].tracked is not None:
+    if uses and uses[0].tracked is not None:
         state[ON_GRADIENT] = torch.zeros((), device="cpu")
     return state
 
@@ -113,6 +113,8 @@ def terms_of(
 
 def needs_gradient_factors(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> bool:
     """True where a parameter whose modules recorded nothing at a refresh takes the factors of its gradient."""
+    if not uses:  # it moves without factors
+        return False
     if uses[0].tracked is None or state[ON_GRADIENT].item():
         return True
     return all(use.average(state, shape).is_empty for use in uses)
@@ -121,5 +123,5 @@ def needs_gradient_factors(uses: Sequence[ParameterUse], state: Mapping[str, Ten
 def estimated_terms(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> list[DiagonalTerm]:
     """Terms that are not normalised; those of gradient factors multiply to an estimate of ``grad^2``."""
     terms = terms_of(uses, state, shape, normalize=False)
-    on_gradient = uses[0].tracked is None or bool(state[ON_GRADIENT].item())
+    on_gradient = bool(uses) and (uses[0].tracked is None or bool(state[ON_GRADIENT].item()))
     return [on_gradient_scale(term) for term in terms] if on_gradient else terms

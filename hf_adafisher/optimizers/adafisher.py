@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm
+from hf_adafisher.fisher.diagonals import DiagonalTerm, mean_of_terms
+from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
 from hf_adafisher.optimizers.base.hooked import ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.base.options import (
@@ -20,36 +21,69 @@ from hf_adafisher.optimizers.base.options import (
     UPDATE_INTERVAL,
     WEIGHT_DECAY,
     Flag,
+    OneOf,
     OptimizerOptions,
     Option,
     Size,
     option,
 )
+from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.blocks import update_in_blocks
 from hf_adafisher.optimizers.compiled import CompiledUpdate
 from hf_adafisher.optimizers.sharding import is_split, local_part
 from hf_adafisher.optimizers.update import Block, StepCoefficients, step_coefficients
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
 DAMPING = Option(
     Size(positive=True, why=": it is the smallest value that the momentum is divided by"),
-    "damping of the normalised Fisher diagonal, to be tuned together with the learning rate",
+    "damping of the diagonal: added to the normalised one (paper), in units of its mean (root)",
     symbol="lambda",
 )
+STEP_SIZE = Option(
+    OneOf(("paper", "root")),
+    "the paper's division by the normalised diagonal, with hooks, or that by the root of the gradient's own",
+    on_resume="fixed",
+    shared=True,
+)
 COMPILED = Option(Flag(), "update large parameters with kernels made by torch.compile", in_groups=False)
+
+STEP_SIZE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "paper": {"lr": 1e-3, "damping": 1e-3, "ema_decay": 0.8, "update_interval": 100},
+    "root": {"lr": 5e-3, "damping": 0.1, "ema_decay": 0.95, "update_interval": 1},
+}
+"""Defaults of the options that mean something else, or want another value, in each form."""
 
 
 @dataclass(frozen=True)
 class AdaFisherOptions(OptimizerOptions):
-    """Options of AdaFisher(W); the defaults are the paper's."""
+    """Options of AdaFisher(W); None stands for the form's own default (``STEP_SIZE_DEFAULTS``)."""
 
-    lr: float = option(1e-3, LEARNING_RATE)
+    lr: float | None = option(None, LEARNING_RATE)
     beta: float = option(0.9, BETA, argument=True)
-    damping: float = option(1e-3, DAMPING, argument=True, identifies=True)
-    ema_decay: float = option(0.8, EMA_DECAY, argument=True)
-    update_interval: int = option(100, UPDATE_INTERVAL, argument=True, identifies=True)
+    damping: float | None = option(None, DAMPING, argument=True, identifies=True)
+    ema_decay: float | None = option(None, EMA_DECAY, argument=True)
+    update_interval: int | None = option(None, UPDATE_INTERVAL, argument=True, identifies=True)
     weight_decay: float = option(0.0, WEIGHT_DECAY)
+    step_size: str = option("paper", STEP_SIZE, argument=True)
     momentum_dtype: torch.dtype | str | None = option(None, MOMENTUM_DTYPE, argument=True)
     compiled: bool = option(False, COMPILED)
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        """Hooks are needed by the paper's form alone."""
+        return Needs.SHAPES if self.step_size == "root" else Needs.LAYERS | Needs.SHAPES
+
+    def __post_init__(self) -> None:
+        STEP_SIZE.range.check("step_size", self.step_size)
+        for name, default in STEP_SIZE_DEFAULTS[self.step_size].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        super().__post_init__()
+        if self.step_size == "root" and self.update_interval != 1:
+            raise ValueError(
+                f"update_interval={self.update_interval} belongs to step_size='paper': with 'root' factors are taken "
+                "from every step's gradient, which costs next to nothing. Leave update_interval out"
+            )
 
 
 class AdaFisher(KroneckerDiagonalOptimizer):
@@ -110,12 +144,13 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float = AdaFisherOptions.lr,
+        lr: float | None = AdaFisherOptions.lr,
         beta: float = AdaFisherOptions.beta,
-        damping: float = AdaFisherOptions.damping,
-        ema_decay: float = AdaFisherOptions.ema_decay,
-        update_interval: int = AdaFisherOptions.update_interval,
+        damping: float | None = AdaFisherOptions.damping,
+        ema_decay: float | None = AdaFisherOptions.ema_decay,
+        update_interval: int | None = AdaFisherOptions.update_interval,
         weight_decay: float = AdaFisherOptions.weight_decay,
+        step_size: str = AdaFisherOptions.step_size,
         momentum_dtype: torch.dtype | str | None = AdaFisherOptions.momentum_dtype,
         compiled: bool = AdaFisherOptions.compiled,
     ) -> None:
@@ -126,17 +161,30 @@ class AdaFisher(KroneckerDiagonalOptimizer):
             ema_decay=ema_decay,
             update_interval=update_interval,
             weight_decay=weight_decay,
+            step_size=step_size,
             momentum_dtype=momentum_dtype,
             compiled=compiled,
         )
+        self.step_size = options.step_size
         self._compiled = CompiledUpdate() if options.compiled else None
         super().__init__(model, params, options)
 
+    def _new_tracker(self) -> FactorStatistics:
+        if self.step_size == "root":
+            return GradientStatistics(self.model, type(self).__name__, hidden_factors=True)
+        return super()._new_tracker()
+
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
-        """The group's ``damping``, whatever the terms are."""
-        return group["damping"]
+        """The group's ``damping``, in the root's form times the mean of the diagonal that the terms make."""
+        return group["damping"] * (mean_of_terms(terms).item() if self.step_size == "root" else 1.0)
 
     def _update_parameters(self) -> None:
+        if self.step_size == "root":
+            self._move_by_root(self._members(), self._compiled)
+        else:
+            self._move_by_diagonal()
+
+    def _move_by_diagonal(self) -> None:
         batches: dict[tuple[int, int], tuple[StepCoefficients, list[Block]]] = {}
         for member in self._members():
             key = id(member.group), member.step

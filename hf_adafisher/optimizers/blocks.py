@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hf_adafisher.fisher.diagonals import diagonal_of
-from hf_adafisher.optimizers.update import Block, StepCoefficients, adafisher_update_
+from hf_adafisher.optimizers.sharding import is_sharded, sum_over_shards
+from hf_adafisher.optimizers.update import (
+    Block,
+    DirectionSize,
+    RootCoefficients,
+    StepCoefficients,
+    adafisher_update_,
+    root_directions,
+    root_factors,
+    root_move_,
+)
 
 # Values that are updated by one call. On a CPU they stay in a core's cache between the operations of the update: 1.5
 # times torch's fused AdamW instead of 3.8 (``scripts/benchmark_step.py``). Elsewhere they bound the temporary.
@@ -33,6 +44,65 @@ def update_in_blocks(parameters: Iterable[Block], coefficients: StepCoefficients
             sizes[key] += block.param.numel()
     for batch in pending.values():
         adafisher_update_(batch, coefficients)
+
+
+class RootParameter(NamedTuple):
+    """A parameter that moves by the root of its diagonal.
+
+    Attributes:
+        block: The whole parameter, or this process's part of it.
+        size: Size of its direction.
+        whole: The parameter, which FSDP2 may have sharded.
+    """
+
+    block: Block
+    size: DirectionSize
+    whole: Tensor
+
+
+def root_update_in_blocks(parameters: Iterable[RootParameter], coefficients: RootCoefficients) -> None:
+    """Move parameters of any size, dtype and device by the root of their diagonals: small ones together.
+
+    Of a large one every block's direction waits for the norm of the whole: a temporary of its size.
+    """
+    pending: dict[Any, list[RootParameter]] = defaultdict(list)
+    sizes: dict[Any, int] = defaultdict(int)
+    for parameter in parameters:
+        param, grad, exp_avg, _ = parameter.block
+        if is_sharded(parameter.whole) or param.numel() > block_size(param):
+            _root_update_([parameter], coefficients)
+            continue
+        key = param.device, param.dtype, grad.dtype, exp_avg.dtype
+        if sizes[key] + param.numel() > block_size(param):
+            _root_update_(pending.pop(key), coefficients)
+            sizes[key] = 0
+        pending[key].append(parameter)
+        sizes[key] += param.numel()
+    for batch in pending.values():
+        _root_update_(batch, coefficients)
+
+
+def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> None:
+    """Several small parameters at once, or one of any size in its blocks."""
+    limit = block_size(parameters[0].block.param)
+    owned = [list(split_into_blocks(parameter.block, limit)) for parameter in parameters]
+    together = [[blocks[0] for blocks in owned]] if len(parameters) > 1 else [[block] for block in owned[0]]
+    directions, norms = [], []
+    for blocks in together:
+        found = root_directions(blocks, c)
+        params = [block.param for block in blocks]
+        norms.append(torch.stack([*torch._foreach_norm(found), *torch._foreach_norm(params, 2, found[0].dtype)]))
+        directions.append(found)
+    if len(parameters) > 1:
+        squares = norms[0].square().reshape(2, -1)
+    else:
+        whole = parameters[0].whole
+        none = torch.zeros(2, dtype=parameters[0].block.compute_dtype, device=whole.device)  # an empty shard
+        squares = sum((norm.square() for norm in norms), start=none)[:, None]
+        squares = sum_over_shards(squares, whole)
+    factors = root_factors(squares, [p.whole.numel() for p in parameters], [p.size for p in parameters], c).unbind()
+    for blocks, found in zip(together, directions, strict=True):
+        root_move_(blocks, found, factors, c)
 
 
 def block_size(tensor: Tensor) -> int:

@@ -12,8 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.optimizers.blocks import update_in_blocks
-from hf_adafisher.optimizers.update import Block, StepCoefficients, adafisher_update_
+from hf_adafisher.optimizers.blocks import RootParameter, root_update_in_blocks, update_in_blocks
+from hf_adafisher.optimizers.update import (
+    Block,
+    RootCoefficients,
+    StepCoefficients,
+    adafisher_update_,
+    root_update_,
+)
 from hf_adafisher.optimizers.validation.compilation import own_graphs
 
 logger = logging.getLogger(__name__)
@@ -23,7 +29,7 @@ COMPILED_FROM = 1 << 17
 
 
 class CompiledUpdate:
-    """``adafisher_update_`` compiled: one kernel for each kind of parameter, whatever its sizes.
+    """Update rules compiled: one kernel for each rule and kind of parameter, whatever its sizes.
 
     Coefficients are passed as tensors, so that schedules and groups with other options compile nothing again. Where
     compiling fails, one warning says why, and everything is left to the eager update from then on. A kernel that has
@@ -33,21 +39,32 @@ class CompiledUpdate:
     def __init__(self) -> None:
         self.works = True
         self._proven: set[Any] = set()
-        self._coefficients: StepCoefficients | None = None
-        self._as_tensors: dict[tuple[torch.dtype, torch.device], StepCoefficients] = {}
+        self._coefficients: Any = None
+        self._as_tensors: dict[tuple[torch.dtype, torch.device], Any] = {}
 
     def supports(self, block: Block) -> bool:
         """True for a parameter that is not left to the eager update."""
         return self.works and block.param.numel() >= COMPILED_FROM and type(block.param) in (Tensor, nn.Parameter)
 
     def update_(self, block: Block, coefficients: StepCoefficients) -> None:
-        """Update one whole parameter in place; eagerly where no compiler works."""
-        # Kernels are also compiled for what a view is a view of, unless it is detached.
-        block = block._replace(param=block.param.detach(), grad=block.grad.detach())
-        kind = _kind_of(block)
+        """Divide by the diagonal (``adafisher_update_``): one whole parameter in place; eagerly without a compiler."""
+        block = _detached(block)
+        if not self._run(_kind_of(block), adafisher_update_, [block], self._on_device(coefficients, block)):
+            update_in_blocks([block], coefficients)
+
+    def root_update_(self, parameter: RootParameter, coefficients: RootCoefficients) -> None:
+        """Divide by the root of the diagonal (``root_update_``), as ``update_``."""
+        block, size = _detached(parameter.block), parameter.size
+        kind = *_kind_of(block), *size, coefficients.nesterov
+        if not self._run(kind, root_update_, block, size, self._on_device(coefficients, block)):
+            root_update_in_blocks([parameter], coefficients)
+
+    def _run(self, kind: Any, rule: Callable[..., None], *arguments: Any) -> bool:
+        """Run a rule's kernel; False where no compiler works."""
+        kind = rule.__name__, *kind
         try:
             with own_graphs() if kind not in self._proven else contextlib.nullcontext():
-                _kernel(kind)([block], self._on_device(coefficients, block))
+                _kernel(kind, rule)(*arguments)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             if kind in self._proven or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -57,22 +74,29 @@ class CompiledUpdate:
                 type(error).__name__,
                 (str(error).strip().splitlines() or [""])[0],
             )
-            update_in_blocks([block], coefficients)
-        else:
-            self._proven.add(kind)
+            return False
+        self._proven.add(kind)
+        return True
 
-    def _on_device(self, coefficients: StepCoefficients, block: Block) -> StepCoefficients:
-        """Coefficients as tensors of the update's dtype, made once for all parameters of a step."""
+    def _on_device(self, coefficients: Any, block: Block) -> Any:
+        """Coefficients as tensors of the update's dtype, made once for all parameters of a step; an l2 of 0 stays."""
         if coefficients != self._coefficients:
             self._coefficients = coefficients
             self._as_tensors.clear()
         key = block.compute_dtype, block.param.device
         if key not in self._as_tensors:
-            tensors = [torch.tensor(value, dtype=key[0], device=key[1]) for value in coefficients]
-            self._as_tensors[key] = StepCoefficients(*tensors)._replace(
-                l2=tensors[2] if coefficients.l2 != 0.0 else 0.0
-            )
+            numbers = {
+                name: torch.tensor(value, dtype=key[0], device=key[1])
+                for name, value in coefficients._asdict().items()
+                if not isinstance(value, bool) and not (name == "l2" and value == 0.0)
+            }
+            self._as_tensors[key] = coefficients._replace(**numbers)
         return self._as_tensors[key]
+
+
+def _detached(block: Block) -> Block:
+    """Kernels are also compiled for what a view is a view of, unless it is detached."""
+    return block._replace(param=block.param.detach(), grad=block.grad.detach())
 
 
 def _kind_of(block: Block) -> Any:
@@ -82,9 +106,9 @@ def _kind_of(block: Block) -> Any:
 
 
 @functools.cache
-def _kernel(kind: Any) -> Callable[..., None]:
-    """``adafisher_update_``, compiled for one kind of parameter."""
+def _kernel(kind: Any, rule: Callable[..., None]) -> Callable[..., None]:
+    """A rule, compiled for one kind of parameter."""
     # Recompilations are counted and limited by code object; the kinds must not use up each other's.
-    name = f"adafisher_update_{_kernel.cache_info().currsize}"
-    code = adafisher_update_.__code__.replace(co_name=name)
-    return torch.compile(types.FunctionType(code, adafisher_update_.__globals__, name), dynamic=True)
+    name = f"{rule.__name__}{_kernel.cache_info().currsize}"
+    code = rule.__code__.replace(co_name=name)  # type: ignore[attr-defined]
+    return torch.compile(types.FunctionType(code, rule.__globals__, name), dynamic=True)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 
 if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 _SHARDED = (DTensor,) if torch.distributed.is_available() else ()
 
@@ -44,6 +44,16 @@ def local_terms(terms: Sequence[DiagonalTerm], param: Any) -> list[DiagonalTerm]
 def local_values(full: Tensor, param: Any) -> Tensor:
     """This process's part of a tensor that every process has in the shape of ``param``, cut as ``param`` is."""
     return _local_factor(full, param) if is_sharded(param) else full
+
+
+def sum_over_shards(values: Tensor, param: Any) -> Tensor:
+    """Sum of what each process has of its shard of ``param``; the values as they are where it is not sharded."""
+    if not is_sharded(param):
+        return values
+    placements = [Partial() if placement.is_shard() else Replicate() for placement in param.placements]
+    # The mesh's device is not the parameter's where FSDP2 keeps shards on the CPU (CPUOffloadPolicy).
+    on_mesh = values.to(param.device_mesh.device_type)
+    return DTensor.from_local(on_mesh, param.device_mesh, placements, run_check=False).full_tensor().to(values.device)
 
 
 def is_split(terms: Sequence[DiagonalTerm], param: Any) -> bool:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of, sum_of_terms
+from hf_adafisher.fisher.diagonals import DiagonalTerm, mean_of_terms, sum_of_terms
 from hf_adafisher.optimizers.polar import polar_factor
 
 UPDATE_RMS = 0.2
-"""Root mean square of a hidden matrix's spectral direction, and the largest of a vector's; Adam's is 0.2 to 0.4."""
-TABLE_RMS = 1.0
-"""Largest root mean square of any other direction; the bound on relative steps holds it back (docs/spectral.md)."""
+"""Root mean square of a spectral direction, and the largest of a direction by the root; Adam's is 0.2 to 0.4."""
+LONG_RMS = 1.0
+"""The largest of embeddings and output layers, whose rows see few examples each, or are new."""
+SHORT_RMS = 0.05
+"""The largest of what reads pixels (patch embeddings, first convolutions), and of position tables and class tokens."""
+MAX_RELATIVE_STEP = 0.05
+"""Largest step of a parameter with more than one axis, in units of its norm."""
 LEAST_RMS = 0.02
 """Smallest root mean square that a parameter counts with where its step is bounded: weights of zeros can move."""
+LEAST_DIRECTION = 1e-19
+"""Smallest root mean square that a direction of unknown scale is divided by: squares of smaller values are zero."""
 
 
 class Block(NamedTuple):
@@ -84,10 +91,7 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
     p, g, m = (t if t[0].dtype == dtype else _cast(t, dtype) for t in (params, grads, exp_avgs))
     if isinstance(c.l2, Tensor) or c.l2 != 0.0:
         g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
-    if isinstance(c.rest, Tensor):  # compilers fuse this, and no lerp by a tensor
-        torch._foreach_add_(m, torch._foreach_mul(torch._foreach_sub(g, m), c.rest))
-    else:
-        torch._foreach_lerp_(m, g, c.rest)
+    _average_(m, g, c.rest)
     damping = [c.damping] * len(blocks) if isinstance(c.damping, Tensor) else c.damping
     diagonals = [sum_of_terms(b.terms, b.param).to(dtype) for b in blocks]
     if all(b.makes_its_diagonal for b in blocks):
@@ -105,6 +109,14 @@ def adafisher_update_(blocks: Sequence[Block], c: StepCoefficients) -> None:
             torch._foreach_copy_(stored, computed)
 
 
+def _average_(averages: list[Tensor], samples: list[Tensor], rest: float | Tensor) -> None:
+    """``average <- average + rest (sample - average)``, in place."""
+    if isinstance(rest, Tensor):  # compilers fuse this, and no lerp by a tensor
+        torch._foreach_add_(averages, torch._foreach_mul(torch._foreach_sub(samples, averages), rest))
+    else:
+        torch._foreach_lerp_(averages, samples, rest)
+
+
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies of tensors of one dtype in another, made together."""
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -112,51 +124,163 @@ def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return copies
 
 
+class RootCoefficients(NamedTuple):
+    """Numbers of one step by the root of the diagonal, shared by the parameters of a group that are equally old.
+
+    Attributes:
+        rest: ``1 - beta``, the gradient's weight in the first moment.
+        l2: ``weight_decay`` of AdaFisher; 0 where the decay is decoupled.
+        shrink: ``1 - lr * weight_decay`` where the decay is decoupled, else 1.
+        lr: Learning rate.
+        correction: ``1 / (1 - beta^step)``.
+        most: The largest step in units of the parameter's norm; infinity for no bound.
+        nesterov: Whether the momentum looks one step ahead.
+
+    Numbers are 0-dimensional tensors where the update is compiled.
+    """
+
+    rest: float | Tensor
+    l2: float | Tensor
+    shrink: float | Tensor
+    lr: float | Tensor
+    correction: float | Tensor
+    most: float | Tensor
+    nesterov: bool
+
+
+def root_coefficients(group: Mapping[str, Any], step: int, decoupled: bool) -> RootCoefficients:
+    """Coefficients of a parameter group at its parameters' update number ``step`` (1 for the first)."""
+    lr, beta, weight_decay = float(group["lr"]), group["beta"], group["weight_decay"]
+    shrink, l2 = (1.0 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
+    most = group.get("max_relative_step", MAX_RELATIVE_STEP)
+    most = math.inf if most is None else most
+    return RootCoefficients(1.0 - beta, l2, shrink, lr, 1.0 / (1.0 - beta**step), most, group.get("nesterov", True))
+
+
+def damping_terms(terms: Sequence[DiagonalTerm], relative_damping: float, axes: int) -> list[DiagonalTerm]:
+    """The term that adds ``rho * mean(F)`` to the diagonal of a parameter with this many axes; none without factors.
+
+    Where F is zero it is next to nothing, so that any momentum takes the largest step.
+    """
+    if not any(term for term in terms):
+        return []
+    mean = mean_of_terms(terms)
+    damping = torch.where(mean > 0, mean * relative_damping, torch.finfo(mean.dtype).tiny ** 0.5)
+    return [(damping.reshape([1] * axes),)]
+
+
+class DirectionSize(NamedTuple):
+    """Length of a parameter's direction by the root of the diagonal.
+
+    Attributes:
+        rms: Its root mean square, or the largest one.
+        exact: It always has this root mean square, whatever the momentum.
+        bounded: The bound on relative steps holds for it.
+    """
+
+    rms: float
+    exact: bool
+    bounded: bool
+
+
+def root_directions(blocks: Sequence[Block], c: RootCoefficients) -> list[Tensor]:
+    """Update first moments, and return ``m / sqrt(F)`` of each block in a new tensor, ``m`` not bias-corrected.
+
+    Args:
+        blocks: Parameters, or blocks of them, of one device and dtype, with their damping among the terms.
+        c: Coefficients.
+    """
+    dtype = blocks[0].compute_dtype
+    params, grads, exp_avgs = ([getattr(block, name) for block in blocks] for name in ("param", "grad", "exp_avg"))
+    g, m = (t if t[0].dtype == dtype else _cast(t, dtype) for t in (grads, exp_avgs))
+    if isinstance(c.l2, Tensor) or c.l2 != 0.0:
+        p = params if params[0].dtype == dtype else _cast(params, dtype)
+        g = list(torch._foreach_add(g, torch._foreach_mul(p, c.l2)))
+    _average_(m, g, c.rest)
+    if m is not exp_avgs:
+        torch._foreach_copy_(exp_avgs, m)
+    roots = torch._foreach_sqrt([sum_of_terms(block.terms, block.param).to(dtype) for block in blocks])
+    if not c.nesterov:
+        return list(torch._foreach_div(m, roots))
+    ahead = [torch.empty_like(t) for t in m] if m is exp_avgs else m
+    if m is exp_avgs:
+        torch._foreach_copy_(ahead, m)
+    _average_(ahead, g, c.rest)
+    torch._foreach_div_(ahead, roots)
+    return ahead
+
+
+def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[DirectionSize], c: RootCoefficients) -> Tensor:
+    """Factors that turn the tensors of ``root_directions`` into steps, one a parameter.
+
+    With ``u`` the bias-corrected direction the step is ``-lr s u / max(s, rms(u))``, or ``-lr s u / rms(u)`` where its
+    size ``s`` is exact; where it is bounded at most ``most`` times the parameter's norm (``LEAST_RMS`` at least).
+
+    Args:
+        squares: Sums of squares of each whole direction and each whole parameter, shape ``(2, parameters)``.
+        counts: Number of values of each.
+        sizes: Size of each.
+        c: Coefficients.
+    """
+    rms, norm_rms = (squares / squares.new_tensor(counts)).sqrt_()
+    rms = rms * c.correction
+    least = squares.new_tensor([LEAST_DIRECTION if size.exact else size.rms for size in sizes])
+    factor = squares.new_tensor([size.rms for size in sizes]) / torch.maximum(rms, least)
+    bound = c.most * norm_rms.clamp_min(LEAST_RMS) / (abs(c.lr) * factor * rms)
+    bounded = squares.new_tensor([size.bounded for size in sizes], dtype=torch.bool)
+    bound = torch.where(bounded & (bound < 1.0), bound, torch.ones_like(bound))
+    return factor * bound * (-c.lr * c.correction)
+
+
+def root_move_(blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients) -> None:
+    """``theta <- shrink theta + factor * direction``, in place; the directions' memory is used up."""
+    params, dtype = [block.param for block in blocks], directions[0].dtype
+    p = params if params[0].dtype == dtype else _cast(params, dtype)
+    torch._foreach_mul_(directions, list(factors))
+    if isinstance(c.shrink, Tensor) or c.shrink != 1.0:
+        torch._foreach_mul_(p, c.shrink)
+    torch._foreach_add_(p, directions)
+    if p is not params:
+        torch._foreach_copy_(params, p)
+
+
+def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> None:
+    """One step of one whole parameter by the root of its diagonal, in place: what ``torch.compile`` makes a kernel of."""
+    directions = root_directions([block], c)
+    norms = [torch.linalg.vector_norm(tensor, dtype=directions[0].dtype) for tensor in (directions[0], block.param)]
+    factors = root_factors(torch.stack(norms).square()[:, None], [block.param.numel()], [size], c)
+    root_move_([block], directions, factors.unbind(), c)
+
+
 def spectral_directions(
-    momenta: Sequence[Tensor], whitenings: Sequence[tuple[Tensor, Tensor]], polar_dtype: torch.dtype | None = None
-) -> Iterator[Tensor]:
+    momenta: Sequence[Tensor], relative_damping: Sequence[float], polar_dtype: torch.dtype | None = None
+) -> Tensor:
     """``0.2 O / rms(O)`` with ``O = a * polar(a * M * b) * b`` for every matrix.
+
+    ``a = (r / mean(r) + rho)^-1/2`` and ``b = (c / mean(c) + rho)^-1/2``, where ``r`` and ``c`` are the mean squares of
+    the rows and the columns of ``M``.
 
     Args:
         momenta: Matrices ``M (rows, columns)`` of one shape, dtype and device.
-        whitenings: ``a (rows, 1)`` and ``b (1, columns)`` of each.
+        relative_damping: rho of each.
         polar_dtype: See ``hf_adafisher.optimizers.polar.polar_factor``.
 
     Returns:
-        A matrix for each, zero where the momentum is.
+        Tensor ``(matrices, rows, columns)``, zero where the momentum is.
     """
-    a, b = (torch.stack(side) for side in zip(*whitenings, strict=True))
-    direction = polar_factor(torch.stack(list(momenta)).mul_(a).mul_(b), polar_dtype).mul_(a).mul_(b)
-    norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
-    scale = UPDATE_RMS * direction[0].numel() ** 0.5
-    return iter(direction.mul_(scale / norm.clamp_min(torch.finfo(norm.dtype).tiny)))
-
-
-def diagonal_direction(momentum: Tensor, terms: Sequence[DiagonalTerm], relative_damping: float) -> Tensor:
-    """``u / max(1, rms(u))`` with ``u = m / sqrt(F + rho * mean(F))``, and 0.2 of that for a vector or a single value.
-
-    Args:
-        momentum: ``m``; the result takes its memory.
-        terms: Whose products' sum is ``F``. A single term without tensors knows no scale: ``u`` then has the root mean
-            square 1, and so it has where ``F`` is zero.
-        relative_damping: rho.
-
-    Returns:
-        A tensor of the momentum's shape, zero where the momentum is.
-    """
+    momentum = torch.stack(list(momenta))
     tiny = torch.finfo(momentum.dtype).tiny
-    largest = momentum.abs().amax().clamp_min(tiny)
-    if any(term for term in terms):
-        diagonal = diagonal_of(terms, momentum, 0.0)
-        mean = diagonal.mean()
-        root = diagonal.add_(mean * relative_damping).sqrt_()
-        momentum = momentum.div_(torch.where(mean > 0, root, largest))
-        least = torch.where(mean > 0, torch.ones_like(mean), mean.new_tensor(tiny))
-    else:
-        momentum, least = momentum.div_(largest), largest.new_tensor(tiny)
-    rms = torch.linalg.vector_norm(momentum) / momentum.numel() ** 0.5
-    largest_rms = TABLE_RMS if momentum.dim() > 1 else UPDATE_RMS
-    return momentum.mul_(largest_rms / torch.maximum(rms, least))
+    momentum.div_(momentum.abs().amax((1, 2), keepdim=True).clamp_min(tiny))  # squares of small values would be 0
+    rho = momentum.new_tensor(relative_damping).reshape(-1, 1, 1)
+    squares = momentum.square()
+    sides = []
+    for axis in (2, 1):
+        factor = squares.mean(axis, keepdim=True)
+        sides.append(factor.div_(factor.mean((1, 2), keepdim=True).clamp_min(tiny)).add_(rho).rsqrt_())
+    a, b = sides
+    direction = polar_factor(momentum.mul_(a).mul_(b), polar_dtype).mul_(a).mul_(b)
+    norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
+    return direction.mul_(UPDATE_RMS * direction[0].numel() ** 0.5 / norm.clamp_min(tiny))
 
 
 def bound_relative_step(direction: Tensor, lr: float, norm: Tensor, most: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -55,8 +56,12 @@ def _option_field(name: str, optims: list[str]) -> tuple[str, Any, Any]:
     kind: Any = get_type_hints(own)[name]
     if torch.dtype in get_args(kind):  # a command line has words only
         kind = str | None
-    text = f"{', '.join(optims)}: {own.specifications()[name]}."
-    return name, kind, field(default=record.option_defaults()[name], metadata={"help": text})
+    kind = kind if type(None) in get_args(kind) else kind | None
+    defaults = {optim: optimizer_record(optim).option_defaults()[name] for optim in optims}
+    alike = len(set(defaults.values())) == 1
+    shown = str(defaults[optims[0]]) if alike else ", ".join(f"{value} ({key})" for key, value in defaults.items())
+    text = f"{', '.join(optims)}: {own.specifications()[name]}. Default: {shown}."
+    return name, kind, field(default=None, metadata={"help": text})
 
 
 # Typed as Any, so that type checkers accept the generated arguments beside those of TrainingArguments.
@@ -109,7 +114,7 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         ours = name in available_optimizers()
         _check_name(name)
         if self.learning_rate is None:
-            self.learning_rate = default_learning_rate(name)
+            self.learning_rate = default_learning_rate(name, self._given_options(name))
         self.optim = "adamw_torch" if ours else name  # passes Trainer's validation, which knows only its own names
         super().__post_init__()
         if ours:
@@ -127,7 +132,7 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         name = str(getattr(name, "value", name))
         _check_name(name)
         if learning_rate is None:
-            learning_rate = default_learning_rate(name)
+            learning_rate = default_learning_rate(name, self._given_options(name))
         ours = name in available_optimizers()
         super().set_optimizer("adamw_torch" if ours else name, learning_rate, *args, **kwargs)
         if ours:
@@ -151,8 +156,12 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         Raises:
             ValueError: ``optim_args`` is not of the form ``key=value,key=value``.
         """
-        options = {name: getattr(self, name) for name in argument_names(self.optim)}
-        if self.optim in _ADAM:
+        return self._given_options(self.optim)
+
+    def _given_options(self, optim: str) -> dict[str, Any]:
+        """Options of this optimizer that were given; those of Adam and AdamW always are."""
+        options = {name: getattr(self, name) for name in argument_names(optim) if getattr(self, name) is not None}
+        if optim in _ADAM:
             options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         return {**options, **parse_options(self.optim_args, "optim_args")}
 
@@ -161,10 +170,12 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
 
         Several GPUs in one process (DataParallel) are seen by Trainer only, and refused there.
         """
+        options = self.optimizer_options()
+        needs = record.needs_with(options)
         for mode in self._modes():
-            if mode.refused_by(record.needs):
-                raise ValueError(mode.argument_refusal(record.name, record.needs))
-        if self.torch_compile and self.optimizer_options().get("update_interval") == 1:
+            if mode.refused_by(needs):
+                raise ValueError(mode.argument_refusal(record.name, needs))
+        if self.torch_compile and COMPILE.support(needs) == "eager" and options.get("update_interval") == 1:
             logger.warning(
                 "torch_compile has no effect with update_interval=1: steps that refresh the factors run eagerly."
             )
@@ -222,9 +233,13 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def default_learning_rate(optim: str) -> float:
-    """Return the learning rate of ``optim`` where none is given."""
-    return optimizer_record(optim).learning_rate.value if optim in available_optimizers() else TRAINER_LEARNING_RATE
+def default_learning_rate(optim: str, options: Mapping[str, Any] | None = None) -> float:
+    """Return the learning rate of ``optim`` with these options where none is given."""
+    if optim not in available_optimizers():
+        return TRAINER_LEARNING_RATE
+    record = optimizer_record(optim)
+    record.check_names(options or {})
+    return record.default_learning_rate(options or {})
 
 
 def _check_name(name: str) -> None:

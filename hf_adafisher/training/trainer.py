@@ -102,7 +102,7 @@ class AdaFisherTrainer(Trainer):
             with due_steps_run_eagerly():
                 return super().create_optimizer(model)
         assert isinstance(args, AdaFisherTrainingArguments)
-        needs = optimizer_record(name).needs
+        needs = optimizer_record(name).needs_with(args.optimizer_options())
         if args.n_gpu > 1 and DATA_PARALLEL.refused_by(needs):
             raise ValueError(DATA_PARALLEL.argument_refusal(name, needs, f"{args.n_gpu} GPUs in one process"))
         model = self.model if model is None else model

@@ -24,7 +24,6 @@ from hf_adafisher.optimizers.validation.checkpoints import (
     warn_changed_options,
 )
 from hf_adafisher.optimizers.validation.models import check_model, check_parameters
-from hf_adafisher.optimizers.validation.training_modes import Needs
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -61,8 +60,6 @@ class HookedOptimizer(Optimizer, ABC):
     """The value of the group option ``decoupled_weight_decay``; None where there is no such option."""
     momentum_key: ClassVar[str]
     """State key of the tensor that has the parameter's shape."""
-    needs: ClassVar[Needs] = Needs.LAYERS | Needs.SHAPES
-    """Requirements of its step, which decide the training modes that it refuses."""
 
     _statistics: StatisticsTracker
     _closed = _armed = False
@@ -75,6 +72,7 @@ class HookedOptimizer(Optimizer, ABC):
                 f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
                 f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
             )
+        self.needs = options.needs
         check_model(model, kind, self.needs)
         self.model = model
         if params is None:
@@ -242,7 +240,7 @@ class HookedOptimizer(Optimizer, ABC):
         """Update the averages with what was recorded, unless something of it is not finite: then it stays due."""
         taken = self._take_statistics()
         first = self.param_groups[0]
-        interval = first["update_interval"]
+        interval = first.get("update_interval", 1)
         # The next multiple of the interval: a late refresh does not shift those after it.
         following = (first["steps"] // interval + 1) * interval
         if self._statistics.missed:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.parameter_uses import new_state
+from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.base.options import dtype_option
 from hf_adafisher.optimizers.base.statistics import FactorStatistics, FactorUpdate
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
+from hf_adafisher.optimizers.blocks import RootParameter, root_update_in_blocks
+from hf_adafisher.optimizers.compiled import CompiledUpdate
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
+from hf_adafisher.optimizers.sharding import local_part, local_terms
+from hf_adafisher.optimizers.update import (
+    Block,
+    RootCoefficients,
+    damping_terms,
+    root_coefficients,
+)
 
 
 class Member(NamedTuple):
@@ -48,6 +58,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     """
 
     momentum_key = "exp_avg"
+    damping_option: ClassVar[str] = "damping"
     _statistics: FactorStatistics
 
     @abstractmethod
@@ -83,6 +94,31 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
                 sharded = self._statistics.entry_of(p).sharded
                 members.append(Member(group, p, grad, state["exp_avg"], step, terms, sharded))
         return members
+
+    def _move_by_root(self, members: Iterable[Member], compiled: CompiledUpdate | None = None) -> None:
+        """Move parameters by their momentum over the root of their diagonal (``root_directions``).
+
+        Args:
+            members: The parameters; this optimizer's statistics are ``GradientStatistics``.
+            compiled: Kernels for large parameters.
+        """
+        assert isinstance(self._statistics, GradientStatistics)
+        batches: dict[tuple[int, int], tuple[RootCoefficients, list[RootParameter]]] = {}
+        for member in members:
+            key = id(member.group), member.step
+            if key not in batches:
+                batches[key] = root_coefficients(member.group, member.step, bool(self.decoupled)), []
+            p, terms = member.param, member.terms
+            damping = damping_terms(terms, member.group[self.damping_option], p.dim())
+            local = local_terms(terms, p) if member.sharded else terms
+            block = Block(*(local_part(tensor) for tensor in (p, member.grad, member.exp_avg)), [*local, *damping])
+            parameter = RootParameter(block, self._statistics.direction_size(p, known=bool(damping)), p)
+            if compiled is not None and not member.sharded and compiled.supports(block):
+                compiled.root_update_(parameter, batches[key][0])
+            else:
+                batches[key][1].append(parameter)
+        for coefficients, parameters in batches.values():
+            root_update_in_blocks(parameters, coefficients)
 
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""

@@ -7,10 +7,12 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from typing_extensions import override
+
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
 _OPTION = "option"
 
@@ -102,6 +104,21 @@ class Flag(OptionRange):
 
 
 @dataclass(frozen=True)
+class OneOf(OptionRange):
+    """One of these words."""
+
+    words: tuple[str, ...]
+
+    @override
+    def check(self, name: str, value: Any) -> None:
+        if value not in self.words:
+            raise ValueError(f"{name} must be {self}, got {value!r}")
+
+    def __str__(self) -> str:
+        return " or ".join(repr(word) for word in self.words)
+
+
+@dataclass(frozen=True)
 class FloatingDtype(OptionRange):
     """Floating-point dtypes of 16 bits or more, as dtypes or by name (torch does not calculate in 8 bits), and None.
 
@@ -184,9 +201,14 @@ MOMENTUM_DTYPE = Option(FloatingDtype("that of the parameter"), "dtype of the fi
 class OptimizerOptions:
     """Options of one optimizer; making an instance checks every value.
 
+    Attributes:
+        needs: Requirements of a step with these options, which decide the training modes that are refused.
+
     Raises:
         ValueError: A value is outside its range.
     """
+
+    needs: ClassVar[Needs] = Needs.LAYERS | Needs.SHAPES
 
     def __post_init__(self) -> None:
         for name, specification in self.specifications().items():

@@ -56,7 +56,7 @@ class ParameterEntry:
 
     Attributes:
         param: The parameter.
-        uses: Its uses by modules, at least one.
+        uses: Its uses by modules, at least one; none where it moves without factors.
         sharded: Whether FSDP2 has sharded it.
         terms: Terms of its diagonal; empty until they are asked for.
         provisional: Whether the terms are those of the current gradient, since there are no averages yet.
@@ -78,9 +78,13 @@ class FactorStatistics(StatisticsTracker):
         return FactorRecorder(self.model, self._params)
 
     def _report_uncovered(self) -> None:
-        orphans = [p for p in self._params if self.entry_of(p).uses[0].tracked is None]
+        orphans = [p for p in self._params if self._is_uncovered(p)]
         if orphans:
             logger.warning("No layer rule reaches %s; gradient factors are used instead.", self.describe(orphans))
+
+    def _is_uncovered(self, p: Tensor) -> bool:
+        """True for a parameter that no layer rule reaches, although one is wanted."""
+        return self.entry_of(p).uses[0].tracked is None
 
     def map_parameters(self) -> None:
         """Look the names, the owners and the uses of all parameters up in the model again."""
@@ -115,11 +119,13 @@ class FactorStatistics(StatisticsTracker):
         self.map_parameters()
 
     def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
-        """Terms of the diagonal, one a use of ``p``, kept until the next refresh.
+        """Terms of the diagonal, one a use of ``p``, kept until the next refresh; none where it moves without factors.
 
         Before the first statistics (a layer first used between two refreshes) they come from the current gradient.
         """
         entry = self.entry_of(p)
+        if not entry.uses:
+            return []
         if not entry.terms:
             entry.terms = self._averaged_terms(p, state, normalize=True)
             entry.provisional = not entry.terms
@@ -164,7 +170,7 @@ class FactorStatistics(StatisticsTracker):
         for p in self._params:
             state, uses = states.get(p), self.entry_of(p).uses
             empty = not state or all(use.average(state, p.shape).is_empty for use in uses)
-            if empty and p.requires_grad and uses[0].tracked is not None:
+            if empty and p.requires_grad and uses and uses[0].tracked is not None:
                 yield id(p)
 
     def collect_first(
@@ -205,8 +211,8 @@ class FactorStatistics(StatisticsTracker):
         found = []
         for _, p, grad in with_gradient:
             uses = self.entry_of(p).uses
-            tracked = uses[0].tracked
-            if len(uses) == 1 and tracked in sample.factors and tracked.rule.input_numbers_rows:
+            tracked = uses[0].tracked if len(uses) == 1 else None
+            if tracked in sample.factors and tracked.rule.input_numbers_rows:
                 unseen = sample.factors[tracked][INPUT] == 0
                 rows = torch.linalg.vector_norm(full_tensor(grad), float("inf"), dim=1)
                 if bool((unseen & (rows > 0)).any()):

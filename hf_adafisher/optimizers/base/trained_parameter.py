@@ -21,7 +21,7 @@ class TrainedParameter:
         param: The parameter.
         group: Its parameter group.
         state: Its state, empty before its first step.
-        uses: Its uses by modules, at least one.
+        uses: Its uses by modules, at least one; none where it moves without factors.
         terms: Terms of its diagonal as the last step used them, none before its first step.
         provisional: Whether these are of the last step's gradient alone, since there are no averages yet.
     """
@@ -37,4 +37,6 @@ class TrainedParameter:
     @property
     def on_gradient_factors(self) -> bool:
         """True where its factors are those of its gradient: no rule reaches it, or its layers recorded nothing."""
+        if not self.uses:
+            return False
         return self.provisional or self.uses[0].tracked is None or bool(self.state and self.state[ON_GRADIENT].item())

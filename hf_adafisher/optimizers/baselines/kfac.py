@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,8 @@ class KFACOptions(OptimizerOptions):
     Raises:
         ValueError: A value is outside its range, or the intervals do not fit each other.
     """
+
+    needs: ClassVar[Needs] = Needs.LAYERS | Needs.SHAPES | Needs.WHOLE_PARAMETERS
 
     lr: float = option(3e-2, LEARNING_RATE, symbol="")
     momentum: float = option(0.9, MOMENTUM)
@@ -144,7 +146,6 @@ class KFAC(CountsLossTerms, HookedOptimizer):
 
     options_class = KFACOptions
     momentum_key = "momentum_buffer"
-    needs = HookedOptimizer.needs | Needs.WHOLE_PARAMETERS
     _statistics: KroneckerStatistics
 
     def __init__(

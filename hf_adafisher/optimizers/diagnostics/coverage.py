@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm
+from hf_adafisher.fisher.diagonals import DiagonalTerm, mean_of_terms
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
-from hf_adafisher.optimizers.diagnostics.diagonal_numbers import floor_share, mean_of_terms
+from hf_adafisher.optimizers.diagnostics.diagonal_numbers import floor_share
 from hf_adafisher.optimizers.factory.param_groups import roles
 
 GRADIENT_FACTORS = "gradient factors"
@@ -98,7 +98,7 @@ def curvature_summary(
     for t in parameters:
         if t.terms:
             damping = damping_of(t.group, t.terms)
-            mean_sum += (mean_of_terms(t.terms) + damping) * t.param.numel()
+            mean_sum += (mean_of_terms(t.terms).item() + damping) * t.param.numel()
             floor_sum += floor_share(t.terms, t.param, damping) * t.param.numel()
             values += t.param.numel()
     summary = {"fisher_mean": mean_sum / values, "floor_share": floor_sum / values} if values else {}

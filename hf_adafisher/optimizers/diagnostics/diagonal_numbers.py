@@ -17,21 +17,6 @@ SAMPLE = 1 << 16
 """Number of values that stand for a large diagonal without a simpler form, where its median is wanted."""
 
 
-def mean_of_terms(terms: Sequence[DiagonalTerm]) -> float:
-    """Mean of the undamped diagonal that these terms make; a term without tensors is the constant 1."""
-    return math.fsum(_mean_of_term(term) for term in terms)
-
-
-def _mean_of_term(term: DiagonalTerm) -> float:
-    """Mean of a product: each factor's mean over the axes that it alone has, and only then the product."""
-    reduced = []
-    for factor in term:
-        others = [other for other in term if other is not factor]
-        alone = [axis for axis in range(factor.dim()) if all(other.shape[axis] == 1 for other in others)]
-        reduced.append(factor.double().mean(alone, keepdim=True) if alone else factor.double())
-    return float(math.prod(reduced[1:], start=reduced[0]).mean()) if reduced else 1.0
-
-
 def floor_share(terms: Sequence[DiagonalTerm], p: Tensor, damping: float) -> float:
     """Share of the values of a damped diagonal in the shape of ``p`` that are at the floor (``at_floor``).
 

@@ -37,7 +37,6 @@ def _own(name: str, cls: type[HookedOptimizer], paper: str, lr: SourcedDefault, 
         decoupled=cls.decoupled,
         options_class=cls.options_class,
         checkpoint_keys=frozenset(cls.options_class.names(identifies=True)),
-        needs=cls.needs,
         **more,
     )
 
@@ -46,13 +45,10 @@ def _adafisher(name: str, cls: type[HookedOptimizer]) -> None:
     _own(
         name,
         cls,
-        "Gomes et al., ICLR 2025, arXiv 2405.16397",
-        lr=SourcedDefault(0.04, _WIKITEXT),
-        defaults={
-            "damping": SourcedDefault(3e-3, f"{_WIKITEXT}, the better of two"),
-            "ema_decay": SourcedDefault(0.95, _WIKITEXT),
-            "update_interval": SourcedDefault(10, _WIKITEXT),
-        },
+        "Gomes et al., ICLR 2025, arXiv 2405.16397; docs/step_sizes.md",
+        lr=SourcedDefault(0.02, "docs/step_sizes.md, from scratch; fine-tuning wants 1e-4"),
+        defaults={"step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper' gives the paper's rule and numbers")},
+        form="step_size",
         momentum="beta",
         memory="4 + 4 (r + c) / (r c)",
     )
@@ -78,9 +74,9 @@ _own(
     "spectral-adafisher",
     SpectralAdaFisher,
     "this package, docs/spectral.md",
-    lr=SourcedDefault(0.01, "docs/spectral.md"),
+    lr=SourcedDefault(0.02, "docs/spectral.md, from scratch; fine-tuning wants 3e-4"),
     momentum="beta",
-    memory="4 + 4 (r + c) / (r c)",
+    memory="4 for hidden matrices, 4 + 4 (r + c) / (r c) for others",
 )
 _torch(
     "sgd",
@@ -120,7 +116,7 @@ _add(
     memory="12",
     bytes_per_parameter=12.0,
     checkpoint_keys=_ADAM_LIKE | {"hessian_power"},
-    needs=_SECOND_ORDER,
+    own_needs=_SECOND_ORDER,
 )
 _own(
     "kfac",
@@ -145,7 +141,7 @@ _add(
     momentum="momentum",
     memory="4 + 8 (r^2 + c^2) / (r c); 8 for embeddings and where a side is above max_side",
     checkpoint_keys=frozenset({"use_shampoo", "max_side", "weight_decay", "lr"}),  # one more than Lion has
-    needs=_WHOLE,
+    own_needs=_WHOLE,
     groups=groups.shampoo_groups,
 )
 _add(
@@ -162,7 +158,7 @@ _add(
     memory="8",
     bytes_per_parameter=8.0,
     checkpoint_keys=_ADAM_LIKE | {"grad_averaging"},
-    needs=_WHOLE,
+    own_needs=_WHOLE,
     # Other algorithms' ways (RAdam, clipping by the global norm), some of them without effect until others are set.
     hidden=frozenset({"rectify", "degenerated_to_sgd", "n_sma_threshold", "pre_norm", "max_grad_norm"}),
 )
@@ -177,7 +173,7 @@ _add(
     memory="4",
     bytes_per_parameter=4.0,
     checkpoint_keys=frozenset({"momentum", "dampening", "nesterov", "trust_coefficient"}),
-    needs=_WHOLE,
+    own_needs=_WHOLE,
     groups=groups.lars_groups,
 )
 _add(
@@ -190,7 +186,7 @@ _add(
     momentum="momentum",
     memory="4 for hidden matrices, 8 for the rest",
     checkpoint_keys=frozenset({"use_muon", "weight_decouple", "weight_decay"}),
-    needs=Needs.SHAPES,
+    own_needs=Needs.SHAPES,
     groups=groups.muon_groups,
     hidden=frozenset({"adamw_wd"}),
 )
@@ -204,7 +200,7 @@ _add(
     momentum="betas",
     memory="8 + 8 (r^2 + c^2) / (r c), without the side of the vocabulary",
     checkpoint_keys=frozenset({"betas", "max_precondition_dim", "shampoo_beta"}),
-    needs=_WHOLE,
+    own_needs=_WHOLE,
     groups=groups.soap_groups,
 )
 _add(
@@ -227,7 +223,7 @@ _add(
     momentum="",
     memory="4 (r + c) / (r c)",
     checkpoint_keys=frozenset({"beta2_decay", "d"}),
-    needs=_WHOLE,
+    own_needs=_WHOLE,
 )
 _add(
     "schedule_free_adamw",
@@ -250,7 +246,7 @@ _add(
     memory="12",
     bytes_per_parameter=12.0,
     checkpoint_keys=_ADAM_LIKE | {"p"},
-    needs=_SECOND_ORDER,
+    own_needs=_SECOND_ORDER,
 )
 
 

@@ -148,8 +148,10 @@ class OptimizerFactory:
                 second derivatives, and under a stock Trainer for AdaFisher(W) and K-FAC.
         """
         record = optimizer_record(name)
-        if COMPILE_BY_A_STOCK_TRAINER.refused_by(record.needs):
-            refuse_compilation(name, second_derivatives=COMPILE.refused_by(record.needs))
+        record.check_names({key for key in kwargs if key not in ("weight_decay", "decay_names")})
+        needs = record.needs_with({key: value for key, value in kwargs.items() if key in record.options()})
+        if COMPILE_BY_A_STOCK_TRAINER.refused_by(needs):
+            refuse_compilation(name, second_derivatives=COMPILE.refused_by(needs))
         return create_optimizer(name, model, lr=lr, **kwargs)
 
 

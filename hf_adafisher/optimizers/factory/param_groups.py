@@ -101,8 +101,14 @@ def hidden_matrices(model: nn.Module) -> list[Matrix]:
     (class tokens, position tables, fused experts).
     """
     outside = embedding_tables(model) | _heads(model)
-    outside |= {id(m.weight) for m in [m for m in model.modules() if isinstance(m, _CONVOLUTIONS)][:1]}
+    outside |= {id(matrix.weight) for matrix in input_matrices(model)}
     return _distinct(m for m in _matrices(model) if id(m.weight) not in outside)
+
+
+def input_matrices(model: nn.Module) -> list[Matrix]:
+    """Return the weight of the first convolution, which reads pixels or sound, unless it is the output layer too."""
+    first = [module for module in model.modules() if isinstance(module, _CONVOLUTIONS)][:1]
+    return _distinct(m for m in first if m.weight is not None and id(m.weight) not in _heads(model))
 
 
 def head_matrices(model: nn.Module) -> list[Matrix]:
@@ -120,9 +126,13 @@ def head_matrices(model: nn.Module) -> list[Matrix]:
 
 
 def roles(model: nn.Module) -> dict[int, str]:
-    """``"hidden matrix"``, ``"table"``, ``"head"`` or ``"table and head"``, by ``id(parameter)``; others have none."""
+    """``"hidden matrix"``, ``"input"``, ``"table"``, ``"head"`` or ``"table and head"``, by ``id(parameter)``.
+
+    Others (vectors, position tables that are no embeddings, class tokens) have none.
+    """
     tables, heads = embedding_tables(model), {id(m.weight) for m in head_matrices(model)}
     found = {id(m.weight): "hidden matrix" for m in hidden_matrices(model)}
+    found |= {id(m.weight): "input" for m in input_matrices(model)}
     found |= dict.fromkeys(tables, "table") | dict.fromkeys(heads, "head")
     return found | dict.fromkeys(tables & heads, "table and head")
 

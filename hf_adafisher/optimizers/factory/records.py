@@ -51,7 +51,8 @@ class OptimizerRecord:
             optimizers whose keys a checkpoint has, the one with most is taken to have written it.
         options_class: The option dataclass of an optimizer of this package, whose class takes the model before the
             parameter groups; None for those of libraries.
-        needs: Requirements of its step, which decide the training modes that it refuses.
+        form: Option whose value decides what the others mean, empty where there is none.
+        own_needs: Requirements of a step of an optimizer without an ``options_class``.
         resumable: Training goes on from a checkpoint exactly as without the interruption.
         decoupled: Its ``decoupled_weight_decay``, by which Adam differs from AdamW; None without such an option.
         groups: Makes its parameter groups from those with and without weight decay, where it needs others.
@@ -69,7 +70,8 @@ class OptimizerRecord:
     bytes_per_parameter: float | None = None
     defaults: Mapping[str, SourcedDefault] = field(default_factory=dict)
     options_class: type[OptimizerOptions] | None = None
-    needs: Needs = Needs.NOTHING
+    form: str = ""
+    own_needs: Needs = Needs.NOTHING
     resumable: bool = True
     decoupled: bool | None = None
     groups: Callable[[nn.Module, Groups, dict[str, Any]], Groups] | None = None
@@ -95,6 +97,15 @@ class OptimizerRecord:
     def needs_model(self) -> bool:
         """The class takes the model before the parameter groups, and checks its options itself."""
         return self.options_class is not None
+
+    @property
+    def needs(self) -> Needs:
+        """Requirements of its step with the record's defaults."""
+        return self.needs_with({})
+
+    def needs_with(self, options: Mapping[str, Any]) -> Needs:
+        """Requirements of its step with these options, which decide the training modes that it refuses."""
+        return self.own_needs if self.options_class is None else self.options_class(**self.arguments(options)).needs
 
     @property
     def create_graph(self) -> bool:
@@ -156,9 +167,19 @@ class OptimizerRecord:
             raise foreign_checkpoint(self.name, options, " or ".join(writers))
 
     def arguments(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ``options`` over this record's defaults, the learning rate among them."""
+        """Return ``options`` over this record's defaults, the learning rate among them.
+
+        The defaults belong together: with another value of the option ``form`` the class's own hold instead.
+        """
         defaults = {"lr": self.learning_rate.value} | {name: default.value for name, default in self.defaults.items()}
+        if self.form and options.get(self.form, defaults[self.form]) != defaults[self.form]:
+            defaults = {}
         return {**defaults, **options}
+
+    def default_learning_rate(self, options: Mapping[str, Any]) -> float:
+        """Return the learning rate of a run with these options and none of its own."""
+        arguments = self.arguments(options)
+        return arguments["lr"] if "lr" in arguments else self.options_class(**arguments).lr  # type: ignore[misc]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the code, for JSON."""
@@ -181,7 +202,10 @@ class OptimizerRecord:
 
     def option_defaults(self) -> dict[str, Any]:
         """Return the defaults of all options of an optimizer of this package, the record's before the class's."""
-        return {} if self.options_class is None else self.options_class.defaults() | self.arguments({})
+        if self.options_class is None:
+            return {}
+        own = self.options_class(**self.arguments({}))
+        return {name: getattr(own, name) for name in own.specifications()}
 
     def _described_options(self) -> dict[str, dict[str, Any]]:
         if self.options_class is None:
