@@ -49,7 +49,7 @@ COMPILED = Option(Flag(), "update large parameters with kernels made by torch.co
 
 STEP_SIZE_DEFAULTS: dict[str, dict[str, Any]] = {
     "paper": {"lr": 1e-3, "damping": 1e-3, "ema_decay": 0.8, "update_interval": 100},
-    "root": {"lr": 5e-3, "damping": 0.1, "ema_decay": 0.95, "update_interval": 1},
+    "root": {"lr": 4e-3, "damping": 0.1, "ema_decay": 0.95, "update_interval": 1},
 }
 """Defaults of the options that mean something else, or want another value, in each form."""
 

@@ -99,8 +99,8 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         ``u = m^ / sqrt(F + rho * mean(F)) ,  F = row means (x) column means / mean of grad^2;  of a vector grad^2``
         ``theta <- theta - lr * s u / max(s, rms(u)) - lr * weight_decay * theta``
 
-    with ``s = 1`` for embeddings and output layers, 0.2 for vectors and 0.05 for what is left (position tables that are
-    no embeddings, class tokens, grouped convolutions). A single value moves by the sign of its
+    with ``s = 1`` for embeddings and output layers, and 0.2 for all others (vectors, position tables that are no
+    embeddings, class tokens, grouped convolutions). A single value moves by the sign of its
     momentum. The state is one tensor of the parameter's size, and but for hidden matrices a few vectors.
 
     No step moves a parameter with more than one axis, hidden matrix or not, by more than ``max_relative_step`` of its

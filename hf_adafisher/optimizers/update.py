@@ -13,11 +13,11 @@ from hf_adafisher.fisher.diagonals import DiagonalTerm, mean_of_terms, sum_of_te
 from hf_adafisher.optimizers.polar import polar_factor
 
 UPDATE_RMS = 0.2
-"""Root mean square of a spectral direction, and the largest of a direction by the root; Adam's is 0.2 to 0.4."""
-LONG_RMS = 1.0
-"""The largest of embeddings and output layers, whose rows see few examples each, or are new."""
-SHORT_RMS = 0.05
-"""The largest of what reads pixels (patch embeddings, first convolutions), and of position tables and class tokens."""
+"""Root mean square of a spectral direction; Adam's is 0.2 to 0.4."""
+FULL_RMS = 1.0
+"""Largest root mean square of a direction by the root: of hidden matrices, embeddings and output layers."""
+SMALL_RMS = 0.2
+"""The largest of all other parameters (docs/step_sizes.md)."""
 MAX_RELATIVE_STEP = 0.05
 """Largest step of a parameter with more than one axis, in units of its norm."""
 LEAST_RMS = 0.02
@@ -232,7 +232,9 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
     return factor * bound * (-c.lr * c.correction)
 
 
-def root_move_(blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients) -> None:
+def root_move_(
+    blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients
+) -> None:
     """``theta <- shrink theta + factor * direction``, in place; the directions' memory is used up."""
     params, dtype = [block.param for block in blocks], directions[0].dtype
     p = params if params[0].dtype == dtype else _cast(params, dtype)

@@ -16,7 +16,7 @@ from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.statistics import FactorStatistics, FactorUpdate
 from hf_adafisher.optimizers.factory.param_groups import log_roles, roles
 from hf_adafisher.optimizers.sharding import full_tensor, is_sharded
-from hf_adafisher.optimizers.update import LONG_RMS, SHORT_RMS, UPDATE_RMS, DirectionSize
+from hf_adafisher.optimizers.update import FULL_RMS, SMALL_RMS, DirectionSize
 
 _MATRICES = ("hidden matrix", "input")
 
@@ -65,17 +65,14 @@ class GradientStatistics(FactorStatistics):
     def direction_size(self, p: Tensor, known: bool) -> DirectionSize:
         """Largest root mean square of a parameter's direction by the root of its diagonal.
 
-        1 for embeddings and output layers, 0.2 for hidden matrices and vectors, 0.05 for everything else.
+        1 for hidden matrices, embeddings and output layers; 0.2 for everything else: vectors, and what reads pixels or
+        is added to features as it is (patch embeddings, first convolutions, position tables, class tokens).
 
         Args:
             p: The parameter.
             known: It has factors. Those of a single value never say anything, and it moves by the sign of its momentum.
         """
-        role = self._roles.get(id(p))
-        if role in ("table", "head", "table and head"):
-            rms = LONG_RMS
-        else:
-            rms = UPDATE_RMS if p.dim() < 2 or role == "hidden matrix" else SHORT_RMS
+        rms = SMALL_RMS if self._roles.get(id(p), "input") == "input" else FULL_RMS
         return DirectionSize(rms, exact=not known, bounded=p.dim() > 1)
 
     def collect(

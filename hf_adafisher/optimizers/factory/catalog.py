@@ -46,8 +46,10 @@ def _adafisher(name: str, cls: type[HookedOptimizer]) -> None:
         name,
         cls,
         "Gomes et al., ICLR 2025, arXiv 2405.16397; docs/step_sizes.md",
-        lr=SourcedDefault(0.02, "docs/step_sizes.md, from scratch; fine-tuning wants 1e-4"),
-        defaults={"step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper' gives the paper's rule and numbers")},
+        lr=SourcedDefault(4e-3, "docs/step_sizes.md, from scratch; fine-tuning wants AdamW's rates, 3e-5 to 1e-4"),
+        defaults={
+            "step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper' gives the paper's rule and numbers")
+        },
         form="step_size",
         momentum="beta",
         memory="4 + 4 (r + c) / (r c)",
