@@ -9,6 +9,7 @@ from pathlib import Path
 from hf_adafisher.experiments.comparison.protocol import Comparison, failed_measurements
 from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.outputs import write_text
+from hf_adafisher.experiments.report.paired import paired_table
 from hf_adafisher.experiments.report.pictures import draw_pictures, optimizer_styles
 from hf_adafisher.experiments.report.provenance import describe_mixture, settings_table, software_table, step_time_table
 from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
@@ -25,6 +26,10 @@ from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import draw_stability
 from hf_adafisher.experiments.report.tables import best_table, cell_table, escape_bars, failure_table
 
+_PAIRED = (
+    "First minus second of two optimizers at their best settings, seed by seed: mean and 95 % interval (Student's t). "
+    "Where it does not contain 0, the row stands out. Settings that were chosen by the same seeds flatter themselves."
+)
 TITLE = "Comparison of optimizers"
 _METHOD = (
     "Each optimizer at the setting with the {rule}, chosen among its settings with the most seeds; one with a diverged "
@@ -104,6 +109,7 @@ def _sections(
     sections = [
         Section("", " ".join(filter(None, lead))),
         _best(comparison, best) if best else Section("", "No run ended well."),
+        *_paired(best),
         *pictures,
         Section("Every run", "Those of the best settings stand out.", cell_table(results, best)),
     ]
@@ -129,6 +135,11 @@ def _best(comparison: Comparison, best: list[SettingResults]) -> Section:
     extent = task.describe_extent(cell.all_settings for cell in comparison.cells)
     method = _METHOD.format(rule=task.selection_rule, extent=extent)
     return Section("Best of each optimizer", method, best_table(best, published), published.note if published else "")
+
+
+def _paired(best: list[SettingResults]) -> list[Section]:
+    table = paired_table(best)
+    return [Section("Paired differences", _PAIRED, table)] if table.rows else []
 
 
 def _unfinished(comparison: Comparison, results: list[CellResult]) -> str:
