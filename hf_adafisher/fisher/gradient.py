@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -61,20 +62,9 @@ class GradientDiagonal(ParameterDiagonal):
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
         return {axes.name: tuple(shape[axis] for axis in axes.all) for axes in self.axes(shape)}
 
-    def axes(self, shape: torch.Size) -> list[FactorAxes]:
-        """Axes of the factors of a parameter of ``shape``, two at most."""
-        long = tuple(axis for axis, size in enumerate(shape) if size > 1)
-        if self.transposed_convolution:
-            groups = [tuple(axis for axis in long if axis != 1), tuple(axis for axis in long if axis == 1)]
-            return [FactorAxes((), group) for group in groups if group]
-        first = len(long) - 1
-        while first > 0 and all(shape[axis] <= SHORT for axis in long[first:]):
-            first -= 1
-        row = max(first - 1, 0)
-        stack, rows, columns = long[:row], long[row : max(first, 0)], long[max(first, 0) :]
-        if all(shape[axis] <= SHORT for axis in rows):
-            rows, columns = (), rows + columns
-        return [FactorAxes(stack, own) for own in (rows, columns) if own]
+    def axes(self, shape: torch.Size) -> tuple[FactorAxes, ...]:
+        """Axes of the factors of a parameter of ``shape``, two at most: of its rows, and of its columns."""
+        return _factor_axes(self.transposed_convolution, shape)
 
     @override
     def expand(self, factors: Mapping[str, Tensor], shape: torch.Size, normalize: bool = True) -> DiagonalTerm:
@@ -88,6 +78,23 @@ class GradientDiagonal(ParameterDiagonal):
     @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
         return {axes.name: _mean_square_along(grad, axes.all) for axes in self.axes(grad.shape)}
+
+
+@functools.cache
+def _factor_axes(transposed_convolution: bool, shape: torch.Size) -> tuple[FactorAxes, ...]:
+    """``GradientDiagonal.axes``, asked for at every step."""
+    long = tuple(axis for axis, size in enumerate(shape) if size > 1)
+    if transposed_convolution:
+        groups = [tuple(axis for axis in long if axis != 1), tuple(axis for axis in long if axis == 1)]
+        return tuple(FactorAxes((), group) for group in groups if group)
+    first = len(long) - 1
+    while first > 0 and all(shape[axis] <= SHORT for axis in long[first:]):
+        first -= 1
+    row = max(first - 1, 0)
+    stack, rows, columns = long[:row], long[row : max(first, 0)], long[max(first, 0) :]
+    if all(shape[axis] <= SHORT for axis in rows):
+        rows, columns = (), rows + columns
+    return tuple(FactorAxes(stack, own) for own in (rows, columns) if own)
 
 
 def _mean_square_along(grad: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.fisher.gradient import gradient_estimate
 from hf_adafisher.fisher.parameter_uses import estimated_terms
 from hf_adafisher.fisher.recorder import FactorRecorder
-from hf_adafisher.optimizers.base.statistics import FactorStatistics, FactorUpdate
+from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.factory.param_groups import log_roles, roles
 from hf_adafisher.optimizers.sharding import full_tensor, is_sharded
-from hf_adafisher.optimizers.update import FULL_RMS, SMALL_RMS, DirectionSize
+from hf_adafisher.optimizers.update import FULL_RMS, SMALL_RMS, DirectionSize, damping_terms
 
 _MATRICES = ("hidden matrix", "input")
 
@@ -75,24 +75,86 @@ class GradientStatistics(FactorStatistics):
         rms = SMALL_RMS if self._roles.get(id(p), "input") == "input" else FULL_RMS
         return DirectionSize(rms, exact=not known, bounded=p.dim() > 1)
 
-    def collect(
-        self,
-        with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor]],
-        state_of: Callable[[Mapping[str, Any], Tensor], Mapping[str, Tensor]],
-        states: Mapping[Any, Mapping[str, Tensor]],
-    ) -> list[FactorUpdate]:
-        """Collect the factors of every gradient; those that are not finite too, as the momentum is not by then."""
-        return [
-            FactorUpdate(group, p, use, _factors(use.diagonal, grad), True)
-            for group, p, grad in with_gradient
-            for use in self.entry_of(p).uses
-        ]
+    def average_(self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor, Mapping[str, Tensor]]]) -> None:
+        """Take the factors of every gradient into the averages of the states, all in a few calls.
+
+        Those of a gradient that is not finite too: its momentum is not finite by then, as under AdamW.
+
+        Args:
+            with_gradient: Parameter group, parameter, gradient and state.
+        """
+        averages: dict[tuple[float, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+        weights: dict[float, list[Tensor]] = {}
+        for group, p, grad, state in with_gradient:
+            for use in self.entry_of(p).uses:
+                values, samples = averages.setdefault((group["ema_decay"], p.device), ([], []))
+                for name, factor in _factors(use.diagonal, grad).items():
+                    values.append(state[name])
+                    samples.append(factor.reshape(state[name].shape))
+                weights.setdefault(group["ema_decay"], []).append(state[use.weight_key])
+        for (decay, _), (values, samples) in averages.items():
+            if values:
+                torch._foreach_lerp_(values, samples, 1.0 - decay)
+        for decay, found in weights.items():
+            torch._foreach_mul_(found, decay)
+            torch._foreach_add_(found, 1.0 - decay)
+
+    def damped_terms(self, members: Sequence[tuple[Tensor, Mapping[str, Tensor], float]]) -> list[list[DiagonalTerm]]:
+        """Terms of ``F + rho * mean(F)`` of every parameter; none of a single value, which has no factors.
+
+        Where F is zero the damping is next to nothing, so that any momentum takes the largest step.
+
+        Args:
+            members: Parameter, state and relative damping rho.
+        """
+        found: list[list[DiagonalTerm]] = []
+        plain: dict[tuple[torch.device, torch.dtype], list[_Averages]] = {}
+        for p, state, rho in members:
+            use = self.entry_of(p).uses[0]
+            term = use.diagonal.expand({name: state[name] for name in use.factor_keys(p.shape)}, p.shape, False)
+            terms: list[DiagonalTerm] = [()]
+            if len(term) == 2 and term[0].numel() + term[1].numel() > sum(p.shape):  # a stack of matrices
+                terms = estimated_terms((use,), state, p.shape)
+                terms += damping_terms(terms, rho, p.dim())
+            elif term:
+                kind = term[0].device, term[0].dtype
+                plain.setdefault(kind, []).append(_Averages(terms, term, state[use.weight_key].item(), rho))
+            found.append(terms)
+        for alike in plain.values():
+            _damp_(alike)
+        return found
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         return estimated_terms(self.entry_of(p).uses, state, p.shape)
 
     def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
         return gradient_estimate(self.entry_of(p).uses[0].diagonal, full_tensor(grad))
+
+
+class _Averages(NamedTuple):
+    """Factors of one parameter: its terms, to be filled; the running averages in its shape; their weight; rho."""
+
+    terms: list[DiagonalTerm]
+    factors: DiagonalTerm
+    weight: float
+    rho: float
+
+
+def _damp_(averages: Sequence[_Averages]) -> None:
+    """Fill in the terms of parameters with one factor, or one for the rows and one for the columns of one matrix."""
+    rows = [average.factors[0] for average in averages]
+    means = torch.stack(torch._foreach_norm(rows, 1)) / rows[0].new_tensor([row.numel() for row in rows])
+    weights = rows[0].new_tensor([average.weight for average in averages])
+    least = torch.finfo(means.dtype).tiny ** 0.5
+    damping = (means / weights * means.new_tensor([average.rho for average in averages])).clamp_min(least).unbind()
+    rows = list(torch._foreach_div(rows, [average.weight for average in averages]))
+    two = [i for i, average in enumerate(averages) if len(average.factors) == 2]
+    scales = means.clamp_min(torch.finfo(means.dtype).tiny).unbind()
+    columns = torch._foreach_div([averages[i].factors[1] for i in two], [scales[i] for i in two]) if two else ()
+    by_index = dict(zip(two, columns, strict=True))
+    for i, (average, row) in enumerate(zip(averages, rows, strict=True)):
+        term = (row, by_index[i]) if i in by_index else (row,)
+        average.terms[:] = [term, (damping[i].reshape([1] * row.dim()),)]
 
 
 def _factors(diagonal: Any, grad: Any) -> dict[str, Tensor]:

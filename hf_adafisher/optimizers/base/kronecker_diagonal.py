@@ -23,7 +23,6 @@ from hf_adafisher.optimizers.sharding import local_part, local_terms
 from hf_adafisher.optimizers.update import (
     Block,
     RootCoefficients,
-    damping_terms,
     root_coefficients,
 )
 
@@ -70,6 +69,11 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
 
     def _take_statistics(self, newcomers: bool = False) -> bool | None:
         updates: list[FactorUpdate] | None
+        if isinstance(self._statistics, GradientStatistics):
+            moving = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
+            self._statistics.average_(moving)
+            self._statistics.forget()
+            return bool(moving)
         if newcomers:
             updates = self._statistics.collect_first(self._with_gradient(), self._newcomers)
         else:
@@ -90,10 +94,14 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         members = []
         for group, p, grad, state in moving:
             if p.numel():
-                terms, step = self._statistics.terms(p, state, grad), int(state["step"].item())
+                terms, step = self._terms_of(p, state, grad), int(state["step"].item())
                 sharded = self._statistics.entry_of(p).sharded
                 members.append(Member(group, p, grad, state["exp_avg"], step, terms, sharded))
         return members
+
+    def _terms_of(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> Sequence[DiagonalTerm]:
+        """Terms of the diagonal; those of gradients are made for all parameters together, later."""
+        return () if isinstance(self._statistics, GradientStatistics) else self._statistics.terms(p, state, grad)
 
     def _move_by_root(self, members: Iterable[Member], compiled: CompiledUpdate | None = None) -> None:
         """Move parameters by their momentum over the root of their diagonal (``root_directions``).
@@ -104,15 +112,21 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         """
         assert isinstance(self._statistics, GradientStatistics)
         batches: dict[tuple[int, int], tuple[RootCoefficients, list[RootParameter]]] = {}
-        for member in members:
+        members = list(members)
+        damped = self._statistics.damped_terms(
+            [(member.param, self.state[member.param], member.group[self.damping_option]) for member in members]
+        )
+        for member, terms in zip(members, damped, strict=True):
             key = id(member.group), member.step
             if key not in batches:
                 batches[key] = root_coefficients(member.group, member.step, bool(self.decoupled)), []
-            p, terms = member.param, member.terms
-            damping = damping_terms(terms, member.group[self.damping_option], p.dim())
-            local = local_terms(terms, p) if member.sharded else terms
-            block = Block(*(local_part(tensor) for tensor in (p, member.grad, member.exp_avg)), [*local, *damping])
-            parameter = RootParameter(block, self._statistics.direction_size(p, known=bool(damping)), p)
+            p = member.param
+            size = self._statistics.direction_size(p, known=any(terms))
+            terms = local_terms(terms, p) if member.sharded else terms
+            parameter = RootParameter(
+                Block(*(local_part(tensor) for tensor in (p, member.grad, member.exp_avg)), terms), size, p
+            )
+            block = parameter.block
             if compiled is not None and not member.sharded and compiled.supports(block):
                 compiled.root_update_(parameter, batches[key][0])
             else:
