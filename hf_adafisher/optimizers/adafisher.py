@@ -87,34 +87,51 @@ class AdaFisherOptions(OptimizerOptions):
 
 
 class AdaFisher(KroneckerDiagonalOptimizer):
-    """Momentum divided by a damped diagonal Kronecker Fisher, with L2 regularisation in the gradient.
+    """Momentum divided by a diagonal Kronecker Fisher, or by the root of one, with L2 regularisation in the gradient.
 
-    For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over
-    all positions are averaged over time every ``update_interval`` steps, and each weight is updated by
+    ``step_size="paper"``, the class's default, is the method as published. For a layer with inputs ``x`` and output
+    gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over all positions, recorded by hooks, are
+    averaged over time every ``update_interval`` steps, and each weight is updated by
 
         ``F = minmax(S) (x) minmax(H) + damping``        (Eq. 4; vectors are normalised to [0, 1])
         ``m <- beta m + (1 - beta) (grad + weight_decay * theta)``
         ``theta <- theta - lr * m / (1 - beta^t) / F``
 
-    ``F`` is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
-    A parameter that no layer rule reaches takes its factors from its own gradient (row and column means of grad^2).
-
     Because F lies in [damping, 1 + damping], ``lr`` and ``damping`` belong together: the largest step is
-    ``lr / damping * m``. The defaults are the paper's; those of ``create_optimizer`` and
-    ``AdaFisherTrainingArguments`` are a better start for training language models from scratch.
+    ``lr / damping * m``. A parameter that no layer rule reaches takes its factors from its own gradient.
+
+    ``step_size="root"``, the default of ``create_optimizer`` and ``AdaFisherTrainingArguments``, is for people who come
+    from AdamW: its learning rates carry over, and nothing is read but gradients, at every step and without hooks.
+
+        ``R, C``: averages (``ema_decay``) of the mean squares of the gradient's rows and columns
+        ``F = R (x) C / mean(R) + max(damping * mean(R), 1e-16)``     (of a vector the average of ``grad^2`` for R C)
+        ``u = m^ / sqrt(F)``                                          (``m^`` bias-corrected, a step ahead: Nesterov)
+        ``theta <- theta - lr * s u / max(s, rms(u))``
+
+    with ``s = 1`` for hidden matrices, embeddings and output layers and 0.2 for everything else (vectors, the first
+    convolution, position tables and tokens that are no embeddings, grouped convolutions). A parameter with more than
+    one axis moves by at most 5 % of its norm (a root mean square below 0.02 counts as 0.02), a single value by the sign
+    of its momentum. The factors are Adafactor's (Shazeer and Stern, 2018, arXiv 1804.04235); docs/step_sizes.md says
+    what they, the sizes and the bound are worth, and why the hooks' are not used here.
+
+    ``F`` is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
 
     ``torch.optim.lr_scheduler.OneCycleLR`` needs ``cycle_momentum=False``: there are no ``betas`` to cycle.
 
     Args:
-        model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
+        model: The module to train. In the paper's form forward hooks are put on its layers for the steps that refresh
+            the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
-            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``.
-        lr: Learning rate alpha, >= 0. Default 1e-3.
+            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval`` and
+            ``step_size``.
+        lr: Learning rate alpha, >= 0. Default 1e-3, with "root" 4e-3 (for fine-tuning AdamW's: 3e-5 to 1e-4).
         beta: Decay of the first moment, in [0, 1). Default 0.9.
-        damping: lambda, > 0. Default 1e-3.
-        ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8.
-        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100.
+        damping: lambda, > 0. Default 1e-3, with "root" 0.1, in units of the diagonal's mean.
+        ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8, with "root" 0.95.
+        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100; "root" takes
+            them at every step and nothing else.
         weight_decay: kappa, >= 0. Default 0.
+        step_size: ``"paper"`` (default) or ``"root"``.
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own;
             ``"float32"`` is worth its memory where the weights are bfloat16. Factors are float32 in any case.
         compiled: Update large parameters with kernels made by ``torch.compile``: faster steps, after some seconds of
@@ -211,9 +228,9 @@ class AdaFisher(KroneckerDiagonalOptimizer):
 class AdaFisherW(AdaFisher):
     """AdaFisher with decoupled weight decay, as AdamW is to Adam.
 
-    ``theta <- theta - lr (m^ / F + weight_decay * theta)``, and the gradient alone enters ``m``. Arguments, defaults
-    and errors are those of ``AdaFisher``, also ``cycle_momentum=False`` for ``OneCycleLR``. This is the form for
-    transformers.
+    ``theta <- theta - lr (d + weight_decay * theta)`` with the direction ``d`` of ``AdaFisher``, and the gradient alone
+    enters ``m``. Arguments, defaults and errors are those of ``AdaFisher``, also ``cycle_momentum=False`` for
+    ``OneCycleLR``. This is the form for transformers.
     """
 
     decoupled = True

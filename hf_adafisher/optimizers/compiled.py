@@ -110,5 +110,5 @@ def _kernel(kind: Any, rule: Callable[..., None]) -> Callable[..., None]:
     """A rule, compiled for one kind of parameter."""
     # Recompilations are counted and limited by code object; the kinds must not use up each other's.
     name = f"{rule.__name__}{_kernel.cache_info().currsize}"
-    code = rule.__code__.replace(co_name=name)  # type: ignore[attr-defined]
-    return torch.compile(types.FunctionType(code, rule.__globals__, name), dynamic=True)  # type: ignore[attr-defined]
+    code = rule.__code__.replace(co_name=name)
+    return torch.compile(types.FunctionType(code, rule.__globals__, name), dynamic=True)

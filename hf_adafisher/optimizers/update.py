@@ -22,6 +22,8 @@ MAX_RELATIVE_STEP = 0.05
 """Largest step of a parameter with more than one axis, in units of its norm."""
 LEAST_RMS = 0.02
 """Smallest root mean square that a parameter counts with where its step is bounded: weights of zeros can move."""
+LEAST_DAMPING = 1e-16
+"""Smallest damping of a diagonal under a root: gradients of less than 1e-8 are noise, as Adam's eps has it."""
 LEAST_DIRECTION = 1e-19
 """Smallest root mean square that a direction of unknown scale is divided by: squares of smaller values are zero."""
 
@@ -158,14 +160,13 @@ def root_coefficients(group: Mapping[str, Any], step: int, decoupled: bool) -> R
 
 
 def damping_terms(terms: Sequence[DiagonalTerm], relative_damping: float, axes: int) -> list[DiagonalTerm]:
-    """The term that adds ``rho * mean(F)`` to the diagonal of a parameter with this many axes; none without factors.
+    """The term that adds ``max(rho * mean(F), 1e-16)`` to the diagonal of a parameter with this many axes.
 
-    Where F is zero it is next to nothing, so that any momentum takes the largest step.
+    There is none without factors.
     """
     if not any(term for term in terms):
         return []
-    mean = mean_of_terms(terms)
-    damping = torch.where(mean > 0, mean * relative_damping, torch.finfo(mean.dtype).tiny ** 0.5)
+    damping = (mean_of_terms(terms) * relative_damping).clamp_min(LEAST_DAMPING)
     return [(damping.reshape([1] * axes),)]
 
 
@@ -222,7 +223,7 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
         sizes: Size of each.
         c: Coefficients.
     """
-    rms, norm_rms = (squares / squares.new_tensor(counts)).sqrt_()
+    rms, norm_rms = (squares / squares.new_tensor(counts)).sqrt_().unbind()
     rms = rms * c.correction
     least = squares.new_tensor([LEAST_DIRECTION if size.exact else size.rms for size in sizes])
     factor = squares.new_tensor([size.rms for size in sizes]) / torch.maximum(rms, least)
@@ -247,7 +248,7 @@ def root_move_(
 
 
 def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> None:
-    """One step of one whole parameter by the root of its diagonal, in place: what ``torch.compile`` makes a kernel of."""
+    """One step of one whole parameter by the root of its diagonal, in place; ``torch.compile`` makes a kernel of it."""
     directions = root_directions([block], c)
     norms = [torch.linalg.vector_norm(tensor, dtype=directions[0].dtype) for tensor in (directions[0], block.param)]
     factors = root_factors(torch.stack(norms).square()[:, None], [block.param.numel()], [size], c)

@@ -16,7 +16,7 @@ from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.factory.param_groups import log_roles, roles
 from hf_adafisher.optimizers.sharding import full_tensor, is_sharded
-from hf_adafisher.optimizers.update import FULL_RMS, SMALL_RMS, DirectionSize, damping_terms
+from hf_adafisher.optimizers.update import FULL_RMS, LEAST_DAMPING, SMALL_RMS, DirectionSize, damping_terms
 
 _MATRICES = ("hidden matrix", "input")
 
@@ -100,9 +100,7 @@ class GradientStatistics(FactorStatistics):
             torch._foreach_add_(found, 1.0 - decay)
 
     def damped_terms(self, members: Sequence[tuple[Tensor, Mapping[str, Tensor], float]]) -> list[list[DiagonalTerm]]:
-        """Terms of ``F + rho * mean(F)`` of every parameter; none of a single value, which has no factors.
-
-        Where F is zero the damping is next to nothing, so that any momentum takes the largest step.
+        """Terms of ``F + max(rho * mean(F), 1e-16)`` of every parameter; none of a single value, without factors.
 
         Args:
             members: Parameter, state and relative damping rho.
@@ -145,8 +143,9 @@ def _damp_(averages: Sequence[_Averages]) -> None:
     rows = [average.factors[0] for average in averages]
     means = torch.stack(torch._foreach_norm(rows, 1)) / rows[0].new_tensor([row.numel() for row in rows])
     weights = rows[0].new_tensor([average.weight for average in averages])
-    least = torch.finfo(means.dtype).tiny ** 0.5
-    damping = (means / weights * means.new_tensor([average.rho for average in averages])).clamp_min(least).unbind()
+    damping = (
+        (means / weights * means.new_tensor([average.rho for average in averages])).clamp_min(LEAST_DAMPING).unbind()
+    )
     rows = list(torch._foreach_div(rows, [average.weight for average in averages]))
     two = [i for i, average in enumerate(averages) if len(average.factors) == 2]
     scales = means.clamp_min(torch.finfo(means.dtype).tiny).unbind()

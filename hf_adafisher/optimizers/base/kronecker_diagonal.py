@@ -123,10 +123,8 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             p = member.param
             size = self._statistics.direction_size(p, known=any(terms))
             terms = local_terms(terms, p) if member.sharded else terms
-            parameter = RootParameter(
-                Block(*(local_part(tensor) for tensor in (p, member.grad, member.exp_avg)), terms), size, p
-            )
-            block = parameter.block
+            block = Block(local_part(p), local_part(member.grad), local_part(member.exp_avg), terms)
+            parameter = RootParameter(block, size, p)
             if compiled is not None and not member.sharded and compiled.supports(block):
                 compiled.root_update_(parameter, batches[key][0])
             else:

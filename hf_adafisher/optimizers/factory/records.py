@@ -179,7 +179,10 @@ class OptimizerRecord:
     def default_learning_rate(self, options: Mapping[str, Any]) -> float:
         """Return the learning rate of a run with these options and none of its own."""
         arguments = self.arguments(options)
-        return arguments["lr"] if "lr" in arguments else self.options_class(**arguments).lr  # type: ignore[misc]
+        if "lr" in arguments or self.options_class is None:
+            return arguments["lr"]
+        own: Any = self.options_class(**arguments)
+        return own.lr
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the code, for JSON."""
