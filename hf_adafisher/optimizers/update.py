@@ -226,13 +226,15 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
     rms = rms * c.correction
     least = squares.new_tensor([LEAST_DIRECTION if size.exact else size.rms for size in sizes])
     factor = squares.new_tensor([size.rms for size in sizes]) / torch.maximum(rms, least)
-    bound = c.most * norm_rms.clamp_min(LEAST_RMS) / (abs(c.lr) * factor * rms)
+    bound = c.most * norm_rms.clamp_min(LEAST_RMS) / (c.lr * factor * rms).abs()
     bounded = squares.new_tensor([size.bounded for size in sizes], dtype=torch.bool)
     bound = torch.where(bounded & (bound < 1.0), bound, torch.ones_like(bound))
-    return factor * bound * (-c.lr * c.correction)
+    return factor * bound * -c.lr * c.correction
 
 
-def root_move_(blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients) -> None:
+def root_move_(
+    blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients
+) -> None:
     """``theta <- shrink theta + factor * direction``, in place; the directions' memory is used up."""
     params, dtype = [block.param for block in blocks], directions[0].dtype
     p = params if params[0].dtype == dtype else _cast(params, dtype)
@@ -244,12 +246,18 @@ def root_move_(blocks: Sequence[Block], directions: list[Tensor], factors: Seque
         torch._foreach_copy_(params, p)
 
 
-def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> None:
-    """One step of one whole parameter by the root of its diagonal, in place: what ``torch.compile`` makes a kernel of."""
+def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> Tensor:
+    """One step of one whole parameter by the root of its diagonal, in place: what ``torch.compile`` makes a kernel of.
+
+    Returns:
+        Sum of squares of the step, decay left out, shape ``(1,)``.
+    """
     directions = root_directions([block], c)
     norms = [torch.linalg.vector_norm(tensor, dtype=directions[0].dtype) for tensor in (directions[0], block.param)]
-    factors = root_factors(torch.stack(norms).square()[:, None], [block.param.numel()], [size], c)
+    squares = torch.stack(norms).square()[:, None]
+    factors = root_factors(squares, [block.param.numel()], [size], c)
     root_move_([block], directions, factors.unbind(), c)
+    return squares[0] * factors.square()
 
 
 def spectral_directions(

@@ -157,6 +157,10 @@ class FactorStatistics(StatisticsTracker):
         used = self.entry_of(p).terms if normalize else []
         return used or self._averaged_terms(p, state, normalize)
 
+    def has_factors(self, p: Tensor) -> bool:
+        """True for a parameter whose diagonal comes from factors, now or after its first gradient."""
+        return bool(self.entry_of(p).uses)
+
     def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
         """Factors to be averaged, given the means over this many positions."""
         return factors

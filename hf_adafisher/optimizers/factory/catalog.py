@@ -47,7 +47,8 @@ def _adafisher(name: str, cls: type[HookedOptimizer]) -> None:
         cls,
         "Gomes et al., ICLR 2025, arXiv 2405.16397; docs/step_sizes.md",
         lr=SourcedDefault(0.02, "docs/step_sizes.md, from scratch; fine-tuning wants 1e-4"),
-        defaults={"step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper' gives the paper's rule and numbers")},
+        fine_tuning_rate=1e-4,
+        defaults={"step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper': the paper's rule and numbers")},
         form="step_size",
         momentum="beta",
         memory="4 + 4 (r + c) / (r c)",
@@ -75,6 +76,7 @@ _own(
     SpectralAdaFisher,
     "this package, docs/spectral.md",
     lr=SourcedDefault(0.02, "docs/spectral.md, from scratch; fine-tuning wants 3e-4"),
+    fine_tuning_rate=3e-4,
     momentum="beta",
     memory="4 for hidden matrices, 4 + 4 (r + c) / (r c) for others",
 )

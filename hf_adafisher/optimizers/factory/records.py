@@ -43,6 +43,7 @@ class OptimizerRecord:
         library: The implementation's package, with the version it was tested with.
         paper: The publication.
         learning_rate: Default learning rate.
+        fine_tuning_rate: Where to start with pretrained weights, if the default is for training from scratch alone.
         defaults: Other options whose defaults are not the class's own, or that the groups need.
         momentum: The option that holds the decay of the first moment, empty where there is none.
         memory: Bytes of state per float32 parameter, in words; r and c are the sides of a matrix.
@@ -68,6 +69,7 @@ class OptimizerRecord:
     memory: str
     checkpoint_keys: frozenset[str]
     bytes_per_parameter: float | None = None
+    fine_tuning_rate: float | None = None
     defaults: Mapping[str, SourcedDefault] = field(default_factory=dict)
     options_class: type[OptimizerOptions] | None = None
     form: str = ""
@@ -179,7 +181,7 @@ class OptimizerRecord:
     def default_learning_rate(self, options: Mapping[str, Any]) -> float:
         """Return the learning rate of a run with these options and none of its own."""
         arguments = self.arguments(options)
-        return arguments["lr"] if "lr" in arguments else self.options_class(**arguments).lr  # type: ignore[misc]
+        return arguments["lr"] if "lr" in arguments else self.option_defaults(**options)["lr"]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the code, for JSON."""
@@ -189,6 +191,7 @@ class OptimizerRecord:
             "library": self.library,
             "paper": self.paper,
             "learning_rate": self.learning_rate._asdict(),
+            "fine_tuning_rate": self.fine_tuning_rate,
             "defaults": {name: default._asdict() for name, default in self.defaults.items()},
             "options": self._described_options(),
             "momentum": self.momentum,
@@ -200,11 +203,11 @@ class OptimizerRecord:
             "refuses": sorted(self.refuses),
         }
 
-    def option_defaults(self) -> dict[str, Any]:
-        """Return the defaults of all options of an optimizer of this package, the record's before the class's."""
+    def option_defaults(self, **given: Any) -> dict[str, Any]:
+        """Return all options of an optimizer of this package: those given, the record's defaults, then the class's."""
         if self.options_class is None:
             return {}
-        own = self.options_class(**self.arguments({}))
+        own = self.options_class(**self.arguments(given))
         return {name: getattr(own, name) for name in own.specifications()}
 
     def _described_options(self) -> dict[str, dict[str, Any]]:
