@@ -85,34 +85,51 @@ class AdaFisherOptions(OptimizerOptions):
 
 
 class AdaFisher(KroneckerDiagonalOptimizer):
-    """Momentum divided by a damped diagonal Kronecker Fisher, with L2 regularisation in the gradient.
+    """Momentum divided by a damped diagonal Kronecker Fisher, or by its root, with L2 regularisation in the gradient.
 
-    For a layer with inputs ``x`` and output gradients ``g`` the factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over
-    all positions are averaged over time every ``update_interval`` steps, and each weight is updated by
+    With ``step_size="paper"``, the class's default: for a layer with inputs ``x`` and output gradients ``g`` the
+    factors ``h = mean(x^2)`` and ``s = mean(g^2)`` over all positions are averaged over time every ``update_interval``
+    steps, and each weight is updated by
 
         ``F = minmax(S) (x) minmax(H) + damping``        (Eq. 4; vectors are normalised to [0, 1])
         ``m <- beta m + (1 - beta) (grad + weight_decay * theta)``
         ``theta <- theta - lr * m / (1 - beta^t) / F``
 
-    ``F`` is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
     A parameter that no layer rule reaches takes its factors from its own gradient (row and column means of grad^2).
-
     Because F lies in [damping, 1 + damping], ``lr`` and ``damping`` belong together: the largest step is
-    ``lr / damping * m``. The defaults are the paper's; those of ``create_optimizer`` and
-    ``AdaFisherTrainingArguments`` are a better start for training language models from scratch.
+    ``lr / damping * m``.
+
+    With ``step_size="root"``, which ``create_optimizer`` and ``AdaFisherTrainingArguments`` take, nothing is read but
+    gradients, so that there are no hooks. The row and column means of grad^2 are averaged at every step, and with the
+    momentum a step ahead (Nesterov's)
+
+        ``F = row means (x) column means / mean of grad^2;  of a vector grad^2``
+        ``u = m^ / sqrt(F + damping * mean(F))``
+        ``theta <- theta - lr * s u / max(s, rms(u))``
+
+    with ``s = 1`` for embeddings and output layers, 0.2 for hidden matrices and vectors, and 0.05 for what is left
+    (first convolutions, position tables that are no embeddings, class tokens, grouped convolutions). A single value
+    moves by the sign of its momentum. No step moves a parameter with more than one axis by more than 0.05 of its norm
+    (a root mean square below 0.02 counts as 0.02). Scaling or clipping all gradients alike changes nothing.
+
+    ``F`` is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
 
     ``torch.optim.lr_scheduler.OneCycleLR`` needs ``cycle_momentum=False``: there are no ``betas`` to cycle.
 
     Args:
-        model: The module to train. Forward hooks are put on its layers for the steps that refresh the factors.
+        model: The module to train. For the paper's form forward hooks are put on its layers for the steps that
+            refresh the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
-            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``.
-        lr: Learning rate alpha, >= 0. Default 1e-3.
+            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``
+            and ``step_size``.
+        lr: Learning rate alpha, >= 0. Default 1e-3, by the root 5e-3.
         beta: Decay of the first moment, in [0, 1). Default 0.9.
-        damping: lambda, > 0. Default 1e-3.
-        ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8.
-        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100.
+        damping: lambda, > 0, by the root in units of the diagonal's mean. Default 1e-3, by the root 0.1.
+        ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8, by the root 0.95.
+        update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100, by the root 1,
+            which nothing else is allowed for.
         weight_decay: kappa, >= 0. Default 0.
+        step_size: The form, ``"paper"`` or ``"root"``. Default "paper".
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own;
             ``"float32"`` is worth its memory where the weights are bfloat16. Factors are float32 in any case.
         compiled: Update large parameters with kernels made by ``torch.compile``: faster steps, after some seconds of

@@ -12,7 +12,6 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_adafisher.optimizers.base.options import OneOf
 from hf_adafisher.optimizers.factory.catalog import TRAINER_LEARNING_RATE, available_optimizers, optimizer_record
 from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
 from hf_adafisher.optimizers.validation.training_modes import (
@@ -68,13 +67,9 @@ def _option_field(name: str, optims: list[str]) -> tuple[str, Any, Any]:
 
 def _of_other_forms(record: OptimizerRecord, name: str) -> str:
     """The option's defaults in the optimizer's other forms, where they differ, for the help text."""
-    if not record.form or name == record.form:
-        return ""
-    assert record.options_class is not None
-    usual, words = record.option_defaults(), record.options_class.specifications()[record.form].range
-    assert isinstance(words, OneOf)
-    others = {word: record.option_defaults(**{record.form: word})[name] for word in words.words}
-    said = [f"{value} with {record.form}={word}" for word, value in others.items() if value != usual[name]]
+    forms = record.forms if name != record.form else {}
+    values = {form.rpartition(", ")[2]: record.option_defaults(**chosen)[name] for form, chosen in forms.items()}
+    said = [f"{value} with {form}" for form, value in values.items() if value != values[record.name]]
     return f"; {', '.join(said)}" if said else ""
 
 

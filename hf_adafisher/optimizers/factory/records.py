@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_adafisher.optimizers.base.options import OptimizerOptions
+from hf_adafisher.optimizers.base.options import OneOf, OptimizerOptions
 from hf_adafisher.optimizers.factory.param_groups import Groups
 from hf_adafisher.optimizers.validation.checkpoints import foreign_checkpoint
 from hf_adafisher.optimizers.validation.library_option_ranges import check_values
@@ -108,6 +108,17 @@ class OptimizerRecord:
     def needs_with(self, options: Mapping[str, Any]) -> Needs:
         """Requirements of its step with these options, which decide the training modes that it refuses."""
         return self.own_needs if self.options_class is None else self.options_class(**self.arguments(options)).needs
+
+    @property
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """The options that give each of its forms, by a name for people; its usual one has the optimizer's own name."""
+        if not self.form:
+            return {self.name: {}}
+        assert self.options_class is not None
+        usual, words = self.option_defaults()[self.form], self.options_class.specifications()[self.form].range
+        assert isinstance(words, OneOf)
+        others = [word for word in words.words if word != usual]
+        return {self.name: {}} | {f"{self.name}, {self.form}={word}": {self.form: word} for word in others}
 
     @property
     def create_graph(self) -> bool:
