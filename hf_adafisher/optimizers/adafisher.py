@@ -197,10 +197,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
     def _update_parameters(self) -> None:
         if self.step_size == "root":
             self._move_by_root(self._members(), self._compiled)
-        else:
-            self._move_by_diagonal()
-
-    def _move_by_diagonal(self) -> None:
+            return
         batches: dict[tuple[int, int], tuple[StepCoefficients, list[Block]]] = {}
         for member in self._members():
             key = id(member.group), member.step
