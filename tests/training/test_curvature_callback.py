@@ -26,7 +26,7 @@ from hf_adafisher import (
     CurvatureCallback,
     OptimizerFactory,
 )
-from hf_adafisher.optimizers import blocks, update
+from hf_adafisher.optimizers import blocks, compiled, update
 from hf_adafisher.optimizers.diagnostics import layer_curvature as module
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS, layer_curvature, needs_every_process
 from hf_adafisher.training import curvature_callback as callback_module
@@ -174,6 +174,18 @@ def test_update_rms_of_a_step_by_the_root_is_the_difference_that_it_made(
     with torch.no_grad():
         model.linear.weight.zero_()
     assert layer_curvature(optimizer) == found  # of the step, not of what the weights are by now
+
+
+def test_the_step_of_a_compiled_update_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule that would be compiled is run as it is: it measures its own step."""
+    ran: list[str] = []
+    monkeypatch.setattr(compiled, "COMPILED_FROM", 1)
+    monkeypatch.setattr(compiled, "_kernel", lambda kind, rule: ran.append(rule.__name__) or rule)
+    model, optimizer, before = trained(step_size="root", dtype=torch.float64, compiled=True)
+    for name, numbers in layer_curvature(optimizer).items():
+        moved = root_mean_square(before[name] - model.get_parameter(name).detach())
+        assert_close(numbers["update_rms"], moved, rtol=1e-9, atol=0)
+    assert set(ran) == {"root_update_"}
 
 
 def test_by_the_root_a_restored_state_has_no_step_yet_and_zeros_have_a_floor() -> None:
