@@ -1,7 +1,8 @@
 """Count the files, functions and calls of the package that one ``optimizer.step()`` of a two-layer MLP runs through.
 
-``python scripts/trace_step.py [--optim adafisherw] [--list]`` prints them for an idle step and for a step that
-refreshes the factors. ``docs/architecture.md`` quotes these numbers.
+``python scripts/trace_step.py [--optim adafisherw] [--list]`` prints them for a step by the root of the diagonal, and,
+of optimizers with hooks, for an idle step and for one that refreshes the factors. ``docs/architecture.md`` quotes these
+numbers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import nn
 import hf_adafisher
 from hf_adafisher import create_optimizer
 from hf_adafisher.experiments.command_line import StrictParser
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
 PACKAGE = Path(hf_adafisher.__file__).parent
 
@@ -43,17 +46,23 @@ def package_calls(run: Callable[[], Any]) -> Counter[tuple[str, str]]:
 
 
 def trace(name: str) -> dict[str, Counter[tuple[str, str]]]:
-    """Calls of a due step and of an idle one with idle neighbours, both after the state exists."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
-    optimizer = create_optimizer(name, model, lr=1e-3, update_interval=4)
+    """Calls of the steps of every form of an optimizer, all after the state exists.
+
+    Returns:
+        ``root``: without hooks; ``due`` and ``idle``: with hooks, the latter with idle neighbours.
+    """
     traced = {}
-    for step in range(9):
-        model(torch.randn(32, 8)).square().mean().backward()
-        calls = package_calls(optimizer.step)
-        traced[{0: "due", 2: "idle"}.get(step % 4, "other")] = calls
-        optimizer.zero_grad()
-    return {kind: traced[kind] for kind in ("idle", "due")}
+    for options in optimizer_record(name).forms.values():
+        hooks = Needs.LAYERS in optimizer_record(name).needs_with(options)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        optimizer = create_optimizer(name, model, lr=1e-3, **options, **({"update_interval": 4} if hooks else {}))
+        for step in range(9):
+            model(torch.randn(32, 8)).square().mean().backward()
+            calls = package_calls(optimizer.step)
+            traced[{0: "due", 2: "idle"}.get(step % 4, "other") if hooks else "root"] = calls
+            optimizer.zero_grad()
+    return {kind: traced[kind] for kind in ("idle", "due", "root") if kind in traced}
 
 
 def main() -> None:

@@ -22,10 +22,10 @@ def traced() -> dict[str, dict[str, int]]:
 
 @pytest.mark.subprocess
 def test_the_page_quotes_what_the_trace_counts(traced: dict[str, dict[str, int]]) -> None:
-    quoted = re.findall(r"<!--(idle|due) (files|functions)-->(\d+)", PAGE)
-    assert len(quoted) == 4
+    quoted = re.findall(r"<!--(idle|due|root) (files|functions)-->(\d+)", PAGE)
+    assert len(quoted) == 6
     assert {(kind, what): int(number) for kind, what, number in quoted} == {
-        (kind, what): traced[kind][what] for kind in ("idle", "due") for what in ("files", "functions")
+        (kind, what): traced[kind][what] for kind in ("idle", "due", "root") for what in ("files", "functions")
     }
 
 
@@ -33,6 +33,7 @@ def test_the_page_quotes_what_the_trace_counts(traced: dict[str, dict[str, int]]
 def test_a_step_stays_short(traced: dict[str, dict[str, int]]) -> None:
     assert traced["idle"]["files"] <= 7 and traced["idle"]["functions"] <= 20
     assert traced["due"]["files"] <= 12 and traced["due"]["functions"] <= 50
+    assert traced["root"]["files"] <= 13 and traced["root"]["functions"] <= 58
 
 
 def test_every_file_and_name_that_the_page_names_exists() -> None:

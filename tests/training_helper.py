@@ -11,14 +11,32 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
+from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments, AdaFisherW, SpectralAdaFisher
 from tests.cases import Case, Loss
 from tests.model_zoo import Family
 
 StepLoss = Callable[[nn.Module, int], Tensor]
 """The loss of a model on the batch of a step; equal steps have equal batches."""
 TRAINER_ARGUMENTS = inspect.signature(Trainer).parameters.keys()
+FORMS: dict[str, dict[str, Any]] = {
+    "paper": {"optim": "adafisherw", "step_size": "paper"},
+    "root": {"optim": "adafisherw", "step_size": "root"},
+    "spectral": {"optim": "spectral-adafisher"},
+}
+"""AdaFisherW with hooks, without, and SpectralAdaFisher, as training arguments."""
 QUIET: dict[str, Any] = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+
+
+def of_form(form: str, **options: Any) -> dict[str, Any]:
+    """Training arguments of one of `FORMS`, without what only the paper's form knows."""
+    papers = () if form == "paper" else ("update_interval", "damping")
+    return FORMS[form] | {key: value for key, value in options.items() if key not in papers}
+
+
+def built(form: str, model: nn.Module, **options: Any) -> Any:
+    """The optimizer of one of `FORMS`, of its class, likewise."""
+    given = of_form(form, **options)
+    return {"adafisherw": AdaFisherW, "spectral-adafisher": SpectralAdaFisher}[given.pop("optim")](model, **given)
 
 
 def of_case(case_loss: Loss) -> StepLoss:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from hf_adafisher.fisher.diagonals import DiagonalTerm, mean_of_terms
 from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
 from hf_adafisher.optimizers.base.hooked import ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
@@ -191,17 +189,15 @@ class AdaFisher(KroneckerDiagonalOptimizer):
             return GradientStatistics(self.model, type(self).__name__, hidden_factors=True)
         return super()._new_tracker()
 
-    def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
-        """The group's ``damping``, in the root's form times the mean of the diagonal that the terms make."""
-        return group["damping"] * (mean_of_terms(terms).item() if self.step_size == "root" else 1.0)
+    @property
+    def divides_by_root(self) -> bool:  # type: ignore[override]
+        """Whether ``step_size`` is ``"root"``."""
+        return self.step_size == "root"
 
     def _update_parameters(self) -> None:
         if self.step_size == "root":
             self._move_by_root(self._members(), self._compiled)
-        else:
-            self._move_by_diagonal()
-
-    def _move_by_diagonal(self) -> None:
+            return
         batches: dict[tuple[int, int], tuple[StepCoefficients, list[Block]]] = {}
         for member in self._members():
             key = id(member.group), member.step

@@ -60,29 +60,36 @@ class RootParameter(NamedTuple):
     whole: Tensor
 
 
-def root_update_in_blocks(parameters: Iterable[RootParameter], coefficients: RootCoefficients) -> None:
+class RootSteps(NamedTuple):
+    """Parameters that have just moved, with the sum of squares of each whole step, decay left out."""
+
+    params: Sequence[Tensor]
+    squares: Tensor
+
+
+def root_update_in_blocks(parameters: Iterable[RootParameter], coefficients: RootCoefficients) -> list[RootSteps]:
     """Move parameters of any size, dtype and device by the root of their diagonals: small ones together.
 
     Of a large one every block's direction waits for the norm of the whole: a temporary of its size.
     """
+    steps = []
     pending: dict[Any, list[RootParameter]] = defaultdict(list)
     sizes: dict[Any, int] = defaultdict(int)
     for parameter in parameters:
         param, grad, exp_avg, _ = parameter.block
         if is_sharded(parameter.whole) or param.numel() > block_size(param):
-            _root_update_([parameter], coefficients)
+            steps.append(_root_update_([parameter], coefficients))
             continue
         key = param.device, param.dtype, grad.dtype, exp_avg.dtype
         if sizes[key] + param.numel() > block_size(param):
-            _root_update_(pending.pop(key), coefficients)
+            steps.append(_root_update_(pending.pop(key), coefficients))
             sizes[key] = 0
         pending[key].append(parameter)
         sizes[key] += param.numel()
-    for batch in pending.values():
-        _root_update_(batch, coefficients)
+    return steps + [_root_update_(batch, coefficients) for batch in pending.values()]
 
 
-def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> None:
+def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> RootSteps:
     """Several small parameters at once, or one of any size in its blocks."""
     limit = block_size(parameters[0].block.param)
     owned = [list(split_into_blocks(parameter.block, limit)) for parameter in parameters]
@@ -100,9 +107,10 @@ def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> N
         none = torch.zeros(2, dtype=parameters[0].block.compute_dtype, device=whole.device)  # an empty shard
         squares = sum((norm.square() for norm in norms), start=none)[:, None]
         squares = sum_over_shards(squares, whole)
-    factors = root_factors(squares, [p.whole.numel() for p in parameters], [p.size for p in parameters], c).unbind()
+    factors = root_factors(squares, [p.whole.numel() for p in parameters], [p.size for p in parameters], c)
     for blocks, found in zip(together, directions, strict=True):
-        root_move_(blocks, found, factors, c)
+        root_move_(blocks, found, factors.unbind(), c)
+    return RootSteps([parameter.whole for parameter in parameters], squares[0] * factors.square())
 
 
 def block_size(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.optimizers.blocks import RootParameter, root_update_in_blocks, update_in_blocks
+from hf_adafisher.optimizers.blocks import RootParameter, RootSteps, root_update_in_blocks, update_in_blocks
 from hf_adafisher.optimizers.update import (
     Block,
     RootCoefficients,
@@ -52,19 +52,21 @@ class CompiledUpdate:
         if not self._run(_kind_of(block), adafisher_update_, [block], self._on_device(coefficients, block)):
             update_in_blocks([block], coefficients)
 
-    def root_update_(self, parameter: RootParameter, coefficients: RootCoefficients) -> None:
+    def root_update_(self, parameter: RootParameter, coefficients: RootCoefficients) -> list[RootSteps]:
         """Divide by the root of the diagonal (``root_update_``), as ``update_``."""
         block, size = _detached(parameter.block), parameter.size
         kind = *_kind_of(block), *size, coefficients.nesterov
-        if not self._run(kind, root_update_, block, size, self._on_device(coefficients, block)):
-            root_update_in_blocks([parameter], coefficients)
+        squares = self._run(kind, root_update_, block, size, self._on_device(coefficients, block))
+        if not squares:
+            return root_update_in_blocks([parameter], coefficients)
+        return [RootSteps([parameter.whole], *squares)]
 
-    def _run(self, kind: Any, rule: Callable[..., None], *arguments: Any) -> bool:
-        """Run a rule's kernel; False where no compiler works."""
+    def _run(self, kind: Any, rule: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+        """Run a rule's kernel: what it returned, in a tuple; an empty one where no compiler works."""
         kind = rule.__name__, *kind
         try:
             with own_graphs() if kind not in self._proven else contextlib.nullcontext():
-                _kernel(kind, rule)(*arguments)
+                found = _kernel(kind, rule)(*arguments)
         except Exception as error:  # whatever a compiler, or the lack of one, raises
             if kind in self._proven or isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -74,9 +76,9 @@ class CompiledUpdate:
                 type(error).__name__,
                 (str(error).strip().splitlines() or [""])[0],
             )
-            return False
+            return ()
         self._proven.add(kind)
-        return True
+        return (found,)
 
     def _on_device(self, coefficients: Any, block: Block) -> Any:
         """Coefficients as tensors of the update's dtype, made once for all parameters of a step; an l2 of 0 stays."""
@@ -106,7 +108,7 @@ def _kind_of(block: Block) -> Any:
 
 
 @functools.cache
-def _kernel(kind: Any, rule: Callable[..., None]) -> Callable[..., None]:
+def _kernel(kind: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
     """A rule, compiled for one kind of parameter."""
     # Recompilations are counted and limited by code object; the kinds must not use up each other's.
     name = f"{rule.__name__}{_kernel.cache_info().currsize}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
-from hf_adafisher.fisher.diagonals import DiagonalTerm, mean_of_terms
 from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
 from hf_adafisher.optimizers.base.hooked import ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer, Member
@@ -151,6 +150,7 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
     options_class = SpectralAdaFisherOptions
     decoupled: ClassVar[bool | None] = True
     damping_option = "relative_damping"
+    divides_by_root = True
     _warned_of_heads = False
     _statistics: GradientStatistics
 
@@ -193,10 +193,6 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         if asked and not self._warned_of_heads and not any(self._statistics.is_head(p) for p in asked):
             self._warned_of_heads = True
             logger.warning("spectral_heads=True changes nothing: no output layer is in the groups that set it.")
-
-    def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
-        """``relative_damping`` times the mean of the diagonal that the terms make."""
-        return group["relative_damping"] * mean_of_terms(terms).item()
 
     def _update_parameters(self) -> None:
         matrices: dict[Any, list[Member]] = {}

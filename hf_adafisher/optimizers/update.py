@@ -230,7 +230,7 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
     bound = c.most * norm_rms.clamp_min(LEAST_RMS) / (factor * rms * c.lr)
     bounded = squares.new_tensor([size.bounded for size in sizes], dtype=torch.bool)
     bound = torch.where(bounded & (bound < 1.0), bound, torch.ones_like(bound))
-    return factor * bound * (-c.lr * c.correction)
+    return factor * bound * -c.lr * c.correction
 
 
 def root_move_(
@@ -247,12 +247,18 @@ def root_move_(
         torch._foreach_copy_(params, p)
 
 
-def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> None:
-    """One step of one whole parameter by the root of its diagonal, in place; ``torch.compile`` makes a kernel of it."""
+def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> Tensor:
+    """One step of one whole parameter by the root of its diagonal, in place; ``torch.compile`` makes a kernel of it.
+
+    Returns:
+        Sum of squares of the step, decay left out, shape ``(1,)``.
+    """
     directions = root_directions([block], c)
     norms = [torch.linalg.vector_norm(tensor, dtype=directions[0].dtype) for tensor in (directions[0], block.param)]
-    factors = root_factors(torch.stack(norms).square()[:, None], [block.param.numel()], [size], c)
+    squares = torch.stack(norms).square()[:, None]
+    factors = root_factors(squares, [block.param.numel()], [size], c)
     root_move_([block], directions, factors.unbind(), c)
+    return squares[0] * factors.square()
 
 
 def spectral_directions(

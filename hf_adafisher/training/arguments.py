@@ -60,8 +60,17 @@ def _option_field(name: str, optims: list[str]) -> tuple[str, Any, Any]:
     defaults = {optim: optimizer_record(optim).option_defaults()[name] for optim in optims}
     alike = len(set(defaults.values())) == 1
     shown = str(defaults[optims[0]]) if alike else ", ".join(f"{value} ({key})" for key, value in defaults.items())
+    shown += _of_other_forms(record, name)
     text = f"{', '.join(optims)}: {own.specifications()[name]}. Default: {shown}."
     return name, kind, field(default=None, metadata={"help": text})
+
+
+def _of_other_forms(record: OptimizerRecord, name: str) -> str:
+    """The option's defaults in the optimizer's other forms, where they differ, for the help text."""
+    forms = record.forms if name != record.form else {}
+    values = {form.rpartition(", ")[2]: record.option_defaults(**chosen)[name] for form, chosen in forms.items()}
+    said = [f"{value} with {form}" for form, value in values.items() if value != values[record.name]]
+    return f"; {', '.join(said)}" if said else ""
 
 
 # Typed as Any, so that type checkers accept the generated arguments beside those of TrainingArguments.
@@ -73,24 +82,27 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
     """``transformers.TrainingArguments`` with ``optim="adafisherw"`` and AdaFisher's options.
 
     Every argument of TrainingArguments keeps its meaning and default, and every other ``optim`` of Trainer keeps
-    working. Defaults that differ from the paper's (learning rate and damping 1e-3, ema_decay 0.8, update_interval 100)
-    are for language models trained from scratch, by the README's tables "WikiText-2, eleven optimizers at equal time"
-    (damping 3e-3 is the better of two, learning rates 0.03 and 0.04 are 0.01 nats apart) and "WikiText-2, every cell"
-    (0.04 is the best at this damping). ``max_grad_norm`` stays at Trainer's 1.0, which they need. Fine-tuning was not
-    measured: scan the learning rate downwards.
+    working. AdaFisher(W) divides by the root of the gradient's diagonal second moment (``step_size="root"``, measured
+    in ``docs/step_sizes.md``): no hooks, and learning rates like those of Adam. ``step_size="paper"`` is the paper's
+    rule with the paper's numbers: learning rate and damping 1e-3, ``ema_decay`` 0.8, ``update_interval`` 100.
 
     The options that ``AdaFisherOptions`` and ``SpectralAdaFisherOptions`` declare with ``argument=True`` are arguments
-    here; ``--help`` shows meaning, range and default of each.
+    here. They are None unless they are given, which leaves them to the optimizer: ``--help`` shows meaning, range and
+    default of each.
 
     Args:
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
             (``scripts/list_optimizers.py`` describes them), or of ``transformers.training_args.OptimizerNames``.
             ``sgd``, ``adafactor`` and ``schedule_free_adamw`` are in both: they are those of this package.
-        learning_rate: Default 0.04 for AdaFisher(W), that of ``scripts/list_optimizers.py`` for every other optimizer
-            of this package (5e-5 for ``sgd``, ``adam`` and ``adamw``), and Trainer's 5e-5 for Trainer's own. AdaFisher
-            divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
-        damping: Option of AdaFisher(W). Tune it together with the learning rate: the largest step of a value is
+        learning_rate: Default 0.02 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
+            ``scripts/list_optimizers.py`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
+            ``adamw``), and Trainer's 5e-5 for Trainer's own. The defaults of AdaFisher(W) and SpectralAdaFisher are for
+            training from scratch: fine-tuning wants 1e-4 and 3e-4. The paper's form divides by a Fisher in
+            [damping, 1 + damping], so its learning rates are not those of Adam.
+        damping: Option of AdaFisher(W): what is added to the diagonal, in units of its mean. With
+            ``step_size="paper"`` tune it together with the learning rate: the largest step of a value is
             ``learning_rate / damping`` times its momentum.
+        update_interval: Option of AdaFisher(W) with ``step_size="paper"``; otherwise every step has new factors.
         log_curvature: Add a few curvature scalars (``adafisher/...``) to the training logs. Default True.
         optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
 
@@ -103,7 +115,11 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
     # Redeclared as a plain string: the inherited type would make HfArgumentParser reject names it does not know.
     optim: str = field(default="adafisherw", metadata={"help": "adafisherw, adafisher, or any other optimizer name."})
     learning_rate: float | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Default: 0.04 for AdaFisher(W); scripts/list_optimizers.py has the others'."}
+        default=None,
+        metadata={
+            "help": f"Default: {DEFAULT_LEARNING_RATE} for AdaFisher(W), from scratch; scripts/list_optimizers.py has "
+            "the others'."
+        },
     )
     log_curvature: bool = field(
         default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."}
@@ -151,7 +167,7 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         self._warn_ignored()
 
     def optimizer_options(self) -> dict[str, Any]:
-        """Return the options for ``create_optimizer(self.optim, ...)`` beside learning rate and weight decay.
+        """Return the options given for ``create_optimizer(self.optim, ...)`` beside learning rate and weight decay.
 
         Raises:
             ValueError: ``optim_args`` is not of the form ``key=value,key=value``.

@@ -13,12 +13,14 @@ from hf_adafisher.optimizers.validation.environment import unwrapped
 class AdaFisherCallback(TrainerCallback):
     """Pass the loss scale to the optimizer, and discard statistics that no step will use.
 
-    It acts on optimizers with hooks: AdaFisher(W), SpectralAdaFisher and K-FAC. Statistics are discarded in two cases:
+    It matters for optimizers with hooks: AdaFisher(W) with ``step_size="paper"``, and K-FAC. Statistics are discarded
+    in two cases:
 
     * Gradients overflowed in fp16, so the loss scaler skipped the step.
     * An attempt ran out of memory, so ``auto_find_batch_size`` starts over with the same optimizer.
 
-    The refresh of the factors stays due. AdaFisherTrainer adds this callback itself. A stock Trainer needs it for fp16:
+    The refresh of the factors stays due. AdaFisherTrainer adds this callback itself. A stock Trainer needs it for fp16
+    with such an optimizer:
     ``Trainer(..., callbacks=[AdaFisherCallback()])``.
     """
 

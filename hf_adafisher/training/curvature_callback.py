@@ -29,6 +29,9 @@ CURVATURE_FILE = "curvature.jsonl"
 class CurvatureCallback(TrainerCallback):
     """Record the curvature of every layer after each refresh of AdaFisher(W)'s factors, under any Trainer.
 
+    With ``step_size="root"`` every step refreshes them, and a record costs about as much as a few steps of the
+    optimizer: ``CurvatureCallback(every=50)``.
+
     ``Trainer(..., callbacks=[CurvatureCallback()])`` writes one JSON line per refresh to ``curvature.jsonl`` in
     ``args.output_dir``. Process 0 writes it immediately. A line has these keys:
 
@@ -36,7 +39,7 @@ class CurvatureCallback(TrainerCallback):
     * ``epoch``: Epoch as Trainer counts it.
     * ``refresh``: Number of the refresh.
     * ``layers``: Values of ``hf_adafisher.optimizers.diagnostics.layer_curvature.layer_curvature`` by the names of all
-      parameters with statistics: ``fisher_min``, ``fisher_median``, ``fisher_max``, ``condition_number``,
+      parameters with factors: ``fisher_min``, ``fisher_median``, ``fisher_max``, ``condition_number``,
       ``floor_share``, ``update_rms``, ``step_gain``. Non-finite values are null.
     * ``record_seconds``: Time spent on recording since the previous line. A GPU is synchronized before and after the
       record, so that its work is counted and that of the step is not.

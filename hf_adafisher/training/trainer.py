@@ -57,15 +57,17 @@ class AdaFisherTrainer(Trainer):
     ``optimizers=`` or ``optimizer_cls_and_kwargs=`` come first, as in Trainer, and so does an overridden
     ``get_decay_parameter_names``.
 
-    With AdaFisher(W) the steps that refresh the factors run eagerly, whatever of the model is compiled in whatever way
-    (compiled graphs do not run hooks), statistics of steps that a loss scaler skips are dropped, and the scale of the
-    loss is taken out of the recorded factors: they are those of each position's own loss, whatever the batch size, the
-    accumulation, the number of processes and the loss scale. Gradient factors and those of position tables are taken
-    from the gradient as the optimizer gets it, scaled back and clipped.
+    AdaFisher(W) and SpectralAdaFisher read gradients, and need nothing from a Trainer. Optimizers with hooks, which are
+    AdaFisher(W) with ``step_size="paper"`` and K-FAC, do: the steps that refresh the factors run eagerly, whatever of
+    the model is compiled in whatever way (compiled graphs do not run hooks), statistics of steps that a loss scaler
+    skips are dropped, and the scale of the loss is taken out of the recorded factors: they are those of each position's
+    own loss, whatever the batch size, the accumulation, the number of processes and the loss scale. Gradient factors
+    and those of position tables are taken from the gradient as the optimizer gets it, scaled back and clipped. K-FAC is
+    told how many terms the loss has.
 
-    K-FAC and SpectralAdaFisher are treated alike, and told how many terms the loss has. With AdaHessian and Sophia the
-    backward passes of the steps that estimate the Hessian keep their graph. Optimizers that train other weights than
-    those they evaluate (schedule-free) are switched to the latter before every checkpoint, and when training ends.
+    With AdaHessian and Sophia the backward passes of the steps that estimate the Hessian keep their graph. Optimizers
+    that train other weights than those they evaluate (schedule-free) are switched to the latter before every
+    checkpoint, and when training ends.
 
     While AdaFisher(W) or SpectralAdaFisher trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
     ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
@@ -107,6 +109,7 @@ class AdaFisherTrainer(Trainer):
             raise ValueError(DATA_PARALLEL.argument_refusal(name, needs, f"{args.n_gpu} GPUs in one process"))
         model = self.model if model is None else model
         assert model is not None
+        _warn_of_fine_tuning(name, args.learning_rate, model)
         self.optimizer = create_optimizer(
             name,
             model,
@@ -252,7 +255,7 @@ class AdaFisherTrainer(Trainer):
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Run a training step, eagerly where it refreshes AdaFisher's or K-FAC's factors, with the loss's scale known.
+        """Run a training step, eagerly where hooks record factors, with the loss's scale known.
 
         Those for which AdaHessian and Sophia estimate the Hessian keep the gradients' graph.
         """
@@ -315,7 +318,7 @@ class AdaFisherTrainer(Trainer):
                 "[AdaFisher: Adaptive Second Order Optimization via Fisher Information]"
                 "(https://arxiv.org/abs/2405.16397) (ICLR 2025), implemented in hf_adafisher"
             )
-            ours = "" if isinstance(optimizer, AdaFisher) else "hf_adafisher's own, which reads the factors of "
+            ours = "" if isinstance(optimizer, AdaFisher) else "hf_adafisher's own, after "
             card.write_text(
                 card.read_text(encoding="utf-8") + f"\n### Optimizer\n\nTrained with {kind}, {ours}{paper}.\n",
                 encoding="utf-8",
@@ -368,6 +371,21 @@ def _check_options(optimizer: Any, wanted: list[dict[str, Any]], checkpoint: Pat
         raise CheckpointError(
             f"{checkpoint / 'optimizer.pt'} was written by another optimizer than {type(optimizer).__name__}: it has "
             f"no {', '.join(missing)}. Resume with the optimizer that wrote it"
+        )
+
+
+def _warn_of_fine_tuning(name: str, learning_rate: float | None, model: Any) -> None:
+    """Defaults for training from scratch are far too large for pretrained weights."""
+    record, source = optimizer_record(name), getattr(model, "name_or_path", "")
+    # The record's own object: whoever writes the same number has chosen it.
+    if source and record.fine_tuning_rate is not None and learning_rate is record.learning_rate.value:
+        logger.warning(
+            "optim=%s runs with its default learning_rate=%s, which is for training from scratch. To fine-tune the "
+            "weights of %r, set learning_rate: %s is a good start.",
+            name,
+            learning_rate,
+            source,
+            record.fine_tuning_rate,
         )
 
 

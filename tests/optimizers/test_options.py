@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import HfArgumentParser
 
-from hf_adafisher import AdaFisherTrainingArguments, available_optimizers, create_optimizer
+from hf_adafisher import AdaFisherTrainingArguments, AdaFisherW, available_optimizers, create_optimizer
 from hf_adafisher.optimizers.base.options import (
     BETA,
     Count,
     Flag,
     FloatingDtype,
+    OneOf,
     OptimizerOptions,
     Size,
     UnitInterval,
@@ -40,6 +41,7 @@ WRONG: dict[type, list[Any]] = {
     Count: [0, 1.5, True, "3"],
     Flag: [1, "yes", None],
     FloatingDtype: ["int32", "float8_e4m3fn", "half precision", 16],
+    OneOf: ["cube", 1, None],
 }
 
 
@@ -50,9 +52,18 @@ def options_of(name: str) -> type[OptimizerOptions]:
     return found
 
 
+def defaults_of(name: str, **given: Any) -> dict[str, Any]:
+    """The options of the class, where some are given."""
+    options = options_of(name)(**given)
+    return {option: getattr(options, option) for option in options.specifications()}
+
+
 def another_value(name: str, option: str) -> Any:
     """A value in the option's range that is not its default; intervals stay multiples of each other."""
-    default, kind = options_of(name).defaults()[option], type(options_of(name).specifications()[option].range)
+    default, allowed = defaults_of(name)[option], options_of(name).specifications()[option].range
+    kind = type(allowed)
+    if isinstance(allowed, OneOf):
+        return next(word for word in allowed.words if word != default)
     if kind is Count:
         return default * 2 if option != "update_interval" else default // 2
     return {Size: 0.7, UnitInterval: 0.25, Flag: default is False, FloatingDtype: "bfloat16"}[kind]
@@ -85,8 +96,10 @@ def test_every_argument_of_a_constructor_reaches_its_group(name: str, option: st
     assert (option in optimizer.param_groups[0]) == specification.in_groups
     if specification.in_groups:
         assert optimizer.param_groups[0][option] == value
-        others = {key: kept for key, kept in options_of(name).defaults().items() if key in optimizer.param_groups[0]}
-        assert {key: optimizer.param_groups[0][key] for key in others} == others | {option: value}
+        group, expected = optimizer.param_groups[0], defaults_of(name, **{option: value})
+        assert {key: group[key] for key in expected if key in group} == {
+            key: kept for key, kept in expected.items() if key in group
+        }
 
 
 @EACH
@@ -160,7 +173,7 @@ def test_a_checkpoint_does_to_an_option_as_it_says(name: str, option: str, caplo
         return
     optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0][option] == value
-    warned = f"({option}: {options_of(name).defaults()[option]} -> {value})" in caplog.text
+    warned = f"({option}: {defaults_of(name)[option]} -> {value})" in caplog.text
     assert warned == (specification.on_resume == "warned")
     assert specification.on_resume in ("warned", "silent")
 
@@ -178,7 +191,7 @@ def test_a_checkpoint_without_an_option_that_identifies_the_optimizer_is_refused
             optimizer.load_state_dict(saved)
     else:
         optimizer.load_state_dict(saved)
-        assert optimizer.param_groups[0][option] == options_of(name).defaults()[option]
+        assert optimizer.param_groups[0][option] == defaults_of(name)[option]
 
 
 def test_training_arguments_are_those_of_the_dataclasses(tmp_path: Path) -> None:
@@ -187,19 +200,34 @@ def test_training_arguments_are_those_of_the_dataclasses(tmp_path: Path) -> None
     help_text = " ".join(HfArgumentParser(AdaFisherTrainingArguments).format_help().split())
     for name, argument in fields.items():
         users = [optim for optim in OWN if name in argument_names(optim)]
-        assert {optimizer_record(optim).option_defaults()[name] for optim in users} == {argument.default}
+        assert argument.default is None  # which leaves it to the optimizer
         for optim in users:
             specification = options_of(optim).specifications()[name]
             shown = argument.metadata["help"]
             assert optim in shown and specification.help in shown and str(specification.range) in shown
             assert specification.symbol in shown
+            assert f"Default: {optimizer_record(optim).option_defaults()[name]}" in shown
         assert " ".join(argument.metadata["help"].split()) in help_text
     for optim in OWN:
         for name in argument_names(optim):
             value = another_value(optim, name)
-            arguments = AdaFisherTrainingArguments(str(tmp_path), optim=optim, **{name: value}, **CPU)
-            assert arguments.optimizer_options()[name] == value
+            form = {"step_size": "paper"} if name == "update_interval" else {}
+            arguments = AdaFisherTrainingArguments(str(tmp_path), optim=optim, **form, **{name: value}, **CPU)
+            assert arguments.optimizer_options() == {**form, name: value}
     assert argument_names("adamw") == argument_names("adamw_torch") == ()
+
+
+@pytest.mark.parametrize("step_size", ["paper", "root"])
+def test_none_is_the_default_of_the_form_also_in_a_group(step_size: str) -> None:
+    model = mlp(3, 4, 2)
+    optimizer = AdaFisherW(model, [{"params": model[0].parameters(), "damping": None}], step_size=step_size, lr=None)
+    optimizer.add_param_group({"params": model[2].parameters(), "ema_decay": None, "lr": 0.5})
+    expected = defaults_of("adafisherw", step_size=step_size)
+    for group, lr in zip(optimizer.param_groups, (expected["lr"], 0.5), strict=True):
+        assert {key: group[key] for key in ("damping", "ema_decay", "update_interval")} == {
+            key: expected[key] for key in ("damping", "ema_decay", "update_interval")
+        }
+        assert group["lr"] == lr
 
 
 def test_options_of_both_intervals_are_checked_together(tmp_path: Path) -> None:
@@ -216,9 +244,8 @@ def test_lists_describe_every_option() -> None:
         for option_name, described in listed[name].items():
             specification = options_of(name).specifications()[option_name]
             assert described["help"] == specification.help and described["range"] == str(specification.range)
-            own = record.learning_rate.value if option_name == "lr" else options_of(name).defaults()[option_name]
-            here = record.defaults.get(option_name)
-            assert described["default"] == (own if here is None else here.value)
+            given = {"lr": record.learning_rate.value} | {key: here.value for key, here in record.defaults.items()}
+            assert described["default"] == defaults_of(name, **given)[option_name]
             assert f"option {option_name}: {specification.help}" in text
 
 
@@ -254,22 +281,31 @@ def test_a_class_docstring_names_the_option_with_its_default(name: str, option: 
     entry = re.search(rf"^    {option}: (.*?)(?=^    \w|^\w)", documented, flags=re.MULTILINE | re.DOTALL)
     assert entry, f"{option} is not described"
     told = re.search(r"Default ([^\s:;,]+?)\.?(?=[\s:;,]|$)", entry.group(1))
-    default = options_of(name).defaults()[option]
+    default = defaults_of(name)[option]
     assert (None if told is None else ast.literal_eval(told.group(1))) == default
 
 
-FACTORED = {"beta", "ema_decay", "update_interval", "momentum_dtype"}
+FACTORED = {"beta", "ema_decay", "momentum_dtype"}
 
 
 @pytest.mark.parametrize(
     ("name", "marks"),
     [
-        ("adafisher", {"identifies": {"damping", "ema_decay", "update_interval"}, "argument": FACTORED | {"damping"}}),
+        (
+            "adafisher",
+            {
+                "identifies": {"damping", "ema_decay", "update_interval"},
+                "argument": FACTORED | {"damping", "update_interval", "step_size"},
+                "shared": {"update_interval", "step_size"},
+                "fixed": {"step_size"},
+            },
+        ),
         (
             "spectral-adafisher",
             {
-                "identifies": {"relative_damping", "ema_decay", "update_interval"},
+                "identifies": {"relative_damping", "ema_decay"},
                 "argument": FACTORED | {"relative_damping"},
+                "shared": set(),
             },
         ),
         (
@@ -283,7 +319,7 @@ FACTORED = {"beta", "ema_decay", "update_interval", "momentum_dtype"}
     ],
 )
 def test_what_checkpoints_and_arguments_rely_on(name: str, marks: dict[str, set[str]]) -> None:
-    """Checkpoints of earlier versions tell their optimizer by the first, and hold every option but `compiled`."""
+    """Checkpoints of earlier versions tell their optimizer by the first."""
     own = options_of(name)
     assert set(own.names(identifies=True)) == marks["identifies"]
     assert set(own.names(argument=True)) == marks.get("argument", set())

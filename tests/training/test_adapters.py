@@ -99,6 +99,7 @@ ADAPTATIONS = (
     ),
     Adaptation("convolutions", "resnet", lora(target_modules=["convolution"]), {"lora_A": "Conv", "lora_B": "Conv"}),
 )
+both_forms = pytest.mark.parametrize("step_size", ["paper", "root"])
 each_adaptation = pytest.mark.parametrize("case", ADAPTATIONS, ids=lambda case: case.name)
 
 
@@ -113,16 +114,19 @@ def adapted(base: nn.Module, config: Config, seed: int = 0) -> PeftModel:
 
 
 def trainer_of(model: nn.Module, record: Family, folder: Path, **options: Any) -> AdaFisherTrainer:
-    """A trainer with a refresh at every other step."""
+    """A trainer; with the paper's form there is a refresh at every other step."""
     defaults: dict[str, Any] = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
-        "update_interval": 2,
+        "step_size": "paper",
         "learning_rate": 0.01,
         "lr_scheduler_type": "constant",
         "train_dataset": record.dataset(4 * STEPS),
     }
-    return make_trainer(folder, record, model=model, **(defaults | options))
+    options = defaults | options
+    if options["step_size"] == "paper":
+        options = {"damping": 3e-3, "ema_decay": 0.95, "update_interval": 2, **options}
+    return make_trainer(folder, record, model=model, **options)
 
 
 def adafisher_of(trainer: AdaFisherTrainer) -> AdaFisher:
@@ -162,38 +166,42 @@ def hooked(model: nn.Module) -> set[str]:
     }
 
 
+@both_forms
 @each_adaptation
-def test_only_the_adapter_moves_and_all_of_it(case: Adaptation, tmp_path: Path) -> None:
+def test_only_the_adapter_moves_and_all_of_it(case: Adaptation, step_size: str, tmp_path: Path) -> None:
     """Bitwise, to finite values; every value is accounted for, by the rule of the adapter's layers."""
     model = case.build()
     before, adapter = values_of(model), trainable(model)
-    trainer = trainer_of(model, case.record, tmp_path)
+    trainer = trainer_of(model, case.record, tmp_path, step_size=step_size)
     trainer.train()
     assert moved(before, model) == adapter
     assert all(model.get_parameter(name).isfinite().all() for name in adapter)
 
     optimizer = adafisher_of(trainer)
     rows = optimizer.coverage()
-    assert {row.name: row.rule for row in rows} == {name: case.rule_of(name) for name in adapter}
+    rules = {name: case.rule_of(name) if step_size == "paper" else "gradient factors" for name in adapter}
+    assert {row.name: row.rule for row in rows} == rules
     assert all(any(part in name for name in adapter) for part in case.rules)
     assert sum(row.share for row in rows) == pytest.approx(1.0)
     assert sum(row.numel for row in rows) == sum(model.get_parameter(name).numel() for name in adapter)
     assert {id(param) for param in optimizer.state} == {id(model.get_parameter(name)) for name in adapter}
-    # The next step is due, so the hooks are on: for layers of the adapter alone.
+    # The next step is due, so the paper's hooks are on: for layers of the adapter alone.
     owners = {module for row in rows if row.rule != "gradient factors" for module in row.modules}
     assert hooked(model) == owners
 
 
+@both_forms
 @pytest.mark.parametrize("optim", ["adafisher", "adafisherw"])
-def test_the_half_of_a_lora_without_a_gradient_waits(optim: str, tmp_path: Path) -> None:
-    """While B is zero, A's gradient and its output-gradient factor are zero, and zero over F is zero, not NaN."""
+def test_the_half_of_a_lora_without_a_gradient_waits(optim: str, step_size: str, tmp_path: Path) -> None:
+    """While B is zero, A's gradient and its factors are zero, and zero over F is zero, not NaN."""
     case = ADAPTATIONS[0]
     model = case.build()
     before = values_of(model)
-    trainer_of(model, case.record, tmp_path, optim=optim, max_steps=1, weight_decay=0.0).train()
+    options = {"optim": optim, "step_size": step_size, "weight_decay": 0.0}
+    trainer_of(model, case.record, tmp_path, max_steps=1, **options).train()
     assert moved(before, model) == {name for name in trainable(model) if "lora_B" in name}
     model = case.build()
-    trainer_of(model, case.record, tmp_path, optim=optim, max_steps=2, weight_decay=0.0).train()
+    trainer_of(model, case.record, tmp_path, max_steps=2, **options).train()
     assert moved(before, model) == trainable(model)
 
 
@@ -204,10 +212,12 @@ def test_lockstep_with_the_slow_twin(case: Adaptation) -> None:
     run(Pair(model, AdaFisherW), of_family(case.record, n=3, seq=8), steps=4, check_every=1)
 
 
+@both_forms
 @each_adaptation
-def test_resume_equals_the_uninterrupted_run_bitwise(case: Adaptation, tmp_path: Path) -> None:
+def test_resume_equals_the_uninterrupted_run_bitwise(case: Adaptation, step_size: str, tmp_path: Path) -> None:
     """From a checkpoint that holds the adapter alone, in the middle of an update interval, into other weights."""
-    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.01}
+    options: dict[str, Any] = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.01}
+    options["step_size"] = step_size
     whole = case.build()
     first = trainer_of(whole, case.record, tmp_path / "a", **options)
     first.train()
@@ -218,7 +228,9 @@ def test_resume_equals_the_uninterrupted_run_bitwise(case: Adaptation, tmp_path:
     second.train(resume_from_checkpoint=str(checkpoint))
     assert second.state.global_step == 5
     assert moved(values_of(whole), resumed) == set()
-    assert_close(adafisher_of(second).state_dict(), adafisher_of(first).state_dict(), rtol=0, atol=0)
+    states = [adafisher_of(trainer).state_dict() for trainer in (first, second)]
+    assert_close(states[1]["state"], states[0]["state"], rtol=0, atol=0)
+    assert states[1]["param_groups"] == states[0]["param_groups"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -291,8 +303,9 @@ def dequantized(layer: nn.Linear) -> nn.Linear:
     return plain
 
 
+@both_forms
 @QUANTIZED
-def test_a_quantized_base(kind: type[Quantized], tmp_path: Path) -> None:
+def test_a_quantized_base(kind: type[Quantized], step_size: str, tmp_path: Path) -> None:
     """The adapter trains exactly as on a base of the dequantised weights, and the base stays as it is, unwatched."""
     record, config = family("llama"), lora(target_modules="all-linear")
     models = {}
@@ -300,12 +313,14 @@ def test_a_quantized_base(kind: type[Quantized], tmp_path: Path) -> None:
         models[name] = model = adapted(replace_linear(record.build(), make), config)
         before, adapter = values_of(model), trainable(model)
         assert all("lora_" in part for part in adapter)
-        trainer = trainer_of(model, record, tmp_path / name)
+        trainer = trainer_of(model, record, tmp_path / name, step_size=step_size)
         trainer.train()
         assert moved(before, model) == adapter
         rows = adafisher_of(trainer).coverage()
-        assert {row.name: row.rule for row in rows} == dict.fromkeys(adapter, "Linear")
-        assert hooked(model) == {module for row in rows for module in row.modules}
+        by_hooks = step_size == "paper"
+        rule = "Linear" if by_hooks else "gradient factors"
+        assert {row.name: row.rule for row in rows} == dict.fromkeys(adapter, rule)
+        assert hooked(model) == {module for row in rows for module in row.modules if by_hooks}
     layers = [module for module in models["quantized"].modules() if type(module) is kind]
     assert len(layers) == 14 and not any(layer.stored().is_floating_point() for layer in layers)
     plain = dict(models["plain"].named_parameters())

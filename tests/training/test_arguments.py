@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_adafisher import AdaFisherTrainingArguments, available_optimizers
+from hf_adafisher import AdaFisherTrainingArguments, available_optimizers, create_optimizer
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
+from hf_adafisher.training.arguments import argument_names
 
 CPU = {"use_cpu": True, "report_to": "none"}
 
@@ -35,16 +37,17 @@ def test_every_name_parses_and_survives(name: str, tmp_path: Path) -> None:
 
 def test_a_json_file_is_parsed(tmp_path: Path) -> None:
     parser = HfArgumentParser(AdaFisherTrainingArguments)
-    (arguments,) = parser.parse_dict({"output_dir": str(tmp_path), "optim": "adafisher", "update_interval": 3, **CPU})
-    assert arguments.optimizer_options()["update_interval"] == 3
+    given = {"optim": "adafisher", "step_size": "paper", "update_interval": 3}
+    (arguments,) = parser.parse_dict({"output_dir": str(tmp_path), **given, **CPU})
+    assert arguments.optimizer_options() == {"step_size": "paper", "update_interval": 3}
 
 
 @pytest.mark.parametrize(
     ("optim", "expected"),
     [
-        ("adafisherw", 0.04),
-        ("adafisher", 0.04),
-        ("spectral-adafisher", 0.01),
+        ("adafisherw", 0.02),
+        ("adafisher", 0.02),
+        ("spectral-adafisher", 0.02),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
         (OptimizerNames.RMSPROP, 5e-5),
@@ -61,10 +64,56 @@ def test_the_default_learning_rate_depends_on_the_optimizer(optim: Any, expected
     assert AdaFisherTrainingArguments(str(tmp_path), optim=optim, learning_rate=0.5, **CPU).learning_rate == 0.5
 
 
+@pytest.mark.parametrize("optim", ["adafisher", "adafisherw"])
+def test_each_form_has_its_own_defaults(optim: str, tmp_path: Path) -> None:
+    """They belong together: with ``step_size="paper"`` all are the paper's, also where one is given otherwise."""
+
+    def options(**given: Any) -> dict[str, Any]:
+        arguments = AdaFisherTrainingArguments(str(tmp_path), optim=optim, **given, **CPU)
+        optimizer = create_optimizer(
+            optim, nn.Linear(2, 2), lr=arguments.learning_rate, **arguments.optimizer_options()
+        )
+        group = optimizer.param_groups[0]
+        return {name: group[name] for name in ("lr", "damping", "ema_decay", "update_interval", "step_size")}
+
+    root = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.95, "update_interval": 1, "step_size": "root"}
+    paper = {"lr": 1e-3, "damping": 1e-3, "ema_decay": 0.8, "update_interval": 100, "step_size": "paper"}
+    assert options() == options(step_size="root") == root
+    assert options(step_size="paper") == options(optim_args="step_size=paper") == paper
+    own = {"learning_rate": 0.3, "damping": 0.5, "ema_decay": 0.6}
+    for form, defaults in (("root", root), ("paper", paper)):
+        assert options(step_size=form, **own) == {**defaults, "lr": 0.3, "damping": 0.5, "ema_decay": 0.6}
+    assert options(step_size="paper", update_interval=7) == {**paper, "update_interval": 7}
+
+
+def test_an_interval_belongs_to_the_papers_form(tmp_path: Path) -> None:
+    """Before there is a model, with what to do."""
+    message = "update_interval=10 belongs to step_size='paper': .* Leave update_interval out"
+    with pytest.raises(ValueError, match=message):
+        AdaFisherTrainingArguments(str(tmp_path), update_interval=10, **CPU)
+    with pytest.raises(ValueError, match=message):
+        AdaFisherTrainingArguments(str(tmp_path), optim="adafisher", optim_args="update_interval=10", **CPU)
+    with pytest.raises(ValueError, match=message):
+        AdaFisherTrainingArguments(str(tmp_path), optim="sgd", update_interval=10, **CPU).set_optimizer("adafisherw")
+    AdaFisherTrainingArguments(str(tmp_path), update_interval=1, **CPU)
+
+
+def test_the_help_has_the_defaults_of_both_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        HfArgumentParser(AdaFisherTrainingArguments).parse_args_into_dataclasses(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "in units of its mean (root) (lambda), > 0. Default: 0.1; 0.001 with step_size=paper." in text
+    assert "average (gamma), in [0, 1). Default: 0.95; 0.8 with step_size=paper." in text
+    assert ">= 1. Default: 1; 100 with step_size=paper." in text and "Default: 0.02 for AdaFisher(W)" in text
+
+
 def test_defaults_are_those_of_the_docstring_and_of_training_arguments(tmp_path: Path) -> None:
     ours, theirs = AdaFisherTrainingArguments(str(tmp_path), **CPU), TrainingArguments(str(tmp_path), **CPU)
-    assert (ours.beta, ours.damping, ours.ema_decay, ours.update_interval) == (0.9, 3e-3, 0.95, 10)
-    assert ours.relative_damping == 0.1
+    own = {name for optim in ("adafisherw", "spectral-adafisher") for name in argument_names(optim)}
+    assert own == {
+        *("beta", "damping", "relative_damping", "ema_decay", "update_interval", "step_size", "momentum_dtype"),
+    }
+    assert all(getattr(ours, name) is None for name in own) and ours.optimizer_options() == {}
     changed = {f.name for f in dataclasses.fields(theirs) if getattr(ours, f.name) != getattr(theirs, f.name)}
     assert changed - {"logging_dir"} == {"optim", "learning_rate"}
 
@@ -96,7 +145,7 @@ def test_settings_of_another_optimizer_are_pointed_out(tmp_path: Path, caplog: p
     assert "optim=adafisherw does not use adam_beta1" in caplog.text
     caplog.clear()
     AdaFisherTrainingArguments(str(tmp_path), optim="adamw_torch", damping=0.5, update_interval=3, **CPU)
-    assert "optim=adamw_torch does not use update_interval, damping" in caplog.text
+    assert "optim=adamw_torch does not use damping, update_interval" in caplog.text
     AdaFisherTrainingArguments(str(tmp_path), optim="sgd", damping=0.5, adam_beta1=0.8, **CPU)
     assert "optim=sgd does not use damping, adam_beta1" in caplog.text
     caplog.clear()
@@ -117,9 +166,8 @@ def test_spectral_has_a_damping_of_its_own(tmp_path: Path, caplog: pytest.LogCap
     spectral = AdaFisherTrainingArguments(str(tmp_path), optim="spectral-adafisher", relative_damping=0.5, **CPU)
     ours = AdaFisherTrainingArguments(str(tmp_path), optim="adafisherw", damping=0.5, **CPU)
     assert not caplog.text
-    shared = {"beta": 0.9, "ema_decay": 0.95, "update_interval": 10, "momentum_dtype": None}
-    assert spectral.optimizer_options() == {"relative_damping": 0.5, **shared}
-    assert ours.optimizer_options() == {"damping": 0.5, **shared}
+    assert spectral.optimizer_options() == {"relative_damping": 0.5}
+    assert ours.optimizer_options() == {"damping": 0.5}
     AdaFisherTrainingArguments(str(tmp_path), optim="spectral-adafisher", damping=0.5, **CPU)
     assert "optim=spectral-adafisher does not use damping: these settings have no effect." in caplog.text
     caplog.clear()
@@ -129,12 +177,12 @@ def test_spectral_has_a_damping_of_its_own(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_spectral_options_of_its_own_are_given_as_words(tmp_path: Path) -> None:
-    text = "input_exponent=0, output_exponent=0.25, relative_damping=0.3"
+    text = "nesterov=false, max_relative_step=none, relative_damping=0.3"
     arguments = parse(
         tmp_path, "--optim", "spectral-adafisher", "--optim_args", text, "--relative_damping", "0.2", "--beta", "0.8"
     )
     options = arguments.optimizer_options()
-    assert (options["input_exponent"], options["output_exponent"], options["beta"]) == (0, 0.25, 0.8)
+    assert (options["nesterov"], options["max_relative_step"], options["beta"]) == (False, None, 0.8)
     assert options["relative_damping"] == 0.3
 
 
@@ -224,8 +272,8 @@ def test_a_missing_library_is_known_before_any_work(tmp_path: Path, monkeypatch:
         ),
         ({"optim": "spectral-adafisher", "beta": 1.0}, r"beta must lie in \[0, 1\), got 1.0"),
         (
-            {"optim": "spectral-adafisher", "optim_args": "input_exponent=1.5"},
-            r"input_exponent must lie in \[0, 1\], got 1.5",
+            {"optim": "spectral-adafisher", "optim_args": "input_exponent=0.5"},
+            "spectral-adafisher has no option 'input_exponent'",
         ),
         ({"optim": "spectral-adafisher", "optim_args": "nesterov=1"}, "nesterov must be True or False, got 1"),
         (
@@ -252,7 +300,7 @@ def test_set_optimizer_takes_every_name(tmp_path: Path) -> None:
     assert arguments.set_optimizer("adafisherw", learning_rate=0.1) is arguments
     assert (arguments.optim, arguments.learning_rate) == ("adafisherw", 0.1)
     assert arguments.set_optimizer("adafactor").optim == "adafactor"
-    assert arguments.set_optimizer("adafisher").learning_rate == 0.04
+    assert arguments.set_optimizer("adafisher").learning_rate == 0.02
     assert arguments.set_optimizer("adamw").learning_rate == 5e-5
     with pytest.raises(ValueError, match=r"unknown optim 'adafishrw', did you mean 'adafisherw'"):
         arguments.set_optimizer("adafishrw")

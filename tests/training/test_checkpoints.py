@@ -36,7 +36,8 @@ NOT_READ = ("config.json", "generation_config.json", "training_args.bin")
 
 def our_trainer(folder: Path, model: Any = None, seed: int = 0, **options: Any) -> AdaFisherTrainer:
     settings: dict[str, Any] = {
-        **{"max_steps": 6, "logging_steps": 1, "update_interval": 3, "per_device_train_batch_size": 2},
+        **{"max_steps": 6, "logging_steps": 1, "per_device_train_batch_size": 2},
+        **{"step_size": "paper", "damping": 3e-3, "update_interval": 3},
         **{"save_strategy": "steps", "save_steps": 2},
         **options,
     }

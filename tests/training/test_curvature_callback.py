@@ -26,7 +26,7 @@ from hf_adafisher import (
     CurvatureCallback,
     OptimizerFactory,
 )
-from hf_adafisher.optimizers import blocks
+from hf_adafisher.optimizers import blocks, compiled, update
 from hf_adafisher.optimizers.diagnostics import layer_curvature as module
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS, layer_curvature, needs_every_process
 from hf_adafisher.training import curvature_callback as callback_module
@@ -36,7 +36,11 @@ from tests.training_helper import make_trainer, optimizer_of
 
 RECORD = family("gpt2")
 OPTIONS: dict[str, Any] = {"per_device_train_batch_size": 2, "max_steps": 7}
+PAPER: dict[str, Any] = {"step_size": "paper", "learning_rate": 0.04, "damping": 3e-3, "update_interval": 3}
+PAPER_OPTIONS = {key: value for key, value in PAPER.items() if key != "learning_rate"}
 DAMPING = 0.05
+INTERVALS = {"paper": 2, "root": 1}
+both_forms = pytest.mark.parametrize("step_size", INTERVALS)
 
 
 class Everything(nn.Module):
@@ -64,14 +68,16 @@ class Everything(nn.Module):
         return self.head(self.gain * hidden + self.shift)
 
 
-def trained(kind: type[AdaFisher] = AdaFisherW, steps: int = 4, shard: bool = False, **options: Any) -> Any:
+def trained(
+    kind: type[AdaFisher] = AdaFisherW, steps: int = 4, shard: bool = False, step_size: str = "paper", **options: Any
+) -> Any:
     """The model, its optimizer after some steps, and the parameters before the last of them."""
     torch.manual_seed(0)
     model = Everything().to(options.pop("dtype", torch.float32))
     if shard:
         fully_shard(model, ignored_params={model.gain})  # it takes no scalars
-    options = {"lr": 0.1, "damping": DAMPING, "update_interval": 2, **options}
-    optimizer = kind(model, **options)
+    options = {"lr": 0.1, "damping": DAMPING, **options}
+    optimizer = kind(model, step_size=step_size, update_interval=INTERVALS[step_size], **options)
     before: dict[str, Tensor] = {}
     for _ in range(steps):
         tokens = torch.randint(0, 9, (4, 6))
@@ -107,22 +113,29 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
+@both_forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_number_is_that_of_the_dense_diagonal(path: str, dtype: torch.dtype) -> None:
-    model, optimizer, _ = trained(dtype=dtype)
+def test_every_number_is_that_of_the_dense_diagonal(path: str, dtype: torch.dtype, step_size: str) -> None:
+    """By the root the damping is in units of the diagonal's mean, and a single value has no factors."""
+    model, optimizer, _ = trained(dtype=dtype, step_size=step_size)
     found = layer_curvature(optimizer)
-    names = [name for name, _ in model.named_parameters() if not name.startswith("unused")]
+    left_out = ("unused", "gain") if step_size == "root" else ("unused",)
+    names = [name for name, _ in model.named_parameters() if not name.startswith(left_out)]
     assert list(found) == names and "head.weight" not in names  # in the model's order, tied ones once
     for name, p in model.named_parameters():
         if name in found:
-            expected = dense_numbers(optimizer.fisher_diagonal(p))
-            if path == "factors" and name in ("embedding.weight", "grouped.weight"):
+            damping = DAMPING
+            if step_size == "root":
+                damping *= optimizer.fisher_diagonal(p, normalized=False).double().mean().item()
+            expected = dense_numbers(optimizer.fisher_diagonal(p), damping)
+            of_some = {"paper": ("embedding.weight", "grouped.weight"), "root": ("experts",)}[step_size]
+            if path == "factors" and name in of_some:
                 median = found[name].pop("fisher_median")
                 values = optimizer.fisher_diagonal(p).flatten()
                 share = ((values < median).double().mean().item(), (values <= median).double().mean().item())
                 assert share[0] - 0.008 <= 0.5 <= share[1] + 0.008
                 del expected["fisher_median"]
-            assert_close({key: found[name][key] for key in expected}, expected, rtol=1e-6, atol=0)
+            assert_close({key: found[name][key] for key in expected}, expected, rtol=2e-6, atol=0)
     shares = [numbers["floor_share"] for numbers in found.values()]
     assert 0.0 in shares and any(0.2 < share < 0.9 for share in shares)  # or the damping would decide nothing here
 
@@ -136,6 +149,62 @@ def test_a_median_of_many_equal_values_and_of_zeros() -> None:
         found = {"fisher_min": spread.low, "fisher_median": spread.median, "fisher_max": spread.high}
         assert_close(found, {key: expected[key] for key in found}, rtol=1e-6, atol=0)
         assert spread.floor_share == expected["floor_share"]
+
+
+@pytest.mark.parametrize("max_rms", [0.02, 1e-9])
+@pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("large", [False, True])
+def test_update_rms_of_a_step_by_the_root_is_the_difference_that_it_made(
+    kind: type[AdaFisher], weight_decay: float, max_rms: float, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With everything that the rule does to it: Nesterov, the largest size, the bound by the norm; in blocks or not."""
+    if large:
+        monkeypatch.setattr(blocks, "CPU_BLOCK", 16)
+    monkeypatch.setattr(update, "LEAST_RMS", max_rms)  # the bound of weights that are nearly zero holds, or not
+    model, optimizer, before = trained(kind, step_size="root", dtype=torch.float64, weight_decay=weight_decay)
+    found = layer_curvature(optimizer)
+    shrink = 1 - 0.1 * weight_decay if kind is AdaFisherW else 1.0
+    for name, p in model.named_parameters():
+        if name in found:
+            moved = root_mean_square(before[name] * shrink - p.detach())
+            momentum = root_mean_square(optimizer.state[p]["exp_avg"] / (1 - 0.9**4))
+            assert_close(found[name]["update_rms"], moved, rtol=1e-9, atol=0)
+            assert_close(found[name]["step_gain"], moved / (0.1 * momentum), rtol=1e-9, atol=0)
+    with torch.no_grad():
+        model.linear.weight.zero_()
+    assert layer_curvature(optimizer) == found  # of the step, not of what the weights are by now
+
+
+def test_the_step_of_a_compiled_update_is_known_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule that would be compiled is run as it is: it measures its own step."""
+    ran: list[str] = []
+    monkeypatch.setattr(compiled, "COMPILED_FROM", 1)
+    monkeypatch.setattr(compiled, "_kernel", lambda kind, rule: ran.append(rule.__name__) or rule)
+    model, optimizer, before = trained(step_size="root", dtype=torch.float64, compiled=True)
+    for name, numbers in layer_curvature(optimizer).items():
+        moved = root_mean_square(before[name] - model.get_parameter(name).detach())
+        assert_close(numbers["update_rms"], moved, rtol=1e-9, atol=0)
+    assert set(ran) == {"root_update_"}
+
+
+def test_by_the_root_a_restored_state_has_no_step_yet_and_zeros_have_a_floor() -> None:
+    model, optimizer, _ = trained(step_size="root")
+    other = trained(step_size="root", steps=0)[1]
+    other.load_state_dict(optimizer.state_dict())
+    ours, theirs = layer_curvature(optimizer), layer_curvature(other)
+    assert list(ours) == list(theirs)
+    for name, numbers in theirs.items():
+        assert math.isnan(numbers["update_rms"]) and math.isnan(numbers["step_gain"])
+        assert_close(numbers["fisher_median"], ours[name]["fisher_median"])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    fresh = AdaFisherW(model, step_size="root")
+    fresh.step()
+    for numbers in layer_curvature(fresh).values():
+        assert numbers["condition_number"] == 1.0 and numbers["fisher_min"] > 0 and numbers["update_rms"] == 0
+        assert math.isnan(numbers["step_gain"])
+    assert 0 < fresh.curvature_summary()["fisher_mean"] < 1e-18
 
 
 @pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
@@ -191,6 +260,12 @@ def test_sharded_parameters_take_one_reduction(process_group: None, monkeypatch:
     )
 
 
+def test_by_the_root_the_step_of_a_sharded_parameter_is_known_everywhere(process_group: None) -> None:
+    plain = trained(dtype=torch.float64, step_size="root")[1]
+    sharded = trained(shard=True, dtype=torch.float64, step_size="root")[1]
+    assert_close(layer_curvature(sharded), layer_curvature(plain))
+
+
 # --- in a Trainer -----------------------------------------------------------------------------
 
 
@@ -199,7 +274,9 @@ def our_trainer(folder: Path, *callbacks: TrainerCallback, **options: Any) -> Ad
     for part in model.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.1  # random numbers, which nobody else may draw
-    given = {"model": model, "callbacks": list(callbacks), "update_interval": 3, "logging_steps": 2}
+    given = {"model": model, "callbacks": list(callbacks), "logging_steps": 2}
+    if options.get("step_size", "paper") == "paper":
+        given |= PAPER
     return make_trainer(folder, RECORD, **(OPTIONS | given | options))
 
 
@@ -253,16 +330,35 @@ def test_one_line_a_refresh_with_the_numbers_of_that_step(tmp_path: Path) -> Non
         assert tuple(numbers) == NUMBERS
 
 
-def test_training_is_the_same_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_by_the_root_there_is_a_line_a_step(tmp_path: Path) -> None:
+    """Every step has new factors, and the warm-up starts from a learning rate of zero."""
+    witness = Witness()
+    trainer = our_trainer(tmp_path, CurvatureCallback(2), witness, step_size="root", warmup_steps=2, max_steps=6)
+    trainer.train()
+    lines = lines_of(tmp_path)
+    assert [(line["step"], line["refresh"]) for line in lines] == [(1, 1), (3, 3), (5, 5)]
+    for line in lines:
+        assert line["layers"].keys() == dict(trainer.model.named_parameters()).keys()
+        found = {name: numbers["update_rms"] for name, numbers in line["layers"].items()}
+        assert_close(found, witness.moved[line["step"]], rtol=1e-3, atol=1e-7)
+        gains = {numbers["step_gain"] for numbers in line["layers"].values()}
+        assert gains == {None} if line["step"] == 1 else None not in gains
+
+
+@both_forms
+def test_training_is_the_same_to_the_bit(step_size: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout draws random numbers, and so does the median of a large tied weight: here every tied one."""
     monkeypatch.setattr(module, "SMALL", 0)
     ends = []
     for name, callbacks in (("a", [CurvatureCallback()]), ("b", [])):
-        trainer = our_trainer(tmp_path / name, *callbacks)
+        trainer = our_trainer(tmp_path / name, *callbacks, step_size=step_size)
         trainer.train()
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
-        ends.append((trainer.model.state_dict(), trainer.optimizer.state_dict(), history, torch.get_rng_state()))
-    assert_close(ends[0], ends[1], rtol=0, atol=0)
+        optimizer = trainer.optimizer.state_dict()
+        numbers = trainer.model.state_dict(), optimizer["state"], history, torch.get_rng_state()
+        ends.append((optimizer["param_groups"], numbers))
+    assert ends[0][0] == ends[1][0]
+    assert_close(ends[0][1], ends[1][1], rtol=0, atol=0)
     assert not (tmp_path / "b" / CURVATURE_FILE).exists()
 
 
@@ -317,7 +413,7 @@ def test_every_integration_of_report_to_hears_of_it_and_nobody_else(
 
 
 def test_a_stock_trainer_records_too(tmp_path: Path) -> None:
-    factory: Any = (OptimizerFactory, {"name": "adafisher", "lr": 0.05, "damping": 0.01, "update_interval": 3})
+    factory: Any = (OptimizerFactory, {"name": "adafisher", "lr": 0.05, **PAPER_OPTIONS})
     given = {"optimizer_cls_and_kwargs": factory, "callbacks": [CurvatureCallback()]}
     make_trainer(tmp_path, RECORD, Trainer, **given, **OPTIONS).train()
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 4, 7]
@@ -335,7 +431,7 @@ def test_a_stock_trainer_reports_once_it_is_attached(
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "stub", Integration)
     callback = CurvatureCallback()
-    factory: Any = (OptimizerFactory, {"name": "adafisherw", "lr": 0.05, "update_interval": 3})
+    factory: Any = (OptimizerFactory, {"name": "adafisherw", "lr": 0.05, **PAPER_OPTIONS})
     given = {"optimizer_cls_and_kwargs": factory, "callbacks": [callback], "report_to": ["stub"]}
     trainer = make_trainer(tmp_path, RECORD, Trainer, **given, **OPTIONS)
     if attached:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_adafisher import AdaFisherTrainer
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from tests.model_zoo import FAMILIES, Family
-from tests.training_helper import make_trainer, optimizer_of
+from tests.training_helper import make_trainer, of_form, optimizer_of
 
 STEPS = 4
 each_family = pytest.mark.parametrize("record", FAMILIES, ids=lambda record: record.name)
@@ -23,21 +24,21 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: param for name, param in model.named_parameters() if param.requires_grad}
 
 
-def train(record: Family, folder: Path, optim: str) -> tuple[dict[str, Tensor], AdaFisherTrainer]:
-    """A few steps under the Trainer, with a refresh at every other; the weights before, and the trainer."""
+def train(record: Family, folder: Path, form: str, **options: Any) -> tuple[dict[str, Tensor], AdaFisherTrainer]:
+    """A few steps under the Trainer, the paper's with a refresh at every other; the weights before, and the trainer."""
+    own = of_form(form, update_interval=2, damping=3e-3) | options
     trainer = make_trainer(
         folder,
         record,
         train_dataset=record.dataset(4 * STEPS),
         data_collator=record.collate,
-        optim=optim,
         max_steps=STEPS,
         per_device_train_batch_size=4,
-        update_interval=2,
         weight_decay=0.01,
         learning_rate=0.01,
         lr_scheduler_type="constant",
         logging_steps=1,
+        **own,
     )
     before = {name: param.detach().clone() for name, param in trainable(trainer.model).items()}
     trainer.train()
@@ -74,14 +75,14 @@ SPECTRAL = ("albert", "mixtral", "mamba", "swinv2", "convnextv2", "mobilenet_v2"
 
 
 @pytest.mark.parametrize(
-    ("record", "optim"),
-    [(record, "adafisherw") for record in FAMILIES]
-    + [(record, "spectral-adafisher") for record in FAMILIES if record.name in SPECTRAL],
+    ("record", "form"),
+    [(record, form) for record in FAMILIES for form in ("paper", "root")]
+    + [(record, "spectral") for record in FAMILIES if record.name in SPECTRAL],
     ids=lambda value: getattr(value, "name", value),
 )
-def test_every_parameter_moves(record: Family, optim: str, tmp_path: Path) -> None:
+def test_every_parameter_moves(record: Family, form: str, tmp_path: Path) -> None:
     """Bitwise, and to finite values; and the coverage accounts for every value."""
-    before, trainer = train(record, tmp_path, optim)
+    before, trainer = train(record, tmp_path, form)
     assert trainer.state.global_step == STEPS
     after = trainable(model_of(trainer))
     assert set(after) == set(before)
@@ -112,7 +113,7 @@ def rule_by_class(module: nn.Module) -> str:
 @each_family
 def test_every_layer_takes_the_rule_of_its_class(record: Family, tmp_path: Path) -> None:
     """Gradient factors are for what no rule reaches, by name; everything else has the rule of its layer's class."""
-    _, trainer = train(record, tmp_path, "adafisher")
+    _, trainer = train(record, tmp_path, "paper", optim="adafisher")
     model = model_of(trainer)
     rows = adafisher_of(trainer).coverage()
     parts = WITHOUT_RULE.get(record.name, ())

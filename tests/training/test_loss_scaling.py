@@ -21,12 +21,11 @@ from hf_adafisher import (
     AdaFisherTrainer,
     AdaFisherW,
     OptimizerFactory,
-    SpectralAdaFisher,
     create_optimizer,
 )
 from tests.cases import mlp
 from tests.model_zoo import family
-from tests.training_helper import make_trainer, optimizer_of
+from tests.training_helper import FORMS, built, make_trainer, of_form, optimizer_of
 
 RECORD = family("gpt2")
 GOOD = RECORD.dataset(8, seq=8)
@@ -39,7 +38,7 @@ OPTIONS: dict[str, Any] = {
     "train_sampling_strategy": "sequential",
     "max_grad_norm": 0.0,  # accelerate unscales before it clips only where it set the scaler up itself
 }
-OURS: dict[str, Any] = {"learning_rate": 0.02, "update_interval": 3}
+OURS: dict[str, Any] = {"learning_rate": 0.02, "update_interval": 3, "damping": 0.1}
 
 
 def overflow(model: nn.Module, where: str) -> None:
@@ -70,21 +69,23 @@ def put_scaler(trainer: Trainer) -> None:
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
 
 
-def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str, by: str = "ours") -> Trainer:
+def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str, by: str = "ours paper") -> Trainer:
     model = RECORD.build()
     overflow(model, where)
-    if by not in ("ours", "ours, spectral"):
-        chosen: dict[str, Any] = {"name": "adafisherw", "lr": 0.02, "update_interval": 3, "damping": 0.1}
+    maker, _, form = by.partition(" ")
+    if maker != "ours":
+        chosen: dict[str, Any] = of_form(form, lr=0.02, update_interval=3, damping=0.1)
+        chosen["name"] = chosen.pop("optim")
         given: dict[str, Any] = {"optimizer_cls_and_kwargs": (OptimizerFactory, chosen)}
-        if by == "ours, optimizers=":
+        if maker == "optimizers=":
             given = {"optimizers": (create_optimizer(model=model, **chosen), None)}
-        kind = Trainer if by == "stock" else AdaFisherTrainer
-        callbacks = [AdaFisherCallback()] if by == "stock" else []
+        kind = Trainer if maker == "stock" else AdaFisherTrainer
+        callbacks = [AdaFisherCallback()] if by == "stock paper" else []
         arguments: Any = (kind, TrainingArguments)
         options = {"callbacks": callbacks, **given}
     else:
         arguments = ()
-        options = OURS | ({"optim": "spectral-adafisher"} if by == "ours, spectral" else {"damping": 0.1})
+        options = of_form(form, **OURS)
     options |= {"model": model, "train_dataset": data, "max_steps": steps}
     trainer = make_trainer(folder, RECORD, *arguments, **options, **OPTIONS)
     if scaled:
@@ -95,12 +96,23 @@ def train(folder: Path, data: list[Any], steps: int, *, scaled: bool, where: str
 
 @pytest.mark.parametrize("where", ["weight", "output"])
 @pytest.mark.parametrize(
-    "by", ["ours", "ours, spectral", "stock", "ours, optimizers=", "ours, optimizer_cls_and_kwargs="]
+    "by",
+    [
+        "ours paper",
+        "ours root",
+        "ours spectral",
+        "stock paper",
+        "stock root",
+        "stock spectral",
+        "optimizers= paper",
+        "optimizer_cls_and_kwargs= paper",
+    ],
 )
 def test_d19_skipped_steps_neither_advance_nor_poison_anything(where: str, by: str, tmp_path: Path) -> None:
     """Three overflows, two of them on steps that are due: the run equals one that never saw their batches.
 
-    The scale is a power of two at all times, so that equal means bitwise.
+    Without hooks a stock Trainer needs no callback for it. The scale is a power of two at all times, so that
+    equal means bitwise.
     """
     scaled = train(tmp_path / "a", WITH_OVERFLOWS, len(WITH_OVERFLOWS), scaled=True, where=where, by=by)
     plain = train(tmp_path / "b", GOOD, len(GOOD), scaled=False, where=where, by=by)
@@ -108,9 +120,26 @@ def test_d19_skipped_steps_neither_advance_nor_poison_anything(where: str, by: s
     assert optimizer_of(scaled).param_groups[0]["steps"] == len(GOOD)
     assert_close(scaled.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
     mine, theirs = (optimizer_of(run).state_dict() for run in (scaled, plain))
-    assert_close(mine, theirs, rtol=0, atol=0)
-    assert mine["param_groups"][0]["refreshes"] == theirs["param_groups"][0]["refreshes"] == 3
+    assert_close(mine["state"], theirs["state"], rtol=0, atol=0)
+    assert mine["param_groups"] == theirs["param_groups"]
+    assert mine["param_groups"][0]["refreshes"] == (3 if by.endswith("paper") else len(GOOD))
     assert mine["param_groups"][0]["dropped_refreshes"] == 0
+
+
+@pytest.mark.parametrize("form", ["root", "spectral"])
+def test_without_hooks_the_scale_of_the_loss_cancels(form: str) -> None:
+    """To the bit, since it is a power of two: a loop may leave the gradients scaled."""
+    ends = []
+    for scale in (1.0, 2.0**16):
+        torch.manual_seed(0)
+        model = mlp(4, 6, 3)
+        optimizer = built(form, model, lr=0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (model(torch.randn(5, 4)).square().mean() * scale).backward()
+            optimizer.step()
+        ends.append(model.state_dict())
+    assert_close(ends[0], ends[1], rtol=0, atol=0)
 
 
 def test_an_overflow_on_a_due_step_leaves_the_refresh_due(tmp_path: Path) -> None:
@@ -125,6 +154,7 @@ def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> 
     states = []
     for repeat in (1, 4):
         options = {"max_steps": 1, "per_device_train_batch_size": 2 * repeat, "train_dataset": GOOD[:2] * repeat}
+        options["step_size"] = "paper"
         trainer = make_trainer(tmp_path, RECORD, **(OPTIONS | options))
         trainer.train()
         states.append([state["output_grad_factor"] for state in optimizer_of(trainer).state.values()])
@@ -132,9 +162,9 @@ def test_factors_do_not_know_the_number_of_tokens_in_a_batch(tmp_path: Path) -> 
         assert_close(left, right, rtol=1e-4, atol=1e-5 * float(left.abs().max()))
 
 
-@pytest.mark.parametrize("kind", [AdaFisherW, SpectralAdaFisher])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("reset", ["optimizer", "model"])
-def test_a_scaler_in_an_accelerate_loop(reset: str, kind: Any) -> None:
+def test_a_scaler_in_an_accelerate_loop(reset: str, form: str) -> None:
     """`optimizer.zero_grad()` drops a skipped step's statistics by itself; with `model.zero_grad()` the loop does."""
     results = []
     for skips in ([1, 2], []):
@@ -142,7 +172,7 @@ def test_a_scaler_in_an_accelerate_loop(reset: str, kind: Any) -> None:
         model = mlp(4, 6, 3)
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-        raw = kind(model, lr=0.1, update_interval=2)
+        raw = built(form, model, lr=0.1, update_interval=2)
         model, optimizer = accelerator.prepare(model, raw)
         generator = torch.Generator().manual_seed(0)
         for step in range(7):
@@ -151,17 +181,20 @@ def test_a_scaler_in_an_accelerate_loop(reset: str, kind: Any) -> None:
                 if step not in skips:
                     continue
                 x = x * math.inf
-            raw.gradient_scale = accelerator.scaler.get_scale()
+            if form == "paper":
+                raw.gradient_scale = accelerator.scaler.get_scale()
             accelerator.backward(model(x).square().mean())
             optimizer.step()
             if reset == "optimizer":
                 optimizer.zero_grad()
             else:
                 model.zero_grad()
-                if optimizer.step_was_skipped:
+                if optimizer.step_was_skipped and form == "paper":
                     raw.discard_statistics()
         results.append((model.state_dict(), raw.state_dict()))
-    assert_close(results[0], results[1], rtol=0, atol=0)
+    assert_close(results[0][0], results[1][0], rtol=0, atol=0)
+    assert_close(results[0][1]["state"], results[1][1]["state"], rtol=0, atol=0)
+    assert results[0][1]["param_groups"] == results[1][1]["param_groups"]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])

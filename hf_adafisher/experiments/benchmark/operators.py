@@ -42,7 +42,9 @@ def count_operators(function: Callable[[], Any]) -> dict[str, int]:
 
 
 def measure_operators(compiled: bool = False) -> dict[str, Any]:
-    """Count the operators of idle steps of AdaFisherW and AdamW on two GPT-2s of different depth.
+    """Count the operators of steps of AdaFisherW and AdamW on two GPT-2s of different depth.
+
+    Those of the paper's form are idle. Factors of the root's form take a few launches a parameter.
 
     Returns:
         By optimizer: the counts on both models, and ``launches_per_parameter``, their slope: 0 for a step whose
@@ -50,11 +52,13 @@ def measure_operators(compiled: bool = False) -> dict[str, Any]:
     """
     makers: dict[str, Callable[[Any], Any]] = {
         "adafisherw": lambda model: AdaFisherW(model, update_interval=10**9),
+        "adafisherw root": lambda model: AdaFisherW(model, step_size="root"),
         "adamw foreach": lambda model: torch.optim.AdamW(model.parameters(), foreach=True),
         "adamw fused": lambda model: torch.optim.AdamW(model.parameters(), fused=True),
     }
     if compiled:
         makers["compiled"] = lambda model: AdaFisherW(model, update_interval=10**9, compiled=True)
+        makers["compiled root"] = lambda model: AdaFisherW(model, step_size="root", compiled=True)
     counts: dict[str, Any] = {}
     for name, make in makers.items():
         models = []

@@ -14,6 +14,9 @@ from hf_adafisher.experiments.benchmark.workloads import MODELS, Workload
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_state_bytes
 
+OURS, ROOT = "adafisherw", "adafisherw root"
+"""Rows of AdaFisherW: the paper's form, and that by the root."""
+
 
 def _fill_gradients(params: Sequence[nn.Parameter]) -> None:
     torch.manual_seed(1)
@@ -22,22 +25,28 @@ def _fill_gradients(params: Sequence[nn.Parameter]) -> None:
 
 
 def measure_step(name: str, rounds: int, device: str = "cpu", compiled: bool = False) -> dict[str, Any]:
-    """Measure time, state and extra memory of ``step()`` of AdaFisherW, and of AdamW fused and foreach."""
-    names = ("adafisherw", "adamw fused", "adamw foreach", *(("compiled",) if compiled else ()))
+    """Measure time, state and extra memory of ``step()`` of AdaFisherW in both forms, and of AdamW fused and foreach.
+
+    "adafisherw" is an idle step of the paper's form, "adafisherw root" one that divides by the root, and takes factors.
+    """
+    names = (OURS, ROOT, "adamw fused", "adamw foreach", *(("compiled", "compiled root") if compiled else ()))
     work = {key: MODELS[name](device) for key in names}
     params = {key: [p for p in w.model.parameters() if p.requires_grad] for key, w in work.items()}
     common: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
     optimizers: dict[str, Optimizer] = {
-        "adafisherw": AdaFisherW(work["adafisherw"].model, update_interval=10**9, **common),
+        OURS: AdaFisherW(work[OURS].model, update_interval=10**9, **common),
+        ROOT: AdaFisherW(work[ROOT].model, step_size="root", **common),
         "adamw fused": torch.optim.AdamW(params["adamw fused"], fused=True, **common),
         "adamw foreach": torch.optim.AdamW(params["adamw foreach"], foreach=True, **common),
     }
     if compiled:
         optimizers["compiled"] = AdaFisherW(work["compiled"].model, update_interval=10**9, compiled=True, **common)
+        model = work["compiled root"].model
+        optimizers["compiled root"] = AdaFisherW(model, step_size="root", compiled=True, **common)
     first, refresh = {}, {}
     for key, optimizer in optimizers.items():
         work[key].backward()
-        if key == "adafisherw":
+        if key == OURS:
             peak = peak_extra_bytes(optimizer.step, device)  # with the state, which this step creates
             refresh["peak_extra_bytes_due"] = peak - optimizer_state_bytes(optimizer)
         else:
@@ -50,16 +59,16 @@ def measure_step(name: str, rounds: int, device: str = "cpu", compiled: bool = F
             "state_bytes": optimizer_state_bytes(optimizer),
             "peak_extra_bytes": peak_extra_bytes(optimizer.step, device),
         }
-    rows["adafisherw"] |= refresh
-    if compiled:
-        rows["compiled"]["first_step_seconds"] = first["compiled"]
-    largest = max(p.numel() * p.element_size() for p in params["adafisherw"])
-    foreach = compare_times(times["adafisherw"], times["adamw foreach"])["ratio"]
+    rows[OURS] |= refresh
+    for key in ("compiled", "compiled root") if compiled else ():
+        rows[key]["first_step_seconds"] = first[key]
+    largest = max(p.numel() * p.element_size() for p in params[OURS])
+    foreach = compare_times(times[OURS], times["adamw foreach"])["ratio"]
     return {
         "model": name,
-        "parameters": sum(p.numel() for p in params["adafisherw"]),
+        "parameters": sum(p.numel() for p in params[OURS]),
         "largest_parameter_bytes": largest,
-        "state_ratio": rows["adafisherw"]["state_bytes"] / rows["adamw fused"]["state_bytes"],
+        "state_ratio": rows[OURS]["state_bytes"] / rows["adamw fused"]["state_bytes"],
         "ratio_to_foreach": foreach,
         "rows": rows,
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.optimizers.adafisher import STEP_SIZE_DEFAULTS
 
 WARMUP_STEPS = 10
 """Steps of a measurement that are left out: allocation, caches, the first factorisation of a method."""
@@ -75,8 +76,11 @@ class StepTime:
 
 
 def work_period(cell: Cell) -> int:
-    """Return the period, in steps, of a method's periodic work (its refresh of the curvature)."""
-    return max(int(cell.all_settings.get("update_interval", _DEFAULT_PERIOD)), 1)
+    """Return the period, in steps, of a method's periodic work (its refresh of the curvature), if it has any."""
+    settings = cell.all_settings
+    papers = settings.get("step_size") == "paper" and cell.optim in ("adafisher", "adafisherw")
+    default = STEP_SIZE_DEFAULTS["paper"]["update_interval"] if papers else _DEFAULT_PERIOD
+    return max(int(settings.get("update_interval", default)), 1)
 
 
 def timing_cell(cell: Cell) -> Cell:

@@ -42,6 +42,8 @@ DIGITS_LEARNING_RATES = {
     "schedule_free_adamw": 0.001,
 }
 """Default learning rates on the digits: the best ones of docs/results/digits-small."""
+PAPER_FORM = {"step_size": "paper", "damping": 0.003, "ema_decay": 0.95, "update_interval": 10}
+"""AdaFisher by the paper's rule, whose F a figure may be about, with the numbers of docs/results/digits-small."""
 START_ARGUMENTS = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps")
 """Training arguments that decide the start, or the examples of a step; those of model and data do so too."""
 
@@ -60,6 +62,33 @@ def parse_optimizer(text: str) -> tuple[str, list[str]]:
     if not name or not all(re.fullmatch("--[^=]+=.+", word) for word in words):
         raise ValueError(f"{text!r} is no optimizer: write its name, or name:argument=value,argument=value")
     return name, words
+
+
+def words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def gives(arguments: Sequence[str], name: str) -> bool:
+    """True where words of a command line set this argument."""
+    return any(word.partition("=")[0] == f"--{name}" for word in arguments)
+
+
+def prepare_papers_run(
+    task: str, steps: int, output: Path, optimizer: str | None, further: Sequence[str] = ()
+) -> PreparedRun:
+    """``prepare_run`` for what looks at the paper's F: AdaFisher(W) has its hooks, and the rates that go with them.
+
+    Raises:
+        ValueError: As ``prepare_run``; or ``step_size`` is given.
+    """
+    own = [] if optimizer is None else parse_optimizer(optimizer)[1]
+    if gives([*further, *own], "step_size"):
+        raise ValueError("step_size is 'paper' here: it is the paper's F, made by hooks, that is looked at")
+    settings: dict[str, Any] = {}
+    if task != "digits" or optimizer is None:  # by name it has them on the digits
+        settings = {**PAPER_FORM, "learning_rate": 0.04 if task == "clm" else 0.02}
+    return prepare_run(task, steps, output, optimizer, [*words(settings), *further])
 
 
 def prepare_run(task: str, steps: int, output: Path, optimizer: str | None, further: Sequence[str] = ()) -> PreparedRun:
@@ -87,8 +116,9 @@ def prepare_run(task: str, steps: int, output: Path, optimizer: str | None, furt
         arguments += ["--lr_scheduler_type", "constant"]  # it averages weights instead of lowering the rate
     if task == "digits":
         arguments += ["--dataset", "digits"]
-        if name in DIGITS_LEARNING_RATES:
+        if name in DIGITS_LEARNING_RATES and not gives([*further, *own], "step_size"):
             arguments += ["--learning_rate", str(DIGITS_LEARNING_RATES[name])]
+            arguments += words(PAPER_FORM) if name in ("adafisher", "adafisherw") else []
     arguments += [*further, *own]
     if name is not None:
         arguments += [f"--optim={name}"]

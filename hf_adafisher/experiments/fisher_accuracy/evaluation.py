@@ -20,7 +20,7 @@ from hf_adafisher.experiments.figures.command_line import require_at_least
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
     fixed_batches,
-    prepare_run,
+    prepare_papers_run,
     weights_by_layer,
 )
 from hf_adafisher.experiments.fisher_accuracy.agreement import (
@@ -145,7 +145,7 @@ def describe_comparison(settings: FisherSettings, run: PreparedRun, exact: Exact
 def prepare_seed(settings: FisherSettings, seed: int) -> PreparedRun:
     """Prepare and check the run of one seed; raises ValueError as ``compare_fisher`` does."""
     further = [*settings.further, "--seed", str(seed)]
-    run = prepare_run(settings.task, settings.steps, settings.output, settings.optimizer, further)
+    run = prepare_papers_run(settings.task, settings.steps, settings.output, settings.optimizer, further)
     if run.training_args.seed != seed:
         raise ValueError(f"seed={run.training_args.seed} is among the optimizer's settings: use --seeds")
     name = optimizer_name(run.training_args)

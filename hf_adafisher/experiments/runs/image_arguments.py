@@ -12,16 +12,17 @@ from hf_adafisher.data.images.corpora import DEFAULT_IMAGES, HELD_OUT_FRACTION, 
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments, parse_dataclasses
 from hf_adafisher.models import available_architectures
 from hf_adafisher.models.configurations import Kind
-from hf_adafisher.training.arguments import parse_options
+from hf_adafisher.optimizers.factory.catalog import available_optimizers, optimizer_record
+from hf_adafisher.training.arguments import default_learning_rate, optimizer_name, parse_options
 
 logger = logging.getLogger(__name__)
 
 _OPTIMIZERS: dict[Kind, str] = {"convolutional": "adafisher", "transformer": "adafisherw"}
 _KINDS: dict[Kind, str] = {"convolutional": "a convolutional network", "transformer": "a transformer"}
-SCRATCH_LEARNING_RATE = 0.02
-"""Of AdaFisher(W) from scratch, where none is given: after 300 steps on the digits 0.01 to 0.04 differ little."""
-FINE_TUNING_LEARNING_RATE = 0.001
-"""Of AdaFisher(W) for pretrained weights: a ViT-S on CIFAR-10 learns less in 64 steps at 0.003 or 0.0001."""
+FINE_TUNING_LEARNING_RATES = {
+    name: rate for name in available_optimizers() if (rate := optimizer_record(name).fine_tuning_rate) is not None
+}
+"""Of pretrained weights, where none is given."""
 _TAKEN_OPTIONS = ("image_size", "num_labels", "id2label", "label2id")
 
 
@@ -169,8 +170,8 @@ class ImageTrainingArguments(RunTrainingArguments):
     """RunTrainingArguments with an optimizer that, unless one is named, follows from the kind of network.
 
     As in the paper, convolutional networks train with AdaFisher, whose weight decay is part of the gradient, and
-    transformers with AdaFisherW. Where no learning rate is given, that of both is 0.02 from scratch and 0.001 for
-    pretrained weights; both are starting points for a scan.
+    transformers with AdaFisherW. Where no learning rate is given, that of both is 0.02 from scratch and 1e-4 for
+    pretrained weights (with ``step_size="paper"`` always the paper's 1e-3); all are starting points for a scan.
     """
 
     output_dir: str | None = field(default="image_output", metadata={"help": "Where everything is written."})
@@ -184,8 +185,9 @@ class ImageTrainingArguments(RunTrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": f"Default: {SCRATCH_LEARNING_RATE} for AdaFisher(W), {FINE_TUNING_LEARNING_RATE} for pretrained "
-            "weights; scripts/list_optimizers.py has the others'."
+            "help": "Default: that of scripts/list_optimizers.py; for pretrained weights "
+            + ", ".join(f"{rate:g} with {name}" for name, rate in FINE_TUNING_LEARNING_RATES.items())
+            + " (not with step_size=paper)."
         },
     )
     num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs, unless max_steps is given."})
@@ -196,9 +198,7 @@ class ImageTrainingArguments(RunTrainingArguments):
         self._optim_is_free = self.optim is None
         if self.optim is None:
             self.optim = _OPTIMIZERS["transformer"]
-        self._learning_rate_is_free = self.learning_rate is None and self.optim in _OPTIMIZERS.values()
-        if self._learning_rate_is_free:
-            self.learning_rate = SCRATCH_LEARNING_RATE
+        self._learning_rate_is_free = self.learning_rate is None
         super().__post_init__()
 
     def choose_optimizer(self, network: str, kind: Kind, pretrained: bool) -> None:
@@ -206,11 +206,13 @@ class ImageTrainingArguments(RunTrainingArguments):
 
         AdaFisher and AdaFisherW differ in the meaning of weight decay only: checks of one hold for the other.
         """
-        if self._learning_rate_is_free and pretrained:
-            self.learning_rate = FINE_TUNING_LEARNING_RATE
         if self._optim_is_free:
             self.optim = _OPTIMIZERS[kind]
             logger.info("optimizer: %s, since %s is %s (--optim overrides)", self.optim, network, _KINDS[kind])
+        rate = FINE_TUNING_LEARNING_RATES.get(optimizer_name(self))
+        usual = self.learning_rate == default_learning_rate(optimizer_name(self))  # not that of another form
+        if self._learning_rate_is_free and pretrained and usual and rate is not None:
+            self.learning_rate = rate
 
 
 def parse_image_arguments(

@@ -122,6 +122,14 @@ class GradientStatistics(FactorStatistics):
             _damp_(alike)
         return found
 
+    def known_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool = True) -> list[DiagonalTerm]:
+        """Terms of the last step, none where there are no factors: of a single value the step uses a constant."""
+        return super().known_terms(p, state, normalize) if self.has_factors(p) else []
+
+    def has_factors(self, p: Tensor) -> bool:
+        """False for matrices that keep none, and for single values: their own square says nothing about them."""
+        return any(use.diagonal.factor_shapes(p.shape) for use in self.entry_of(p).uses)
+
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         return estimated_terms(self.entry_of(p).uses, state, p.shape)
 

@@ -1,4 +1,4 @@
-"""Base of the optimizers that record layer statistics with hooks: AdaFisher, SpectralAdaFisher and K-FAC."""
+"""Base of the optimizers that look at the model: AdaFisher and K-FAC with hooks, SpectralAdaFisher without."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from hf_adafisher.optimizers.validation.checkpoints import (
     warn_changed_options,
 )
 from hf_adafisher.optimizers.validation.models import check_model, check_parameters
+from hf_adafisher.optimizers.validation.training_modes import Needs
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -34,7 +35,7 @@ COUNTERS = ("steps", "next_refresh", "refreshes", "dropped_refreshes")
 
 
 class HookedOptimizer(Optimizer, ABC):
-    """A torch optimizer that reads layer inputs and output gradients with hooks on the steps that are due.
+    """A torch optimizer that reads layer inputs and output gradients with hooks on the steps that are due, or none.
 
     Subclasses say what is recorded (``_new_tracker``), what becomes of it (``_take_statistics``) and how
     parameters move (``_update_parameters``). Everything a training loop deals with is here: when a step is due,
@@ -189,7 +190,7 @@ class HookedOptimizer(Optimizer, ABC):
 
     @property
     def recording(self) -> bool:
-        """True while hooks are on any layer: ``gradient_scale`` and ``loss_terms`` are read in the next backward."""
+        """True while hooks are on any layer: ``gradient_scale`` is read in the next backward."""
         return self._statistics.recorder.armed
 
     @contextlib.contextmanager
@@ -197,7 +198,7 @@ class HookedOptimizer(Optimizer, ABC):
         """Run the forward and backward passes of a step that is due eagerly; a context manager.
 
         For a loop of your own around a model compiled with ``torch.compile``, whose graphs do not run hooks. Other
-        steps run as they are. AdaFisherTrainer does it by itself.
+        steps run as they are, and without hooks all do. AdaFisherTrainer does it by itself.
 
         Example:
             >>> import torch
@@ -208,7 +209,8 @@ class HookedOptimizer(Optimizer, ABC):
             ...     compiled(torch.randn(8, 4)).square().mean().backward()
             >>> _ = optimizer.step()
         """
-        with self._statistics.eager() if self.refresh_due else contextlib.nullcontext():
+        records = self.refresh_due and Needs.LAYERS in self.needs
+        with self._statistics.eager() if records else contextlib.nullcontext():
             yield
 
     @property

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
 from hf_adafisher.fisher.parameter_uses import new_state
 from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
-from hf_adafisher.optimizers.base.hooked import HookedOptimizer
-from hf_adafisher.optimizers.base.options import dtype_option
+from hf_adafisher.optimizers.base.hooked import HookedOptimizer, ParamsT
+from hf_adafisher.optimizers.base.options import OptimizerOptions, dtype_option
 from hf_adafisher.optimizers.base.statistics import FactorStatistics, FactorUpdate
 from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
-from hf_adafisher.optimizers.blocks import RootParameter, root_update_in_blocks
+from hf_adafisher.optimizers.blocks import RootParameter, RootSteps, root_update_in_blocks
 from hf_adafisher.optimizers.compiled import CompiledUpdate
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
 from hf_adafisher.optimizers.sharding import local_part, local_terms
@@ -57,12 +56,25 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     """
 
     momentum_key = "exp_avg"
+    divides_by_root: bool
+    """Parameters with factors move by the root of their diagonal, which is not normalised (``_move_by_root``)."""
     damping_option: ClassVar[str] = "damping"
     _statistics: FactorStatistics
 
-    @abstractmethod
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
-        """Damping of the diagonal that these terms of a parameter in ``group`` make."""
+        """Damping of the diagonal that these terms of a parameter in ``group`` make.
+
+        By the root it is relative to the mean of the diagonal.
+        """
+        damping = group[self.damping_option]
+        if not self.divides_by_root:
+            return damping
+        added = damping_terms(terms, damping, axes=0)
+        return added[0][0].item() if added else 0.0
+
+    def __init__(self, model: nn.Module, params: ParamsT | None, options: OptimizerOptions) -> None:
+        self._last_steps: dict[int, tuple[Tensor, int]] = {}
+        super().__init__(model, params, options)
 
     def _new_tracker(self) -> FactorStatistics:
         return FactorStatistics(self.model, type(self).__name__)
@@ -111,6 +123,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             compiled: Kernels for large parameters.
         """
         assert isinstance(self._statistics, GradientStatistics)
+        moved: list[RootSteps] = []
         batches: dict[tuple[int, int], tuple[RootCoefficients, list[RootParameter]]] = {}
         members = list(members)
         damped = self._statistics.damped_terms(
@@ -126,11 +139,13 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             block = Block(local_part(p), local_part(member.grad), local_part(member.exp_avg), terms)
             parameter = RootParameter(block, size, p)
             if compiled is not None and not member.sharded and compiled.supports(block):
-                compiled.root_update_(parameter, batches[key][0])
+                moved += compiled.root_update_(parameter, batches[key][0])
             else:
                 batches[key][1].append(parameter)
         for coefficients, parameters in batches.values():
-            root_update_in_blocks(parameters, coefficients)
+            moved += root_update_in_blocks(parameters, coefficients)
+        for steps in moved:
+            self._last_steps.update((id(p), (steps.squares, i)) for i, p in enumerate(steps.params))
 
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
@@ -169,8 +184,9 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
         """The damped diagonal F of this parameter, as the last step knew it.
 
-        AdaFisher(W) divides the momentum by it (Eq. 4). SpectralAdaFisher divides by its root what is no hidden matrix;
-        its diagonal is that of the batch's gradient, and ``normalized`` only says whether it is damped.
+        AdaFisher(W) with ``step_size="paper"`` divides the momentum by it (Eq. 4). With ``step_size="root"``, and of
+        what is no hidden matrix under SpectralAdaFisher, the momentum is divided by its root; the diagonal is then that
+        of the batch's gradient, damped in units of its mean, and ``normalized`` only says whether it is damped.
 
         Args:
             param: A parameter that this optimizer trains.
@@ -184,7 +200,8 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
 
         Raises:
             ValueError: The parameter is not trained by this optimizer.
-            RuntimeError: There are no statistics yet, since it had no gradient in any step so far.
+            RuntimeError: There are no statistics yet, since it had no gradient in any step so far; or there never are
+                any: of SpectralAdaFisher's hidden matrices, and where the root is divided by, of single values.
         """
         group = next((g for g in self.param_groups if any(q is param for q in g["params"])), None)
         name = self._statistics.name_of(param)
@@ -192,6 +209,8 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             raise ValueError(f"{name} is not trained by this optimizer: it is in none of its parameter groups")
         state = self.state.get(param)
         terms = self._statistics.known_terms(param, state, normalized) if state else []
+        if not self._statistics.has_factors(param):
+            raise RuntimeError(f"{name} has no factors, and so no diagonal: {type(self).__name__} moves it without")
         if not terms:
             raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
         return diagonal_of(terms, param, self.damping_of(group, terms) if normalized else 0.0)
@@ -222,3 +241,12 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         See ``hf_adafisher.optimizers.diagnostics.coverage.curvature_summary``.
         """
         return curvature_summary(self.model, self.trained_parameters(), self.damping_of)
+
+    def root_steps(self) -> dict[int, float]:
+        """Sums of squares of the last step of each parameter that moves by the root of its diagonal, by its ``id``.
+
+        Of the whole parameter, decay left out. Those that have not moved yet are missing.
+        """
+        tensors = {id(squares): squares for squares, _ in self._last_steps.values()}
+        numbers = {key: squares.tolist() for key, squares in tensors.items()}
+        return {key: numbers[id(squares)][i] for key, (squares, i) in self._last_steps.items()}

@@ -249,15 +249,16 @@ class OptimizerOptions:
             ValueError: An option is outside its range, or differs from the first group's although all share it.
         """
         names = cls.names(in_groups=True)
-        cls(**{name: group[name] for name in names})
-        for name in cls.names(shared=True):
+        for name in cls.names(shared=True):  # before others are checked by what it decides
+            cls.specifications()[name].range.check(name, group[name])
             if group[name] != first[name]:
                 raise ValueError(
                     f"{name} must be the same in all parameter groups, since the hooks serve them all at once: "
                     f"got {group[name]} beside {first[name]}"
                 )
+        options = cls(**{name: group[name] for name in names})
         for name in names:
-            group[name] = cls.specifications()[name].range.plain(group[name])
+            group[name] = cls.specifications()[name].range.plain(getattr(options, name))
 
 
 def options_in_use(optimizer: Any, **changes: Any) -> dict[str, Any]:

@@ -157,13 +157,9 @@ class FactorStatistics(StatisticsTracker):
         used = self.entry_of(p).terms if normalize else []
         return used or self._averaged_terms(p, state, normalize)
 
-    def _recorded(self, factors: dict[str, Tensor], positions: float) -> dict[str, Tensor]:
-        """Factors to be averaged, given the means over this many positions."""
-        return factors
-
-    def _shared(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Factors to be averaged of a table whose rows served the whole batch, given those from its own gradient."""
-        return factors
+    def has_factors(self, p: Tensor) -> bool:
+        """True for a parameter whose diagonal comes from factors, now or after its first gradient."""
+        return bool(self.entry_of(p).uses)
 
     def without_statistics(self, states: Mapping[Any, Mapping[str, Tensor]]) -> Iterable[int]:
         """Ids of trained parameters that a rule reaches, and that have no statistics in the optimizer's state."""
@@ -193,11 +189,9 @@ class FactorStatistics(StatisticsTracker):
         for use in uses:
             if use.tracked in sample.factors:
                 assert use.tracked is not None
-                factors = sample.factors[use.tracked]
+                factors: Mapping[str, Tensor] = sample.factors[use.tracked]
                 if use.tracked in sample.broadcast and len(uses) == 1:
-                    factors = self._shared(with_gradient_sums(use.diagonal, factors, full_tensor(grad)))
-                else:
-                    factors = self._recorded(factors, sample.counts[use.tracked])
+                    factors = with_gradient_sums(use.diagonal, factors, full_tensor(grad))
                 yield FactorUpdate(group, p, use, factors, False)
 
     def _find_hidden_uses(

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer, ParamsT
-from hf_adafisher.optimizers.base.loss_terms import CountsLossTerms
 from hf_adafisher.optimizers.base.options import (
     EMA_DECAY,
     LEARNING_RATE,
@@ -77,7 +76,7 @@ class KFACOptions(OptimizerOptions):
             )
 
 
-class KFAC(CountsLossTerms, HookedOptimizer):
+class KFAC(HookedOptimizer):
     """K-FAC: SGD with momentum on gradients preconditioned by a damped Kronecker-factored Fisher.
 
     For a layer with inputs ``x`` (a last entry 1 for the bias) and output gradients ``g``
@@ -147,6 +146,7 @@ class KFAC(CountsLossTerms, HookedOptimizer):
     options_class = KFACOptions
     momentum_key = "momentum_buffer"
     _statistics: KroneckerStatistics
+    _loss_terms: float | None = None
 
     def __init__(
         self,
@@ -176,6 +176,28 @@ class KFAC(CountsLossTerms, HookedOptimizer):
             max_factor_dim=max_factor_dim,
         )
         super().__init__(model, params, options)
+
+    @property
+    def loss_terms(self) -> float:
+        """Number of terms that the loss of the coming step is the mean of, over all micro-batches and processes.
+
+        Where ``gradient_scale`` is set to what each term's own loss is multiplied by (1 / number of terms, times the
+        scale of a loss scaler), ``G`` is that of one term's loss, which this number tells from the batch's.
+        Default: ``1 / gradient_scale``, and at least 1. A loss scaler hides the number of terms: set both, as
+        AdaFisherTrainer does.
+
+        Left alone, a mean loss is taken as a single term, and its statistics are those of the mean.
+
+        Raises:
+            ValueError: On setting a value that is not finite and > 0; None gives the default back.
+        """
+        return max(1.0, 1.0 / self.gradient_scale) if self._loss_terms is None else self._loss_terms
+
+    @loss_terms.setter
+    def loss_terms(self, value: float | None) -> None:
+        if value is not None and not (math.isfinite(value) and value > 0.0):
+            raise ValueError(f"loss_terms must be finite and > 0, or None, got {value}")
+        self._loss_terms = None if value is None else float(value)
 
     def _new_tracker(self) -> KroneckerStatistics:
         return KroneckerStatistics(self.model, type(self).__name__)

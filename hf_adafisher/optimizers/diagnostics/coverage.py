@@ -15,6 +15,7 @@ from hf_adafisher.optimizers.diagnostics.diagonal_numbers import floor_share
 from hf_adafisher.optimizers.factory.param_groups import roles
 
 GRADIENT_FACTORS = "gradient factors"
+MOMENTUM = "momentum's rows and columns"
 
 
 @dataclass(frozen=True)
@@ -23,13 +24,14 @@ class ParameterCoverage:
 
     Attributes:
         name: The parameter's name in the model.
-        rule: Name of the layer rule (several joined by ``+`` for a tied parameter), or ``"gradient factors"``.
+        rule: Name of the layer rule (several joined by ``+`` for a tied parameter), ``"gradient factors"``, or, of
+            what SpectralAdaFisher moves by its polar factor, ``"momentum's rows and columns"``.
         modules: Names of the modules that own the parameter.
         numel: Number of values.
         share: ``numel`` divided by the number of values of all parameters listed.
         provisional: Whether its factors are those of the last step's gradient alone, until the next refresh.
-        role: What it is taken for where that matters (SpectralAdaFisher, Muon): ``"hidden matrix"``, ``"table"``,
-            ``"head"``, ``"table and head"``, or nothing.
+        role: What it is taken for where that matters (``step_size="root"``, SpectralAdaFisher, Muon): ``"hidden
+            matrix"``, ``"input"`` (the first convolution), ``"table"``, ``"head"``, ``"table and head"``, or nothing.
     """
 
     name: str
@@ -63,7 +65,7 @@ def coverage_of(model: nn.Module, parameters: Sequence[TrainedParameter]) -> lis
     for t in trainable:
         recorded = [use for use in t.uses if t.state and not use.average(t.state, t.param.shape).is_empty]
         rules = {use.tracked.rule.name: None for use in recorded or t.uses if use.tracked is not None}
-        rule = GRADIENT_FACTORS if t.on_gradient_factors else "+".join(rules)
+        rule = GRADIENT_FACTORS if t.on_gradient_factors else "+".join(rules) or MOMENTUM
         size = t.param.numel()
         modules = tuple(owners.get(id(t.param), ()))
         rows.append(
@@ -87,9 +89,8 @@ def curvature_summary(
 
     Returns:
         ``fisher_mean``: mean of the damped diagonal over all values with statistics;
-        ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step (but
-        not that of SpectralAdaFisher's hidden matrices, whose sides are damped each for itself), found without forming
-        a diagonal (``floor_share``);
+        ``floor_share``: share of those values whose Fisher is below the damping, which then decides their step, found
+        without forming a diagonal (``floor_share``);
         ``gradient_factor_share``: share of values on gradient factors;
         ``refreshes``, ``dropped_refreshes``: how often factors were updated, and not updated for being non-finite.
         The first two are missing before the first step.

@@ -24,7 +24,7 @@ from hf_adafisher.optimizers.diagnostics.diagonal_numbers import (
     sorted_logarithms,
 )
 from hf_adafisher.optimizers.sharding import is_sharded, local_part, local_terms
-from hf_adafisher.optimizers.update import Block, step_coefficients
+from hf_adafisher.optimizers.update import Block, root_coefficients, step_coefficients
 
 NUMBERS = (
     "fisher_min",
@@ -58,14 +58,20 @@ def layer_curvature(optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str
 
     * ``fisher_min``, ``fisher_median``, ``fisher_max``: of all values of ``F``; of an even number of values the
       median is the lower one of the middle two, as in torch;
-    * ``condition_number``: ``fisher_max / fisher_min``. Factors are normalised to [0, 1], so for most layers it is
-      ``(1 + damping) / damping``, and 1 where all factors are constant; tied weights and grouped convolutions differ;
+    * ``condition_number``: ``fisher_max / fisher_min``. The paper's factors are normalised to [0, 1], so for most
+      layers it is ``(1 + damping) / damping``, and 1 where all factors are constant; tied weights and grouped
+      convolutions differ;
     * ``floor_share``: share of the values whose Fisher is below the damping, which then decides their step: see
       ``at_floor``;
-    * ``update_rms``: root mean square of ``lr m^ / F``, the last update without the weight decay that AdaFisherW adds;
-    * ``step_gain``: root mean square of ``m^ / F`` divided by that of ``m^``: by how much the curvature multiplies what
-      the layer's momentum asks for, whatever the learning rate. Between ``1 / fisher_max`` and ``1 / fisher_min``;
-      nan while the momentum is zero.
+    * ``update_rms``: root mean square of the last update, ``lr m^ / F``, without the weight decay that AdaFisherW adds;
+    * ``step_gain``: ``update_rms / lr`` divided by the root mean square of ``m^``: by how much the curvature multiplies
+      what the layer's momentum asks for, whatever the learning rate. Between ``1 / fisher_max`` and
+      ``1 / fisher_min``; nan while the momentum is zero.
+
+    With ``step_size="root"`` ``F`` is the diagonal of the gradient's second moment, damped by ``damping`` times its
+    mean. ``update_rms`` is that of the step as it was made, with the momentum one step ahead, and shortened where the
+    rule does so; of a state that was loaded it is nan until the next step. ``step_gain`` has the unit of ``1 / grad``,
+    and is nan at a learning rate of zero. Single values, which have no factors, are left out.
 
     All are exact up to rounding, with one exception: the median of a diagonal of more than 16,384 values that is a sum
     (tied weights) or falls into groups (grouped convolutions) is that of 65,536 of its values, a random one of each of
@@ -85,8 +91,9 @@ def layer_curvature(optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str
     if "damping" not in optimizer.defaults:
         raise TypeError(f"layer_curvature is about AdaFisher and AdaFisherW, got {type(optimizer).__name__}")
     parameters = _with_statistics(optimizer)
-    motion = _motion(parameters, needs_every_process(optimizer))
-    return {t.name: _describe(t, *moved) for t, moved in zip(parameters, motion, strict=True)}
+    damping = [optimizer.damping_of(t.group, t.terms) for t in parameters]
+    updates = _root_updates(optimizer, parameters) if optimizer.divides_by_root else _updates(optimizer, parameters)
+    return {t.name: _describe(t, floor, *u) for t, floor, u in zip(parameters, damping, updates, strict=True)}
 
 
 def needs_every_process(optimizer: KroneckerDiagonalOptimizer) -> bool:
@@ -100,18 +107,17 @@ def _with_statistics(optimizer: KroneckerDiagonalOptimizer) -> list[TrainedParam
     return [known[id(p)] for p in optimizer.model.parameters() if id(p) in known]
 
 
-def _describe(t: TrainedParameter, divided: float, plain: float, count: float) -> dict[str, float]:
-    """The ``NUMBERS`` of a parameter, given the sums of ``(m / F)^2`` and ``m^2`` over ``count`` values."""
-    rate = float(step_coefficients(t.group, int(t.state["step"].item()), decoupled=True).rate)
-    spread = _spread(t.terms, t.param, t.group["damping"])
+def _describe(t: TrainedParameter, damping: float, update_rms: float, step_gain: float) -> dict[str, float]:
+    """The ``NUMBERS`` of a parameter, given those that are not about its diagonal."""
+    spread = _spread(t.terms, t.param, damping)
     values = (
         spread.low,
         spread.median,
         spread.high,
         spread.high / spread.low,
         spread.floor_share,
-        abs(rate) * math.sqrt(divided / count),
-        math.sqrt(divided / plain) if plain > 0 else math.nan,
+        update_rms,
+        step_gain,
     )
     return dict(zip(NUMBERS, values, strict=True))
 
@@ -119,9 +125,37 @@ def _describe(t: TrainedParameter, divided: float, plain: float, count: float) -
 # --- size of the last update ------------------------------------------------------------------
 
 
-def _motion(parameters: Sequence[TrainedParameter], sharded: bool) -> list[list[float]]:
-    """Of each parameter: the sums of ``(m / F)^2`` and ``m^2``, and over how many values."""
-    sums = [_local_motion(t.param, t.state["exp_avg"], t.terms, t.group["damping"]) for t in parameters]
+def _updates(
+    optimizer: KroneckerDiagonalOptimizer, parameters: Sequence[TrainedParameter]
+) -> list[tuple[float, float]]:
+    """``update_rms`` and ``step_gain`` of each parameter that moves by ``m / F``."""
+    found = []
+    for t, (divided, plain, count) in zip(parameters, _motion(parameters, needs_every_process(optimizer)), strict=True):
+        rate = float(step_coefficients(t.group, int(t.state["step"].item()), decoupled=True).rate)
+        gain = math.sqrt(divided / plain) if plain > 0 else math.nan
+        found.append((abs(rate) * math.sqrt(divided / count), gain))
+    return found
+
+
+def _root_updates(
+    optimizer: KroneckerDiagonalOptimizer, parameters: Sequence[TrainedParameter]
+) -> list[tuple[float, float]]:
+    """The same of each parameter that moves by the root of its diagonal, whose step the optimizer has measured."""
+    found, steps = [], optimizer.root_steps()
+    motion = _motion(parameters, needs_every_process(optimizer), divide=False)
+    for t, (_, plain, count) in zip(parameters, motion, strict=True):
+        c = root_coefficients(t.group, int(t.state["step"].item()), decoupled=True)
+        momentum = abs(float(c.lr)) * float(c.correction) * math.sqrt(plain / count)
+        update = math.sqrt(steps.get(id(t.param), math.nan) / t.param.numel())
+        found.append((update, update / momentum if momentum > 0 else math.nan))
+    return found
+
+
+def _motion(parameters: Sequence[TrainedParameter], sharded: bool, divide: bool = True) -> list[list[float]]:
+    """Of each parameter: the sums of ``(m / F)^2`` (zero unless ``divide``) and ``m^2``, and over how many values."""
+    sums = [
+        _local_motion(t.param, t.state["exp_avg"], t.terms, t.group["damping"] if divide else None) for t in parameters
+    ]
     total = torch.stack(sums) if sums else torch.zeros(0, 3, dtype=torch.float64)
     if sharded:
         # Replicas count as often in the sums as in the number of values.
@@ -129,13 +163,13 @@ def _motion(parameters: Sequence[TrainedParameter], sharded: bool) -> list[list[
     return total.tolist()
 
 
-def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], damping: float) -> Tensor:
+def _local_motion(p: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], damping: float | None) -> Tensor:
     """Sums over this process's part of the parameter, block by block; three float64 numbers."""
     local, momentum = local_part(p), local_part(exp_avg)
-    norms = [
-        torch.stack((torch.linalg.vector_norm(m / diagonal_of(part, m, damping)), torch.linalg.vector_norm(m)))
-        for m, part in _momentum_blocks(local.detach(), momentum, local_terms(terms, p))
-    ]
+    norms = []
+    for m, part in _momentum_blocks(local.detach(), momentum, local_terms(terms, p)):
+        divided = m.new_zeros(()) if damping is None else m / diagonal_of(part, m, damping)
+        norms.append(torch.stack((torch.linalg.vector_norm(divided), torch.linalg.vector_norm(m))))
     sums = torch.stack(norms).cpu().double().square().sum(0) if norms else torch.zeros(2, dtype=torch.float64)
     return torch.cat((sums, torch.tensor([float(local.numel())], dtype=torch.float64)))
 

@@ -46,10 +46,9 @@ def _adafisher(name: str, cls: type[HookedOptimizer]) -> None:
         name,
         cls,
         "Gomes et al., ICLR 2025, arXiv 2405.16397; docs/step_sizes.md",
-        lr=SourcedDefault(4e-3, "docs/step_sizes.md, from scratch; fine-tuning wants AdamW's rates, 3e-5 to 1e-4"),
-        defaults={
-            "step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper' gives the paper's rule and numbers")
-        },
+        lr=SourcedDefault(4e-3, "docs/step_sizes.md, from scratch; fine-tuning wants AdamW's rates"),
+        fine_tuning_rate=5e-5,
+        defaults={"step_size": SourcedDefault("root", "docs/step_sizes.md; 'paper': the paper's rule and numbers")},
         form="step_size",
         momentum="beta",
         memory="4 + 4 (r + c) / (r c)",
@@ -77,6 +76,7 @@ _own(
     SpectralAdaFisher,
     "this package, docs/spectral.md",
     lr=SourcedDefault(0.02, "docs/spectral.md, from scratch; fine-tuning wants 3e-4"),
+    fine_tuning_rate=3e-4,
     momentum="beta",
     memory="4 for hidden matrices, 4 + 4 (r + c) / (r c) for others",
 )

@@ -135,7 +135,7 @@ class OptimizerFactory:
     ``weight_decay`` is 0 unless it is.
 
     Example:
-        >>> kwargs = {"name": "adafisherw", "lr": 0.04, "damping": 3e-3}
+        >>> kwargs = {"name": "adafisherw", "lr": 0.02}
         >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
     """
 
@@ -145,7 +145,8 @@ class OptimizerFactory:
         Raises:
             TypeError: Without ``lr``.
             ValueError: As ``create_optimizer``, and where Trainer is to compile the model: for optimizers that need
-                second derivatives, and under a stock Trainer for AdaFisher(W) and K-FAC.
+                second derivatives, and under a stock Trainer for those with hooks (AdaFisher(W) with
+                ``step_size="paper"``, K-FAC).
         """
         record = optimizer_record(name)
         record.check_names({key for key in kwargs if key not in ("weight_decay", "decay_names")})

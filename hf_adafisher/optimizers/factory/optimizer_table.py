@@ -53,8 +53,9 @@ def modes_as_markdown() -> str:
 
 
 def mode_rows() -> list[tuple[str, ...]]:
-    """Return one row for each of ``TRAINING_MODES``, with the entries of ``MODE_COLUMNS``."""
-    needs = {name: optimizer_record(name).needs for name in available_optimizers()}
+    """Return one row for each of ``TRAINING_MODES``, with the entries of ``MODE_COLUMNS``, for all forms."""
+    records = [optimizer_record(name) for name in available_optimizers()]
+    needs = {name: record.needs_with(form) for record in records for name, form in record.forms.items()}
     table: list[tuple[str, ...]] = []
     for mode in TRAINING_MODES:
         support = {name: mode.support(own) for name, own in needs.items()}
@@ -87,7 +88,10 @@ def as_text() -> str:
         about += [f"{key} {setting.value} ({setting.source})" for key, setting in settings.items()]
         about += [f"state: {record.memory} bytes per parameter"]
         about += [f"{column}: {entry}" for column, entry in zip(COLUMNS[6:], _row(record)[6:], strict=True) if entry]
-        about += [f"not with: {'; '.join(sorted(record.refuses))}"] if record.refuses else []
+        for form, chosen in record.forms.items():
+            refused = [mode.name for mode in TRAINING_MODES if mode.refused_by(record.needs_with(chosen))]
+            own = f"{form.removeprefix(f'{name}, ')}: " if chosen else ""
+            about += [f"{own}not with: {'; '.join(sorted(refused))}"] if refused else []
         options = record.options_class.specifications() if record.options_class else {}
         about += [f"option {option}: {specification}" for option, specification in options.items()]
         paragraphs.append("\n  ".join([name, *about]))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_adafisher.optimizers.base.options import OptimizerOptions
+from hf_adafisher.optimizers.base.options import OneOf, OptimizerOptions
 from hf_adafisher.optimizers.factory.param_groups import Groups
 from hf_adafisher.optimizers.validation.checkpoints import foreign_checkpoint
 from hf_adafisher.optimizers.validation.library_option_ranges import check_values
@@ -43,6 +43,7 @@ class OptimizerRecord:
         library: The implementation's package, with the version it was tested with.
         paper: The publication.
         learning_rate: Default learning rate.
+        fine_tuning_rate: Where to start with pretrained weights, if the default is for training from scratch alone.
         defaults: Other options whose defaults are not the class's own, or that the groups need.
         momentum: The option that holds the decay of the first moment, empty where there is none.
         memory: Bytes of state per float32 parameter, in words; r and c are the sides of a matrix.
@@ -68,6 +69,7 @@ class OptimizerRecord:
     memory: str
     checkpoint_keys: frozenset[str]
     bytes_per_parameter: float | None = None
+    fine_tuning_rate: float | None = None
     defaults: Mapping[str, SourcedDefault] = field(default_factory=dict)
     options_class: type[OptimizerOptions] | None = None
     form: str = ""
@@ -106,6 +108,17 @@ class OptimizerRecord:
     def needs_with(self, options: Mapping[str, Any]) -> Needs:
         """Requirements of its step with these options, which decide the training modes that it refuses."""
         return self.own_needs if self.options_class is None else self.options_class(**self.arguments(options)).needs
+
+    @property
+    def forms(self) -> dict[str, dict[str, Any]]:
+        """The options that give each of its forms, by a name for people; its usual one has the optimizer's own name."""
+        if not self.form:
+            return {self.name: {}}
+        assert self.options_class is not None
+        usual, words = self.option_defaults()[self.form], self.options_class.specifications()[self.form].range
+        assert isinstance(words, OneOf)
+        others = [word for word in words.words if word != usual]
+        return {self.name: {}} | {f"{self.name}, {self.form}={word}": {self.form: word} for word in others}
 
     @property
     def create_graph(self) -> bool:
@@ -179,10 +192,7 @@ class OptimizerRecord:
     def default_learning_rate(self, options: Mapping[str, Any]) -> float:
         """Return the learning rate of a run with these options and none of its own."""
         arguments = self.arguments(options)
-        if "lr" in arguments or self.options_class is None:
-            return arguments["lr"]
-        own: Any = self.options_class(**arguments)
-        return own.lr
+        return arguments["lr"] if "lr" in arguments else self.option_defaults(**options)["lr"]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the code, for JSON."""
@@ -192,6 +202,7 @@ class OptimizerRecord:
             "library": self.library,
             "paper": self.paper,
             "learning_rate": self.learning_rate._asdict(),
+            "fine_tuning_rate": self.fine_tuning_rate,
             "defaults": {name: default._asdict() for name, default in self.defaults.items()},
             "options": self._described_options(),
             "momentum": self.momentum,
@@ -203,11 +214,11 @@ class OptimizerRecord:
             "refuses": sorted(self.refuses),
         }
 
-    def option_defaults(self) -> dict[str, Any]:
-        """Return the defaults of all options of an optimizer of this package, the record's before the class's."""
+    def option_defaults(self, **given: Any) -> dict[str, Any]:
+        """Return all options of an optimizer of this package: those given, the record's defaults, then the class's."""
         if self.options_class is None:
             return {}
-        own = self.options_class(**self.arguments({}))
+        own = self.options_class(**self.arguments(given))
         return {name: getattr(own, name) for name in own.specifications()}
 
     def _described_options(self) -> dict[str, dict[str, Any]]:

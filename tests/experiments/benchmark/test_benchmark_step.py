@@ -78,7 +78,7 @@ def test_launches_grow_with_foreach_no_more_than_with_its_chunks(monkeypatch: py
 def test_operators_to_json(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--count-operators", "--json", str(tmp_path / "operators.json")]) == 0
     counts = json.loads((tmp_path / "operators.json").read_text())["operators"]
-    assert set(counts) == {"adafisherw", "adamw foreach", "adamw fused"}
+    assert set(counts) == {"adafisherw", "adafisherw root", "adamw foreach", "adamw fused"}
     launches = counts["adamw fused"]["models"][0]["launches"]
     assert f"| adamw fused | 28 | {launches} | " in capsys.readouterr().out
 
@@ -86,7 +86,7 @@ def test_operators_to_json(main: Any, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_step_to_json(main: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rounds", "2", "--json", str(tmp_path / "out" / "step.json")]) == 0
     result = json.loads((tmp_path / "out" / "step.json").read_text())
-    assert set(result["rows"]) == {"adafisherw", "adamw fused", "adamw foreach"}
+    assert set(result["rows"]) == {"adafisherw", "adafisherw root", "adamw fused", "adamw foreach"}
     assert result["rows"]["adamw fused"]["ratio"] == 1.0
     assert 0.5 < result["state_ratio"] < 0.6
     assert "| adafisherw |" in capsys.readouterr().out
@@ -144,21 +144,22 @@ def test_memory_of_a_step_is_half_of_adamws_and_no_more_than_the_largest_paramet
 
 
 def test_training_under_trainer_is_timed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both take their steps ten at a time, one after the other, and as many as were asked for."""
+    """All take their steps ten at a time, one after the other, and as many as were asked for."""
     order: list[tuple[str, int]] = []
 
     class Watched(trainer_step.TurnTimer):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            order.append((str(getattr(args.optim, "value", args.optim)), state.global_step))
+            order.append((Path(args.output_dir).name, state.global_step))
             super().on_step_end(args, state, control, **kwargs)
 
     monkeypatch.setattr(trainer_step, "TurnTimer", Watched)
     rows = trainer_step.measure_trainer(2, width=16, depth=1, vocabulary=50, batch=2, length=4)
-    names = ("adamw_torch_fused", "adafisherw")
+    names = ("adamw_torch_fused", "adafisherw", "adafisherw root")
     turns = trainer_step.WARM_UP + 2
     expected = [(name, 10 * turn + step) for turn in range(turns) for name in names for step in range(1, 11)]
     assert order == expected
-    assert rows["Trainer step, adamw_torch_fused"]["ratio"] == 1.0 and rows["Trainer step, adafisherw"]["ms"] > 0
+    assert rows["Trainer step, adamw_torch_fused"]["ratio"] == 1.0
+    assert rows["Trainer step, adafisherw"]["ms"] > 0 and rows["Trainer step, adafisherw root"]["ms"] > 0
 
 
 def test_a_run_that_fails_ends_the_comparison_under_trainer(monkeypatch: pytest.MonkeyPatch) -> None:

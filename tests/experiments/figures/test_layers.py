@@ -162,7 +162,17 @@ def test_every_label_of_a_long_model_has_its_place(layers: int, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_from_a_run_of_a_training_script_to_its_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    quick = ["--update_interval", "3", "--use_cpu", "--disable_tqdm", "true", "--per_device_train_batch_size", "16"]
+    quick = [
+        "--step_size",
+        "paper",
+        "--update_interval",
+        "3",
+        "--use_cpu",
+        "--disable_tqdm",
+        "true",
+        "--per_device_train_batch_size",
+        "16",
+    ]
     run = prepare_run("digits", 7, tmp_path / "cct.png", None, [*quick, *TINY])
     run.new_trainer([CurvatureCallback()]).train()
     assert load_script("plot_curvature").main([str(run.output_dir)]) == 0

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_adafisher import AdaFisherW
-from hf_adafisher.experiments.figures.training_run import StepCallback, prepare_run
+from hf_adafisher.experiments.figures.training_run import StepCallback, prepare_papers_run, prepare_run
 from hf_adafisher.experiments.fisher_accuracy import evaluation
 from hf_adafisher.experiments.fisher_accuracy import exact_fisher as module
 from hf_adafisher.experiments.fisher_accuracy.agreement import (
@@ -416,7 +416,7 @@ def test_comparison_does_not_change_the_training(tmp_path: Path) -> None:
     compared = prepare_seed(chosen, 3)
     layers, exact = compare_run(chosen, compared)
     further = [*chosen.further, "--seed", "3"]
-    plain = prepare_run("digits", 12, chosen.output, None, further)
+    plain = prepare_papers_run("digits", 12, chosen.output, None, further)
     plain.new_trainer([]).train()
     for name, p in plain.model.named_parameters():
         assert torch.equal(p, compared.model.get_parameter(name)), name
@@ -431,7 +431,7 @@ def test_comparison_does_not_change_the_training(tmp_path: Path) -> None:
 def test_terms_of_a_step_are_counted(tmp_path: Path, command: list[str], accumulation: int) -> None:
     """Those that Trainer divides the loss of a text by, and the images of all micro-batches."""
     further = [*command[: command.index("--max_steps")], "--gradient_accumulation_steps", str(accumulation)]
-    run = prepare_run("clm", 2, tmp_path / "a.png", None, [*further, "--update_interval", "1"])
+    run = prepare_run("clm", 2, tmp_path / "a.png", None, [*further, "--step_size", "paper", "--update_interval", "1"])
     observer, counted = RunObserver(run.model, 0.9, 0.9, 64), []
 
     def look(step: int, model: nn.Module, optimizer: Any) -> None:

@@ -65,7 +65,7 @@ def test_files_beside_the_results(finished: Path) -> None:
 
 @pytest.mark.parametrize("optim", ["adafisherw", "adamw"])
 def test_resumed_is_uninterrupted(main: Any, command: list[str], finished: Path, tmp_path: Path, optim: str) -> None:
-    command = [*command, "--save_steps", "2", "--update_interval", "3", "--optim", optim]
+    command = [*command, "--save_steps", "2", "--optim", optim]
     assert main([*command, "--output_dir", str(tmp_path / "whole")]) == 0
     middle = str(tmp_path / "whole" / "checkpoint-2")
     assert main([*command, "--output_dir", str(tmp_path / "rest"), "--resume_from_checkpoint", middle]) == 0

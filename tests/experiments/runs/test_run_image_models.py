@@ -75,15 +75,17 @@ def test_the_optimizer_follows_from_the_kind_of_network(
 
 def test_the_learning_rate_follows_from_the_optimizer(digits: dict[str, Path], tmp_path: Path) -> None:
     rates = {name: optimizer_record(name).learning_rate.value for name in available_optimizers()}
-    rates |= {"adafisher": 0.02, "adafisherw": 0.02}
     for name, rate in rates.items():
         assert parse_image_arguments(["--optim", name, "--output_dir", str(tmp_path)])[2].learning_rate == rate
     assert parse_image_arguments(["--output_dir", str(tmp_path)])[2].learning_rate == 0.02
     assert parse_image_arguments(["--learning_rate", "0.5", "--output_dir", str(tmp_path)])[2].learning_rate == 0.5
     pretrained = ["--model_name_or_path", digits["cct"], *FEW, "--output_dir", tmp_path]
     for flags, rate in (
-        ([], 0.001),
-        (["--optim", "adafisher"], 0.001),
+        ([], 1e-4),
+        (["--optim", "adafisher"], 1e-4),
+        (["--optim", "spectral-adafisher"], 3e-4),
+        (["--optim", "adafisherw", "--step_size", "paper"], 1e-3),
+        (["--optim", "adamw"], 5e-5),
         (["--learning_rate", "0.02"], 0.02),
         (["--optim", "lion"], rates["lion"]),
     ):

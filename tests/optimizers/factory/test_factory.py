@@ -44,14 +44,17 @@ def test_the_names() -> None:
     ]
 
 
-@NAMES
-def test_every_name_trains_moves_every_parameter_and_resumes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "step_size"),
+    [*((name, "") for name in available_optimizers()), ("adafisher", "paper"), ("adafisherw", "paper")],
+)
+def test_every_name_trains_moves_every_parameter_and_resumes(name: str, step_size: str) -> None:
     record = family("gpt2")
     model = record.build()
     own = name in ("sgd", "adam", "adamw", "adafisher", "adafisherw")
     options: dict[str, Any] = {"lr": 1e-2 if own else None, "weight_decay": 0.01}
-    if name.startswith("adafisher"):
-        options |= {"update_interval": 3, "damping": 1e-2}
+    if name.startswith("adafisher") and step_size == "paper":
+        options |= {"step_size": "paper", "update_interval": 3, "damping": 1e-2}
     optimizer = create_optimizer(name, model, **options)
     before = [p.detach().clone() for p in model.parameters()]
     losses = [step(model, optimizer, record) for _ in range(10)]
@@ -115,11 +118,17 @@ def test_create_optimizer_and_trainer_build_the_same_optimizer(name: str, tmp_pa
 
 
 def test_defaults_of_adafisher_by_name_are_not_the_papers() -> None:
+    keys = ("step_size", "lr", "damping", "ema_decay", "update_interval")
     for name in ("adafisher", "adafisherw"):
         group = create_optimizer(name, mlp(3, 2)).param_groups[0]
-        assert [group[key] for key in ("lr", "damping", "ema_decay", "update_interval")] == [0.04, 3e-3, 0.95, 10]
+        assert [group[key] for key in keys] == ["root", 0.02, 0.1, 0.95, 1]
+        group = create_optimizer(name, mlp(3, 2), damping=0.5).param_groups[0]
+        assert [group[key] for key in keys] == ["root", 0.02, 0.5, 0.95, 1]
+        group = create_optimizer(name, mlp(3, 2), step_size="paper", damping=0.5).param_groups[0]
+        assert [group[key] for key in keys] == ["paper", 1e-3, 0.5, 0.8, 100]
     group = AdaFisherW(mlp(3, 2)).param_groups[0]
-    assert [group[key] for key in ("lr", "damping", "ema_decay", "update_interval")] == [1e-3, 1e-3, 0.8, 100]
+    assert [group[key] for key in keys] == ["paper", 1e-3, 1e-3, 0.8, 100]
+    assert AdaFisherW(mlp(3, 2), step_size="root").param_groups[0]["lr"] == 5e-3
     assert create_optimizer("sgd", mlp(3, 2)).param_groups[0]["lr"] == 5e-5
 
 
@@ -183,7 +192,9 @@ def test_state_bytes_count_every_tensor() -> None:
         model(torch.randn(4, 3)).sum().backward()
         optimizer.step()
         assert optimizer_state_bytes(optimizer) == expected
-    optimizer = create_optimizer("adafisherw", model)
-    optimizer.step()
-    # exp_avg; factors (3 + 2) of the weight and 2 of the bias; of each a step (4), an average's weight (8), a mark (4)
-    assert optimizer_state_bytes(optimizer) == (8 + 5 + 2) * 4 + 2 * 16
+    # exp_avg; factors (3 + 2) of the weight and 2 of the bias; of each a step (4), an average's weight (8), and with
+    # hooks a mark (4). Of the 2 x 3 values of so small a matrix the root's factor is all of them.
+    for step_size, expected in (("paper", (8 + 5 + 2) * 4 + 2 * 16), ("root", (8 + 6 + 2) * 4 + 2 * 12)):
+        optimizer = create_optimizer("adafisherw", model, step_size=step_size)
+        optimizer.step()
+        assert optimizer_state_bytes(optimizer) == expected

@@ -78,7 +78,7 @@ def test_fsdp2_is_not_mistaken_for_tensor_parallel(process_group: None) -> None:
         ({"parallelism_config": SimpleNamespace(sp_enabled=True)}, "does not support tensor, context or sequence"),
     ],
 )
-@pytest.mark.parametrize("make", ["class", "name", "factory"])
+@pytest.mark.parametrize("make", ["class", "name", "factory", "root", "spectral"])
 def test_what_accelerate_is_about_to_do_is_refused(
     state: dict[str, Any], message: str, make: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,11 +87,16 @@ def test_what_accelerate_is_about_to_do_is_refused(
     monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", fake)
     builders = {
         "class": lambda: AdaFisherW(mlp(3, 2)),
-        "name": lambda: create_optimizer("adafisherw", mlp(3, 2), lr=0.1),
-        "factory": lambda: OptimizerFactory()(mlp(3, 2), lr=0.1),
+        "name": lambda: create_optimizer("adafisherw", mlp(3, 2), lr=0.1, step_size="paper"),
+        "factory": lambda: OptimizerFactory()(mlp(3, 2), lr=0.1, step_size="paper"),
+        "root": lambda: create_optimizer("adafisherw", mlp(3, 2), lr=0.1),
+        "spectral": lambda: create_optimizer("spectral-adafisher", mlp(3, 2), lr=0.1),
     }
-    with pytest.raises(ValueError, match=message):
-        builders[make]()
+    if make in ("root", "spectral") and "tensor, context" in message:
+        builders[make]()  # what a process sees of a layer does not matter
+    else:
+        with pytest.raises(ValueError, match=message):
+            builders[make]()
     create_optimizer("adamw", mlp(3, 2), lr=0.1)  # the others do not care
 
 
@@ -117,8 +122,13 @@ def test_arguments_refuse_deepspeed_and_fsdp1_and_accept_fsdp2(tmp_path: Path, m
 
 
 def test_our_trainer_refuses_several_gpus_in_one_process(tmp_path: Path) -> None:
-    arguments = AdaFisherTrainingArguments(str(tmp_path), **CPU)
+    arguments = AdaFisherTrainingArguments(str(tmp_path), step_size="paper", **CPU)
     trainer = AdaFisherTrainer(family("gpt2").build(), arguments)
     arguments._n_gpu = 2
     with pytest.raises(ValueError, match=r"does not support DataParallel \(2 GPUs in one process\).*torchrun"):
+        trainer.create_optimizer()
+    for optim in ("adafisherw", "spectral-adafisher"):  # without hooks
+        arguments = AdaFisherTrainingArguments(str(tmp_path), optim=optim, **CPU)
+        trainer = AdaFisherTrainer(family("gpt2").build(), arguments)
+        arguments._n_gpu = 2
         trainer.create_optimizer()

@@ -33,7 +33,10 @@ from tests.cases import mlp
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[3]
-NAMES = pytest.mark.parametrize("name", available_optimizers())
+FORMS = {
+    form: (name, options) for name in available_optimizers() for form, options in optimizer_record(name).forms.items()
+}
+EACH_FORM = pytest.mark.parametrize("form", FORMS)
 STATES: dict[str, tuple[TrainingMode, dict[str, Any]]] = {
     "deepspeed": (DEEPSPEED, {"distributed_type": DistributedType.DEEPSPEED}),
     "megatron": (MEGATRON, {"distributed_type": DistributedType.MEGATRON_LM}),
@@ -45,57 +48,70 @@ STATES: dict[str, tuple[TrainingMode, dict[str, Any]]] = {
 }
 
 
-def assert_support(mode: TrainingMode, name: str, model: nn.Module) -> None:
+def needs_of(form: str) -> Needs:
+    """What a step of this form of an optimizer needs."""
+    name, options = FORMS[form]
+    return optimizer_record(name).needs_with(options)
+
+
+def assert_support(mode: TrainingMode, form: str, model: nn.Module) -> None:
     """The optimizer is refused on the model, by the table's words, or built, as the table has it."""
-    needs = optimizer_record(name).needs
+    (name, options), needs = FORMS[form], needs_of(form)
     if not mode.refused_by(needs):
-        create_optimizer(name, model, lr=0.1)
+        create_optimizer(name, model, lr=0.1, **options)
         return
     with pytest.raises(ValueError, match="does not support") as raised:
-        create_optimizer(name, model, lr=0.1)
+        create_optimizer(name, model, lr=0.1, **options)
     assert f"does not support {mode.name} ({mode.reason}): use {mode.instead}" in str(raised.value)
     assert ("FSDP2" in str(raised.value).partition("): use ")[2]) == (mode.or_fsdp2 and not FSDP2.refused_by(needs))
 
 
-@NAMES
+def test_the_forms_of_adafisher_are_two() -> None:
+    assert len(FORMS) == len(available_optimizers()) + 2
+    assert needs_of("adafisherw") == Needs.SHAPES
+    assert needs_of("adafisherw, step_size=paper") == Needs.SHAPES | Needs.LAYERS
+
+
+@EACH_FORM
 @pytest.mark.parametrize("key", list(STATES))
 def test_every_optimizer_refuses_what_accelerate_is_about_to_do_by_the_table(
-    key: str, name: str, monkeypatch: pytest.MonkeyPatch
+    key: str, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mode, state = STATES[key]
     fake = {"distributed_type": DistributedType.NO, **state}
     monkeypatch.setattr(accelerate.state.AcceleratorState, "_shared_state", fake)
-    assert_support(mode, name, mlp(3, 2))
+    assert_support(mode, form, mlp(3, 2))
 
 
-@NAMES
-def test_every_optimizer_refuses_wrapped_models_by_the_table(name: str, process_group: None) -> None:
+@EACH_FORM
+def test_every_optimizer_refuses_wrapped_models_by_the_table(form: str, process_group: None) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-    assert_support(DATA_PARALLEL, name, nn.DataParallel(mlp(3, 2)))
-    assert_support(FSDP1, name, FullyShardedDataParallel(mlp(3, 2), device_id="cpu", use_orig_params=True))
-    assert_support(FSDP2, name, fully_shard(mlp(4, 2, 2), mesh=init_device_mesh("cpu", (1,))))
+    assert_support(DATA_PARALLEL, form, nn.DataParallel(mlp(3, 2)))
+    assert_support(FSDP1, form, FullyShardedDataParallel(mlp(3, 2), device_id="cpu", use_orig_params=True))
+    assert_support(FSDP2, form, fully_shard(mlp(4, 2, 2), mesh=init_device_mesh("cpu", (1,))))
     split = mlp(4, 2, 2)
     parallelize_module(split, init_device_mesh("cpu", (1,), mesh_dim_names=("tp",)), {"0": ColwiseParallel()})
-    if TENSOR_PARALLEL.refused_by(optimizer_record(name).needs):
-        assert_support(TENSOR_PARALLEL, name, split)
+    if TENSOR_PARALLEL.refused_by(needs_of(form)):
+        assert_support(TENSOR_PARALLEL, form, split)
 
 
-@NAMES
+@EACH_FORM
 def test_every_optimizer_refuses_a_compiling_stock_trainer_by_the_table(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name, options = FORMS[form]
     monkeypatch.setattr(
         accelerate.state.AcceleratorState, "_shared_state", {"dynamo_plugin": SimpleNamespace(backend="INDUCTOR")}
     )
-    if COMPILE_BY_A_STOCK_TRAINER.refused_by(optimizer_record(name).needs):
+    if COMPILE_BY_A_STOCK_TRAINER.refused_by(needs_of(form)):
         with pytest.raises(
             ValueError, match="second derivatives" if COMPILE.name in optimizer_record(name).refuses else "hooks"
         ):
-            OptimizerFactory()(mlp(3, 2), name=name, lr=0.1)
+            OptimizerFactory()(mlp(3, 2), name=name, lr=0.1, **options)
     else:
-        OptimizerFactory()(mlp(3, 2), name=name, lr=0.1)
+        OptimizerFactory()(mlp(3, 2), name=name, lr=0.1, **options)
 
 
 def test_a_remedy_is_never_a_mode_that_the_optimizer_refuses(tmp_path: Path) -> None:
@@ -138,10 +154,10 @@ def test_the_readme_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_table_names_refusing_and_eager_optimizers() -> None:
     rows = {row[0]: dict(zip(MODE_COLUMNS, row, strict=True)) for row in mode_rows()}
     for mode in TRAINING_MODES:
-        for name in available_optimizers():
-            row, support = rows[mode.name], mode.support(optimizer_record(name).needs)
-            assert (f"`{name}`" in row["refused by"]) == (support == "refused")
-            assert (f"`{name}`" in row["due steps run eagerly by"]) == (support == "eager")
+        for form in FORMS:
+            row, support = rows[mode.name], mode.support(needs_of(form))
+            assert (f"`{form}`" in row["refused by"]) == (support == "refused")
+            assert (f"`{form}`" in row["due steps run eagerly by"]) == (support == "eager")
 
 
 def test_validation_imports_nothing_that_imports_it() -> None:

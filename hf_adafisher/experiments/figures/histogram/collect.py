@@ -21,6 +21,7 @@ from hf_adafisher.experiments.figures.command_line import require_at_least
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
     check_same_start,
+    prepare_papers_run,
     prepare_run,
     weights_by_layer,
 )
@@ -171,16 +172,13 @@ def prepare_pair(settings: HistogramSettings) -> list[tuple[PreparedRun, Values]
     """
     chosen, peer = settings.optimizers or (None, None)
 
-    def prepare(optimizer: str | None) -> PreparedRun:
-        return prepare_run(settings.task, settings.steps, settings.output, optimizer, settings.further)
-
-    first = prepare(chosen)
+    first = prepare_papers_run(settings.task, settings.steps, settings.output, chosen, settings.further)
     name = optimizer_name(first.training_args)
     if name not in PEERS:
         raise ValueError(f"the first optimizer is {name!r}; it must be adafisher or adafisherw, whose F is drawn")
     choose_weight(first.model, settings.layer)
     peer = peer or (PEERS[name] if settings.task == "digits" else f"{PEERS[name]}:{_PEER_RATE}")
-    second = prepare(peer)
+    second = prepare_run(settings.task, settings.steps, settings.output, peer, settings.further)
     check_second_moment(second)
     check_same_start({chosen or name: first, peer: second})
     return [(first, fisher_values), (second, second_moment)]
