@@ -845,7 +845,9 @@ class ReferenceRoot:
         ahead = beta * slot.exp_avg + (1 - beta) * grad if group["nesterov"] else slot.exp_avg
         momentum = ahead / (1 - beta**slot.step)
         if param in self.matrices:
-            direction = self._polar_direction(momentum.reshape(len(momentum), -1), group["damping"]).reshape(theta.shape)
+            direction = self._polar_direction(momentum.reshape(len(momentum), -1), group["damping"]).reshape(
+                theta.shape
+            )
         else:
             direction = self._root_direction(param, momentum)
         moved = group["lr"] * direction
