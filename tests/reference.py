@@ -738,8 +738,11 @@ class ReferenceAdaFisher(ReferenceFactored):
         return total + self._group_of(param)["damping"] if normalized else total
 
 
-MATRIX_RMS, VECTOR_RMS, TABLE_RMS = 0.2, 0.2, 1.0
-"""Root mean squares of updates: that of a hidden matrix, and the largest ones of a vector and of any other table."""
+MATRIX_RMS, FULL_RMS, SMALL_RMS = 0.2, 1.0, 0.2
+"""Root mean squares of updates: that of a polar factor; the largest ones of matrices and tables, and of the rest."""
+
+EPS = 1e-8
+"""A damping is its square at least."""
 
 LEAST_RMS = 0.02
 """That of a parameter, at least, where a step is bounded by it."""
@@ -767,11 +770,11 @@ def root_mean_square(values: Tensor) -> Tensor:
     return (values**2).mean() ** 0.5
 
 
-class ReferenceSpectralAdaFisher(ReferenceFactored):
-    """SpectralAdaFisher, slowly, in float64.
+class ReferenceRoot:
+    """AdaFisher(W) by the root of the gradient's own moments, and SpectralAdaFisher, slowly, in float64.
 
-    `hidden` are the weights that move as matrices, with whether each is stored as (inputs, outputs). Groups may have
-    their own value of every option but `ema_decay` and `update_interval`.
+    `small` are the parameters whose directions have the smaller size, `matrices` those that move by a polar factor.
+    Groups may have their own value of every option.
     """
 
     def __init__(
@@ -779,15 +782,14 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
         model: nn.Module,
         groups: list[dict[str, Any]] | None = None,
         *,
-        hidden: dict[Tensor, bool],
+        small: Iterable[Tensor],
+        matrices: Iterable[Tensor] = (),
         lr: float,
         beta: float,
-        relative_damping: float,  # rho
+        damping: float,  # rho
         ema_decay: float,
-        update_interval: int,
         weight_decay: float,
-        input_exponent: float = 0.5,  # e_H
-        output_exponent: float = 0.5,  # e_S
+        decoupled: bool = True,
         nesterov: bool = True,
         max_relative_step: float | None = 0.05,
     ) -> None:
@@ -795,75 +797,99 @@ class ReferenceSpectralAdaFisher(ReferenceFactored):
         options = {
             "lr": lr,
             "beta": beta,
-            "relative_damping": relative_damping,
+            "damping": damping,
+            "ema_decay": ema_decay,
             "weight_decay": weight_decay,
-            "input_exponent": input_exponent,
-            "output_exponent": output_exponent,
             "nesterov": nesterov,
             "max_relative_step": max_relative_step,
         }
-        super().__init__(model, groups, ema_decay=ema_decay, update_interval=update_interval, **options)
-        self.hidden = hidden
+        if groups is None:
+            groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        self.groups = [options | group | {"params": list(group["params"])} for group in groups]
+        self.small, self.matrices, self.decoupled = set(small), set(matrices), decoupled
+        self.slots = {param: Slot() for group in self.groups for param in group["params"]}
+        for module in model.modules():
+            transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+            if transposed and module.weight in self.slots:
+                self.slots[module.weight].transposed = True
+
+    def close(self) -> None:
+        """There are no hooks."""
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for param in self.slots:
+            param.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One optimizer step."""
+        for group in self.groups:
+            for param in group["params"]:
+                if param.grad is not None and param.numel():
+                    self._update(param, group)
 
     def _update(self, param: Tensor, group: dict[str, Any]) -> None:
+        slot, beta = self.slots[param], group["beta"]
         assert param.grad is not None
         theta, grad = param.detach().double(), param.grad.double()
-        momentum = self._take_momentum(param, group, grad)
-        if group["nesterov"]:
-            ahead = (1 - group["beta"]) * grad / (1 - group["beta"] ** self.slots[param].step)
-            momentum = ahead + group["beta"] * momentum
-        if param in self.hidden:
-            direction = self._matrix_direction(param, group, momentum.reshape(len(momentum), -1)).reshape(theta.shape)
+        factors = gradient_factors(grad, slot.transposed)
+        slot.from_gradient = slot.from_gradient or [Average(group["ema_decay"]) for _ in factors]
+        for average, factor in zip(slot.from_gradient, factors, strict=True):
+            average.decay = group["ema_decay"]
+            average.add(factor)
+        if not self.decoupled:
+            grad = grad + group["weight_decay"] * theta
+        slot.exp_avg = (1 - beta) * grad + beta * (torch.zeros_like(grad) if slot.exp_avg is None else slot.exp_avg)
+        slot.step += 1
+        ahead = beta * slot.exp_avg + (1 - beta) * grad if group["nesterov"] else slot.exp_avg
+        momentum = ahead / (1 - beta**slot.step)
+        if param in self.matrices:
+            direction = self._polar_direction(momentum.reshape(len(momentum), -1), group["damping"]).reshape(
+                theta.shape
+            )
         else:
-            direction = self._diagonal_direction(param, momentum)
+            direction = self._root_direction(param, momentum)
         moved = group["lr"] * direction
         if group["max_relative_step"] is not None and param.dim() > 1 and moved.any():
             most = group["max_relative_step"] * max(root_mean_square(theta), LEAST_RMS)
             moved = moved * min(1.0, most / root_mean_square(moved))
-        param.copy_(theta - moved - group["lr"] * group["weight_decay"] * theta)
+        decay = group["lr"] * group["weight_decay"] * theta if self.decoupled else 0.0
+        param.copy_(theta - moved - decay)
 
-    def _matrix_direction(self, param: Tensor, group: dict[str, Any], momentum: Tensor) -> Tensor:
-        """`O = diag(a) polar(diag(a) M diag(b)) diag(b)`, scaled; a and b from the means of F along its lines."""
-        diagonal = self.fisher_diagonal(param, normalized=False).reshape(momentum.shape)
-        exponents = [group["output_exponent"], group["input_exponent"]]
-        if self.hidden[param]:
-            exponents.reverse()
+    def _polar_direction(self, momentum: Tensor, rho: float) -> Tensor:
+        """`O = diag(a) polar(diag(a) M diag(b)) diag(b)`, scaled; a and b from the momentum's own lines."""
+        if not momentum.any():
+            return momentum
         whitenings = []
-        for axis, exponent in enumerate(exponents):
-            means = diagonal.mean(1 - axis)
-            relative = means / means.mean() if means.any() else torch.ones_like(means)
-            whitenings.append(torch.diag((relative + group["relative_damping"]) ** -exponent))
+        for axis in range(2):
+            means = (momentum**2).mean(1 - axis)
+            whitenings.append(torch.diag((means / means.mean() + rho) ** -0.5))
         a, b = whitenings
         direction = a @ iterated_polar(a @ momentum @ b) @ b
-        return MATRIX_RMS * direction / root_mean_square(direction) if direction.any() else direction
+        return MATRIX_RMS * direction / root_mean_square(direction)
 
-    def _diagonal_direction(self, param: Tensor, momentum: Tensor) -> Tensor:
-        diagonal = self.fisher_diagonal(param)
-        largest = TABLE_RMS if param.dim() > 1 else VECTOR_RMS
-        unknown = param.numel() == 1 and not self.slots[param].uses
-        if unknown or not diagonal.any():
-            return largest * momentum / root_mean_square(momentum) if momentum.any() else momentum
-        direction = momentum / diagonal**0.5
-        return largest * direction / max(1.0, float(root_mean_square(direction)))
+    def _root_direction(self, param: Tensor, momentum: Tensor) -> Tensor:
+        size = SMALL_RMS if param in self.small else FULL_RMS
+        if param.numel() == 1:  # nothing is known of it
+            return size * momentum / momentum.abs() if momentum.any() else momentum
+        direction = momentum / self.fisher_diagonal(param) ** 0.5
+        return direction * min(1.0, size / max(float(root_mean_square(direction)), 1e-300))
 
     def fisher_diagonal(self, param: Tensor, *, normalized: bool = True) -> Tensor:
-        """In the parameter's shape: on the scale of the batch's gradient, with `relative_damping` or raw."""
+        """In the parameter's shape: damped, or raw."""
         slot = self.slots[param]
-        modules = self._modules_of(param)
-        if modules:
-            terms = [watched.product(role, summed=True) for watched, role in modules]
-        else:
-            factors = [average.read() for average in slot.from_gradient]
-            product = slot.gradient_product(factors, param.shape)
-            if len(factors) > 1:  # each of them has the mean of grad^2 of its matrix
-                s, h = factors
-                if slot.uses and (groups := h[..., 0].numel() // max(product[0, ..., 0].numel(), 1)) > 1:
-                    means = h.reshape(groups, -1).mean(1).repeat_interleave(len(s) // groups)
-                    mean = means.reshape(-1, *[1] * (product.dim() - 1))
-                else:
-                    mean = h.mean([a for a in range(h.dim()) if slot.uses or s.shape[a] == 1], keepdim=not slot.uses)
-                product = torch.where(mean > 0, product / mean, torch.zeros_like(product))
-            terms = [product]
-        total = sum(term.reshape(param.shape) for term in terms)
-        assert isinstance(total, Tensor)
-        return total + self._group_of(param)["relative_damping"] * total.mean() if normalized else total
+        factors = [average.read() for average in slot.from_gradient]
+        product = slot.gradient_product(factors, param.shape)
+        if len(factors) > 1:  # each of them has the mean of grad^2 of its matrix
+            stack = gradient_axes(param.shape, slot.transposed)[0]
+            mean = factors[1].mean([axis for axis in range(param.dim()) if axis not in stack], keepdim=True)
+            product = torch.where(mean > 0, product / mean, torch.zeros_like(product))
+        damping = max(float(self._group_of(param)["damping"] * product.mean()), EPS**2)
+        return product + damping if normalized else product
+
+    def _group_of(self, param: Tensor) -> dict[str, Any]:
+        for group in self.groups:
+            if any(param is member for member in group["params"]):
+                return group
+        raise KeyError("the parameter is in no group")
