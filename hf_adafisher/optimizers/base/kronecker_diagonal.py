@@ -22,6 +22,7 @@ from hf_adafisher.optimizers.sharding import local_part, local_terms
 from hf_adafisher.optimizers.update import (
     Block,
     RootCoefficients,
+    damping_terms,
     root_coefficients,
 )
 
