@@ -194,6 +194,21 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         """Whether ``step_size`` is ``"root"``."""
         return self.step_size == "root"
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of the model's parameters; its ``step_size``, if it has one, must be the optimizer's.
+
+        Raises:
+            ValueError: As ``HookedOptimizer.add_param_group``, or for another ``step_size``.
+        """
+        asked = param_group.get("step_size", self.step_size) if isinstance(param_group, dict) else self.step_size
+        STEP_SIZE.range.check("step_size", asked)
+        if asked != self.step_size:  # the constructor's group too: factors and defaults are of one form
+            raise ValueError(
+                f"step_size={asked!r} of a parameter group differs from the optimizer's {self.step_size!r}: all groups "
+                "move in one form, which is given to the constructor"
+            )
+        super().add_param_group(param_group)
+
     def _update_parameters(self) -> None:
         if self.step_size == "root":
             self._move_by_root(self._members(), self._compiled)

@@ -227,7 +227,7 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
     rms = rms * c.correction
     least = squares.new_tensor([LEAST_DIRECTION if size.exact else size.rms for size in sizes])
     factor = squares.new_tensor([size.rms for size in sizes]) / torch.maximum(rms, least)
-    bound = c.most * norm_rms.clamp_min(LEAST_RMS) / (factor * rms * c.lr)
+    bound = c.most * norm_rms.clamp_min(LEAST_RMS) / (factor * rms * c.lr).abs()
     bounded = squares.new_tensor([size.bounded for size in sizes], dtype=torch.bool)
     bound = torch.where(bounded & (bound < 1.0), bound, torch.ones_like(bound))
     return factor * bound * -c.lr * c.correction

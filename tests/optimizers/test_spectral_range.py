@@ -1,4 +1,4 @@
-"""The spectral AdaFisher at the ends of float32, with options that change between refreshes, and with odd heads."""
+"""The spectral AdaFisher at the ends of float32, and with odd heads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch.testing import assert_close
 
 from hf_adafisher import SpectralAdaFisher
 from hf_adafisher.fisher.gradient import GradientDiagonal, gradient_estimate
-from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.polar import polar_factor
-from hf_adafisher.optimizers.update import diagonal_direction
 
 
 def draw(*shape: int) -> Tensor:
@@ -52,33 +50,18 @@ def test_spectral_estimates_of_parameters_without_a_rule_scale_as_gradients_squa
     assert_close(product.double() / scale**2, expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e3, 1e30])
-def test_spectral_diagonals_of_zeros_know_no_scale(size: float) -> None:
-    m = draw(5, 4) * size
-    moved = diagonal_direction(m.clone(), [(torch.zeros(5, 1), torch.ones(1, 4))], 0.1)
-    assert_close(moved, diagonal_direction(draw(5, 4), [()], 0.1))
-    assert_close(moved.square().mean().sqrt(), torch.tensor(1.0))
-
-
-def test_spectral_options_that_change_between_refreshes_take_effect_at_once() -> None:
-    """Also where the metric was made before: a resumed run would make it from the new options."""
-
-    def weights(change: bool, reload: bool) -> Tensor:
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e18])
+def test_spectral_hidden_steps_of_very_small_and_large_gradients(scale: float) -> None:
+    """Those of a hidden matrix do not depend on the scale, however far squares are from float32's range."""
+    ends = []
+    for factor in (1.0, scale):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
-        optimizer = SpectralAdaFisher(model, lr=0.1, update_interval=100)
-        for step in range(4):
-            if step == 2 and change:
-                optimizer.param_groups[0].update(relative_damping=10.0, input_exponent=0.0)
-            if step == 2 and reload:
-                optimizer.load_state_dict(optimizer.state_dict())
-            optimizer.zero_grad()
-            model(draw(9, 6)).square().mean().backward()
-            optimizer.step()
-        return model[2].weight.detach()  # type: ignore[return-value]
-
-    assert not torch.equal(weights(True, False), weights(False, False))
-    assert_close(weights(True, False), weights(True, True), rtol=0, atol=0)
+        model = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 2))
+        optimizer = SpectralAdaFisher(model, lr=0.1, max_relative_step=None)
+        model[0].weight.grad = draw(9, 8) * factor
+        optimizer.step()
+        ends.append(model[0].weight.detach())
+    assert_close(*ends, rtol=1e-3, atol=1e-4)
 
 
 def test_spectral_heads_that_are_grouped_convolutions_are_no_matrices() -> None:
@@ -114,8 +97,3 @@ def test_spectral_kernels_shared_by_convolutions_of_different_groups_move() -> N
     model(draw(2, 4, 12)).square().mean().backward()
     optimizer.step()
     assert model.dense.weight.isfinite().all() and not torch.equal(model.dense.weight, before)
-
-
-def test_spectral_steps_are_not_described_as_divisions_by_the_diagonal() -> None:
-    with pytest.raises(TypeError, match="about AdaFisher and AdaFisherW, got SpectralAdaFisher"):
-        layer_curvature(SpectralAdaFisher(nn.Linear(3, 2)))  # type: ignore[arg-type]
