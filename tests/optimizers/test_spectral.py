@@ -179,8 +179,10 @@ def rescaled_cosines(largest: float, **options: Any) -> list[float]:
 
 
 def test_spectral_steps_depend_less_on_the_units_of_channels_than_muons() -> None:
-    """Measured: in units of 1/2 to 2 cosines are 0.83 to 0.95, Muon's 0.71 to 0.79; of 1/4 to 4, 0.59 to 0.68 and 0.31
-    to 0.43. They are not 1: rows are measured in the units of all columns, and columns in those of all rows.
+    """They are not alike: rows are measured in the units of all columns, and columns in those of all rows.
+
+    Measured: in units of 1/2 to 2 cosines are 0.83 to 0.95, Muon's 0.71 to 0.79; of 1/4 to 4, 0.59 to 0.68 and 0.31
+    to 0.43.
     """
     for largest, least, most in ((2.0, 0.82, 0.8), (4.0, 0.58, 0.45)):
         ours, muons = rescaled_cosines(largest), rescaled_cosines(largest, relative_damping=1e14)
