@@ -28,7 +28,7 @@ def test_the_stock_trainer_example_builds_the_optimizer(tmp_path: Path) -> None:
     scope = {"model": record.build(), "dataset": record.dataset(8)}
     exec(example.replace('"out"', f'"{tmp_path}", use_cpu=True, report_to="none"'), scope)
     optimizer = scope["trainer"].create_optimizer()  # type: ignore[attr-defined]
-    assert isinstance(optimizer, AdaFisherW) and optimizer.defaults["lr"] == 0.04
+    assert isinstance(optimizer, AdaFisherW) and optimizer.defaults["lr"] == 1e-4
 
 
 @pytest.mark.parametrize(("name", "path"), re.findall(r"\[`(test_\w+)`\]\(([\w/.-]+)\)", TEXT))

@@ -129,7 +129,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         update_interval: T_cov, optimizer steps between two refreshes of the factors, >= 1. Default 100; "root" takes
             them at every step and nothing else.
         weight_decay: kappa, >= 0. Default 0.
-        step_size: ``"paper"`` (default) or ``"root"``.
+        step_size: The form, ``"paper"`` or ``"root"``. Default "paper".
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own;
             ``"float32"`` is worth its memory where the weights are bfloat16. Factors are float32 in any case.
         compiled: Update large parameters with kernels made by ``torch.compile``: faster steps, after some seconds of
@@ -191,7 +191,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
 
     @property
     def divides_by_root(self) -> bool:  # type: ignore[override]
-        """Whether ``step_size`` is ``"root"``."""
+        """True with ``step_size="root"``."""
         return self.step_size == "root"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -66,7 +66,7 @@ class SpectralAdaFisherOptions(OptimizerOptions):
 
     needs: ClassVar[Needs] = Needs.SHAPES
 
-    lr: float = option(1e-2, LEARNING_RATE, symbol="")
+    lr: float = option(2e-2, LEARNING_RATE, symbol="")
     beta: float = option(0.9, BETA, argument=True)
     relative_damping: float = option(0.1, RELATIVE_DAMPING, argument=True, identifies=True)
     ema_decay: float = option(0.95, EMA_DECAY, argument=True)
@@ -122,7 +122,7 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         model: The module to train.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
             ``model``. Default: all trainable parameters. Groups may set every option below.
-        lr: Learning rate, >= 0. Default 0.01.
+        lr: Learning rate, >= 0. Default 0.02.
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         relative_damping: rho, > 0: what is added to factors, and to F, in units of their means. Default 0.1.
         ema_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.

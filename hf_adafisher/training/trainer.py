@@ -395,6 +395,8 @@ def _warn_of_a_foreign_default(name: str, learning_rate: float) -> None:
     # Most defaults are numbers that one may well choose, so they are told by being the very object of the record.
     kept = any(learning_rate is default for default in defaults)
     telling = (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE, max(defaults))
+    if name in available_optimizers() and learning_rate == optimizer_record(name).fine_tuning_rate:
+        return
     if learning_rate != right and (kept or learning_rate in telling):
         logger.warning(
             "optim=%s runs with learning_rate=%s, the default of other optimizers; its own is %s.",

@@ -57,7 +57,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def three(two: Results, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Results of three processes that continue from the two processes' distributed checkpoint."""
     folder = tmp_path_factory.mktemp("three")
-    torchrun(3, "reload", str(folder), two[0]["folder"])
+    torchrun(3, "reload", str(folder), str(Path(two[0]["folder"]) / "paper"))
     return load(folder, 3)
 
 

@@ -10,6 +10,7 @@ import copy
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,10 @@ from tests.model_zoo import family
 from tests.training_helper import make_trainer, optimizer_of, train
 
 OPTIONS: dict[str, Any] = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.8, "update_interval": 3, "weight_decay": 0.05}
-SPECTRAL: dict[str, Any] = {key: value for key, value in OPTIONS.items() if key != "damping"}
+ROOT: dict[str, Any] = {key: value for key, value in OPTIONS.items() if key != "update_interval"}
+SPECTRAL: dict[str, Any] = {key: value for key, value in ROOT.items() if key != "damping"}
+KINDS = ("paper", "root", "spectral")
+"""AdaFisherW in both forms, and SpectralAdaFisher."""
 STEPS = 7
 GLOBAL_BATCH = 12
 """Rows that one, two and three processes share evenly."""
@@ -49,8 +53,18 @@ def full(value: Any) -> Any:
     return value.full_tensor().detach().clone() if isinstance(value, DTensor) else value.detach().clone()
 
 
-def build_optimizer(model: nn.Module, spectral: bool) -> KroneckerDiagonalOptimizer:
-    return SpectralAdaFisher(model, **SPECTRAL) if spectral else AdaFisherW(model, **OPTIONS)
+def build_optimizer(model: nn.Module, kind: str) -> KroneckerDiagonalOptimizer:
+    if kind == "spectral":
+        return SpectralAdaFisher(model, **SPECTRAL)
+    return AdaFisherW(model, **(ROOT if kind == "root" else OPTIONS), step_size=kind)
+
+
+def diagonals_of(model: nn.Module, optimizer: KroneckerDiagonalOptimizer) -> dict[str, Tensor]:
+    """That of every parameter that has factors, or is a single value."""
+    matrices = {row.name for row in optimizer.coverage() if row.role in ("hidden matrix", "input")}
+    without = matrices if isinstance(optimizer, SpectralAdaFisher) else set()
+    named = model.named_parameters()
+    return {name: optimizer.fisher_diagonal(p) for name, p in named if name not in without}
 
 
 def state_of(model: nn.Module, optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str, Tensor]]:
@@ -106,18 +120,17 @@ class CountAllReduces:
 # --- DistributedDataParallel ------------------------------------------------------------------
 
 
-def data_parallel(name: str = "gpt2", spectral: bool = False) -> dict[str, Any]:
+def data_parallel(name: str = "gpt2", kind: str = "paper") -> dict[str, Any]:
     """A plain loop under DistributedDataParallel."""
     model = build(name)
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
-    optimizer = build_optimizer(model, spectral)
+    optimizer = build_optimizer(model, kind)
     with CountAllReduces() as reductions:
         loop(name, wrapped, optimizer)
-    diagonals = {key: optimizer.fisher_diagonal(p) for key, p in model.named_parameters()}
     return {
         "weights": weights_of(model),
         "state": state_of(model, optimizer),
-        "diagonals": diagonals,
+        "diagonals": diagonals_of(model, optimizer),
         "reductions": reductions.count,
         "refreshes": optimizer.param_groups[0]["refreshes"],
     }
@@ -135,11 +148,12 @@ class Branching(nn.Module):
         return self.head(torch.tanh(self.branch(hidden)) if use_branch else hidden)
 
 
-def unused_on_one_rank() -> dict[str, Any]:
+def unused_on_one_rank(kind: str = "paper") -> dict[str, Any]:
     torch.manual_seed(0)
     model = Branching().double()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = AdaFisherW(model, lr=0.05, update_interval=1)
+    interval = {"update_interval": 1} if kind == "paper" else {}
+    optimizer = build_optimizer(model, kind) if kind == "spectral" else AdaFisherW(model, step_size=kind, **interval)
     rank, _ = rank_and_world()
     generator = torch.Generator().manual_seed(rank)
     for step in range(4):
@@ -198,9 +212,14 @@ def different_models() -> dict[str, Any]:
     return {"error": ""}
 
 
-def trainer(folder: Path, seed: int = 0, **options: Any) -> AdaFisherTrainer:
+def trainer(folder: Path, kind: str = "paper", seed: int = 0, **options: Any) -> AdaFisherTrainer:
     """The same global batch, in two micro-batches, whatever the number of processes."""
     _, world = rank_and_world()
+    optim = {
+        "paper": {"step_size": "paper", "update_interval": 3, "damping": 0.1},
+        "root": {"step_size": "root"},
+        "spectral": {"optim": "spectral-adafisher"},
+    }[kind]
     return make_trainer(
         folder,
         family("gpt2"),
@@ -209,22 +228,21 @@ def trainer(folder: Path, seed: int = 0, **options: Any) -> AdaFisherTrainer:
         per_device_train_batch_size=GLOBAL_BATCH // world // 2,
         gradient_accumulation_steps=2,
         max_steps=8,
-        update_interval=3,
         learning_rate=0.02,
-        damping=0.1,
         save_strategy="steps",
         save_steps=4,
         logging_steps=100,
         **({"ddp_backend": "gloo"} if world > 1 else {}),
+        **optim,
         **options,
     )
 
 
-def under_trainer(folder: Path) -> dict[str, Any]:
+def under_trainer(folder: Path, kind: str = "paper") -> dict[str, Any]:
     """The Trainer, then a second one that resumes from the middle of an update interval."""
-    whole = trainer(folder / "whole")
+    whole = trainer(folder / "whole", kind)
     whole.train()
-    resumed = trainer(folder / "resumed", seed=1)
+    resumed = trainer(folder / "resumed", kind, seed=1)
     resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-4"))
     results = {}
     for kind, run in (("whole", whole), ("resumed", resumed)):
@@ -254,10 +272,10 @@ def shard(model: nn.Module, replicas: int = 1) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def fully_sharded(name: str, replicas: int = 1, spectral: bool = False) -> dict[str, Any]:
+def fully_sharded(name: str, replicas: int = 1, kind: str = "paper") -> dict[str, Any]:
     """As in a plain loop: shard, then build the optimizer."""
     model = shard(build(name), replicas)
-    optimizer = build_optimizer(model, spectral)
+    optimizer = build_optimizer(model, kind)
     with CountAllReduces() as reductions:
         loop(name, model, optimizer)
     kinds = {key: isinstance(p, DTensor) for key, p in model.named_parameters()}
@@ -265,7 +283,7 @@ def fully_sharded(name: str, replicas: int = 1, spectral: bool = False) -> dict[
     return {
         "weights": weights_of(model),
         "state": state_of(model, optimizer),
-        "diagonals": {key: optimizer.fisher_diagonal(p) for key, p in model.named_parameters()},
+        "diagonals": diagonals_of(model, optimizer),
         "reductions": reductions.count,
         "sharded": all(kinds.values()) and all(momentum.values()),
         "summary": optimizer.curvature_summary(),
@@ -286,6 +304,72 @@ def grouped_convolution() -> dict[str, Any]:
         model(my_rows({"x": images})["x"]).pow(3).mean().backward()
         optimizer.step()
     return {"weights": weights_of(model), "state": state_of(model, optimizer)}
+
+
+class Uneven(nn.Module):
+    """Of two processes one has more rows of most parameters, and none at all of those of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.grouped = nn.Conv2d(2, 9, 2), nn.Conv2d(9, 9, (1, 2), groups=3)
+        self.table, self.positions = nn.Embedding(7, 9), nn.Parameter(torch.randn(1, 4, 9))
+        self.cls, self.single = nn.Parameter(torch.randn(1, 1, 9)), nn.Parameter(torch.ones(1))
+        self.stack = nn.Parameter(torch.randn(3, 10, 9))
+        self.hidden, self.one, self.norm = nn.Linear(10, 11), nn.Linear(11, 1), nn.LayerNorm(1)
+        self.head = nn.Linear(11, 3)
+
+    def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
+        pixels = self.grouped(torch.tanh(self.patches(images))).flatten(2).mT
+        rows = self.table(tokens) + self.positions + self.cls + pixels.mean(1, keepdim=True)
+        rows = torch.einsum("eoi,bti->bto", self.stack, torch.tanh(rows))
+        hidden = torch.tanh(self.hidden(rows))
+        return self.head(hidden) * self.single + torch.tanh(self.one(hidden)) + self.norm(hidden[..., :1])
+
+
+def uneven(kind: str, replicas: int = 1) -> dict[str, Any]:
+    """Shards of different sizes and empty ones; one process has one shard of everything."""
+    torch.manual_seed(0)
+    model = Uneven().double()
+    if dist.is_initialized():
+        shard(model, replicas)
+    optimizer = build_optimizer(model, kind)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(step)
+        tokens = torch.randint(0, 7, (GLOBAL_BATCH, 4), generator=generator)
+        images = torch.randn(GLOBAL_BATCH, 2, 3, 3, generator=generator)
+        mine = my_rows({"tokens": tokens, "images": images})
+        (model(**mine) - 1.0).pow(2).mean().backward()
+        optimizer.step()
+    rows = {name: p.to_local().shape[0] if isinstance(p, DTensor) else len(p) for name, p in model.named_parameters()}
+    return {
+        "weights": weights_of(model),
+        "state": state_of(model, optimizer),
+        "diagonals": diagonals_of(model, optimizer),
+        "rows": rows,
+    }
+
+
+def sums_over_shards() -> dict[str, Any]:
+    """Gradient factors, and a sum over shards, of shapes that two processes do not share evenly."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from hf_adafisher.fisher.gradient import GradientDiagonal
+    from hf_adafisher.optimizers.base.gradient_statistics import _factors
+
+    _, world = rank_and_world()
+    found: dict[str, Any] = {}
+    for shape in ((1,), (3,), (1, 12), (3, 12), (13, 10), (1, 9, 12), (3, 9, 12), (9, 10, 3, 3)):
+        for axis in range(min(len(shape), 2)):
+            whole = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            grad = whole
+            if dist.is_initialized():
+                grad = distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(axis)])
+            local = sharding.local_part(grad)
+            total = sharding.sum_over_shards(torch.stack([local.sum(), local.square().sum()]), grad)
+            found[f"{shape} along {axis}"] = {"sums": total, **_factors(GradientDiagonal(), grad)}
+    return found
 
 
 SHARDABLE = [name for name in available_optimizers() if "FSDP2" not in optimizer_record(name).refuses]
@@ -325,7 +409,7 @@ def factor_of_an_offloaded_shard() -> dict[str, Any]:
     return {"devices": [rows.device.type, columns.device.type], "shapes": [tuple(rows.shape), tuple(columns.shape)]}
 
 
-def through_accelerate(name: str, spectral: bool = False) -> dict[str, Any]:
+def through_accelerate(name: str, kind: str = "paper") -> dict[str, Any]:
     """accelerate's own code for FSDP2, which replaces the parameters of an optimizer that was built before.
 
     Its public `prepare` shards on accelerators only, so the method behind it is called on the CPU.
@@ -342,32 +426,32 @@ def through_accelerate(name: str, spectral: bool = False) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
     accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
     model = build(name)
-    optimizer = build_optimizer(model, spectral)
+    optimizer = build_optimizer(model, kind)
     model, prepared = accelerator._prepare_fsdp2(model, optimizer)
     assert prepared.optimizer is optimizer
     loop(name, model, optimizer)
     return {"weights": weights_of(model), "state": state_of(model, optimizer)}
 
 
-def distributed_checkpoint(folder: Path, spectral: bool = False) -> dict[str, Any]:
+def distributed_checkpoint(folder: Path, kind: str = "paper") -> dict[str, Any]:
     """Save in the middle of an interval, load into a new model and optimizer, go on."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
     model = shard(build("gpt2"))
-    optimizer = build_optimizer(model, spectral)
+    optimizer = build_optimizer(model, kind)
     loop("gpt2", model, optimizer, last=4)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "dcp"))
     loop("gpt2", model, optimizer, first=4)
     return {
         "uninterrupted": {"weights": weights_of(model), "state": state_of(model, optimizer)},
-        "resumed": reload_distributed_checkpoint(folder, spectral),
+        "resumed": reload_distributed_checkpoint(folder, kind),
         "fresh": saved_before_the_first_step(),
     }
 
 
-def reload_distributed_checkpoint(folder: Path, spectral: bool = False) -> dict[str, Any]:
+def reload_distributed_checkpoint(folder: Path, kind: str = "paper") -> dict[str, Any]:
     """Load what `distributed_checkpoint` saved, with any number of processes, and make the remaining steps."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -378,8 +462,8 @@ def reload_distributed_checkpoint(folder: Path, spectral: bool = False) -> dict[
         for p in model.parameters():
             p.normal_()
     shard(model)
-    damping = "relative_damping" if spectral else "damping"
-    optimizer = build_optimizer(model, spectral)
+    damping = "relative_damping" if kind == "spectral" else "damping"
+    optimizer = build_optimizer(model, kind)
     optimizer.param_groups[0][damping] = 0.7
     weights, state = get_state_dict(model, optimizer)
     dcp.load({"model": weights, "optimizer": state}, checkpoint_id=str(folder / "dcp"))
@@ -406,26 +490,29 @@ def saved_before_the_first_step() -> dict[str, Any]:
 
 
 def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
-    return {
-        "data_parallel": data_parallel,
-        "unused_on_one_rank": unused_on_one_rank,
+    found: dict[str, Callable[[], dict[str, Any]]] = {
         "not_a_number_on_one_rank": not_a_number_on_one_rank,
         "different_models": different_models,
-        "fully_sharded_gpt2": lambda: fully_sharded("gpt2"),
         "fully_sharded_vit": lambda: fully_sharded("vit"),
         "fully_sharded_llama": lambda: fully_sharded("llama"),
-        "spectral_data_parallel": lambda: data_parallel(spectral=True),
-        "spectral_fully_sharded_gpt2": lambda: fully_sharded("gpt2", spectral=True),
-        "spectral_fully_sharded_convnext": lambda: fully_sharded("convnext", spectral=True),
-        "spectral_distributed_checkpoint": lambda: distributed_checkpoint(folder / "spectral", spectral=True),
+        "root_fully_sharded_convnext": lambda: fully_sharded("convnext", kind="root"),
+        "spectral_fully_sharded_convnext": lambda: fully_sharded("convnext", kind="spectral"),
         "grouped_convolution": grouped_convolution,
         "others_sharded": others_sharded,
+        "sums_over_shards": sums_over_shards,
         "factor_of_an_offloaded_shard": factor_of_an_offloaded_shard,
-        "distributed_checkpoint": lambda: distributed_checkpoint(folder),
-        "under_trainer": lambda: under_trainer(folder / "trainer"),
-        "through_accelerate": lambda: through_accelerate("vit"),
-        "spectral_through_accelerate": lambda: through_accelerate("vit", spectral=True),
     }
+    for kind in KINDS:
+        found |= {
+            f"{kind}_data_parallel": partial(data_parallel, kind=kind),
+            f"{kind}_unused_on_one_rank": partial(unused_on_one_rank, kind),
+            f"{kind}_fully_sharded_gpt2": partial(fully_sharded, "gpt2", kind=kind),
+            f"{kind}_uneven": partial(uneven, kind),
+            f"{kind}_distributed_checkpoint": partial(distributed_checkpoint, folder / kind, kind),
+            f"{kind}_under_trainer": partial(under_trainer, folder / f"{kind}_trainer", kind),
+            f"{kind}_through_accelerate": partial(through_accelerate, "vit", kind),
+        }
+    return found
 
 
 def main() -> None:
@@ -438,7 +525,9 @@ def main() -> None:
             results[name] = scenario()
             dist.barrier()
     elif what == "hybrid":
-        results["hybrid"] = fully_sharded("gpt2", replicas=2)
+        for kind in KINDS:
+            results[f"{kind}_hybrid"] = fully_sharded("gpt2", replicas=2, kind=kind)
+            results[f"{kind}_uneven"] = uneven(kind, replicas=2)
     else:
         results["reloaded"] = reload_distributed_checkpoint(Path(sys.argv[3]))
     torch.save(copy.deepcopy(results), folder / f"rank{os.environ['RANK']}.pt")

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_adafisher import AdaFisherW, SpectralAdaFisher
+from hf_adafisher import AdaFisherW
 from hf_adafisher.fisher import FactorRecorder
 from tests.cases import mlp
 from tests.equivalence import Training, assert_same_training
@@ -91,16 +91,15 @@ UNRELATED = [
 ]
 
 
-@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher])
 @pytest.mark.parametrize("unrelated", UNRELATED, ids=lambda function: function.__name__)
 def test_e16_autograd_grad_that_trains_nothing_does_not_enter_the_factors(
-    unrelated: Callable[[nn.Module], None], cls: Any
+    unrelated: Callable[[nn.Module], None],
 ) -> None:
     """E16: an unused gradient on a due step changed the step's direction to a cosine of 0.35."""
     trainings = []
     for disturbed in (False, True):
         model = network()
-        optimizer = cls(model, update_interval=1)
+        optimizer = AdaFisherW(model, update_interval=1)
         for _ in range(2):
             optimizer.zero_grad()
             if disturbed:
@@ -257,17 +256,14 @@ def bert() -> nn.Module:
     return BertForSequenceClassification(config)
 
 
-@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher])
-def test_e19_eval_mode_changes_nothing_where_layers_compute_the_same(
-    cls: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_e19_eval_mode_changes_nothing_where_layers_compute_the_same(caplog: pytest.LogCaptureFixture) -> None:
     """E19: ``from_pretrained`` leaves a model in eval mode, and everything fell to gradient factors."""
     generator = torch.Generator().manual_seed(0)
     tokens, labels = torch.randint(0, 30, (4, 6), generator=generator), torch.tensor([0, 1, 2, 0])
     trainings = []
     for training in (True, False):
         model = bert().train(training)
-        optimizer = cls(model, lr=1e-3, update_interval=2)
+        optimizer = AdaFisherW(model, lr=1e-3, update_interval=2)
         for _ in range(4):
             optimizer.zero_grad()
             model(input_ids=tokens, labels=labels).loss.backward()
@@ -344,14 +340,13 @@ def test_e24_an_adapter_with_params_given_records_what_trains() -> None:
 # --- E25: what an exception leaves behind -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [AdaFisherW, SpectralAdaFisher])
 @pytest.mark.parametrize("fails", ["in the backward", "after it"])
-def test_e25_a_failed_backward_and_model_zero_grad_leave_no_statistics(cls: Any, fails: str) -> None:
+def test_e25_a_failed_backward_and_model_zero_grad_leave_no_statistics(fails: str) -> None:
     """E25: without ``optimizer.zero_grad()`` the layers that came before the error counted twice."""
     trainings = []
     for broken in (False, True):
         model = network()
-        optimizer = cls(model, update_interval=1)
+        optimizer = AdaFisherW(model, update_interval=1)
         for _ in range(3):
             if broken:
                 hidden = model[1](model[0](torch.randn(7, 4, generator=torch.Generator().manual_seed(5))))

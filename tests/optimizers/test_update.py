@@ -20,9 +20,17 @@ from hf_adafisher import AdaFisher, AdaFisherTrainingArguments, AdaFisherW, crea
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 from hf_adafisher.optimizers import blocks as blocks_module
 from hf_adafisher.optimizers import compiled as compiled_module
-from hf_adafisher.optimizers.blocks import split_into_blocks, update_in_blocks
+from hf_adafisher.optimizers.blocks import RootParameter, root_update_in_blocks, split_into_blocks, update_in_blocks
 from hf_adafisher.optimizers.compiled import CompiledUpdate
-from hf_adafisher.optimizers.update import Block, StepCoefficients, step_coefficients
+from hf_adafisher.optimizers.update import (
+    Block,
+    DirectionSize,
+    RootCoefficients,
+    StepCoefficients,
+    damping_terms,
+    root_coefficients,
+    step_coefficients,
+)
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "beta": 0.9, "damping": 1e-2, "weight_decay": 0.1}
 FORMS = pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "l2"])
@@ -159,6 +167,157 @@ def test_parameters_of_all_shapes_and_dtypes_are_updated_together(
             assert_close(tensor.double(), right, rtol=accuracy, atol=accuracy * max(size, 1.0) / 10)
 
 
+ROOT_OPTIONS: dict[str, Any] = {"lr": 0.05, "beta": 0.9, "damping": 0.1, "weight_decay": 0.1}
+SIZES = pytest.mark.parametrize("rms", [1.0, 0.2, 0.05])
+
+
+def root_by_definition(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    terms: Sequence[DiagonalTerm],
+    rms: float,
+    *,
+    step: int,
+    decoupled: bool,
+    nesterov: bool = True,
+    max_relative_step: float | None = 0.05,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """The new parameter and moment by the root of the diagonal, out of place, over whole tensors.
+
+    A parameter whose terms hold no factor always moves by this root mean square.
+    """
+    lr, beta, decay = options["lr"], options["beta"], options["weight_decay"]
+    diagonal = torch.zeros(param.shape, dtype=torch.float64)
+    for term in terms:
+        product = torch.ones(max((f.shape for f in term), key=len, default=()), dtype=torch.float64)
+        for factor in term:
+            product = product * factor
+        diagonal = diagonal + (product.reshape(param.shape) if product.numel() == param.numel() else product)
+    grad = grad if decoupled else grad + decay * param
+    moment = beta * exp_avg + (1 - beta) * grad
+    ahead = beta * moment + (1 - beta) * grad if nesterov else moment
+    direction = ahead / (1 - beta**step) / (diagonal + options["damping"] * diagonal.mean()).sqrt()
+    length = float(direction.square().mean().sqrt())
+    direction = direction * (min(1.0, rms / length) if any(terms) else rms / length)
+    if max_relative_step is not None and param.dim() > 1:
+        most = max_relative_step * max(float(param.square().mean().sqrt()), 0.02)
+        direction = direction * min(1.0, most / (lr * float(direction.square().mean().sqrt())))
+    return param - lr * (direction + decay * param if decoupled else direction), moment
+
+
+def root_parameter(param: Tensor, grad: Tensor, exp_avg: Tensor, terms: Sequence[DiagonalTerm], rms: float) -> Any:
+    """What the optimizers make of a parameter."""
+    damping = damping_terms(terms, ROOT_OPTIONS["damping"], param.dim())
+    size = DirectionSize(rms, exact=not damping, bounded=param.dim() > 1)
+    return RootParameter(Block(param, grad, exp_avg, [*terms, *damping]), size, param)
+
+
+def root_numbers(*, step: int, decoupled: bool, **options: Any) -> RootCoefficients:
+    return root_coefficients(ROOT_OPTIONS | options, step, decoupled)
+
+
+FILLED = pytest.mark.parametrize("name", [name for name, example in EXAMPLES.items() if 0 not in example.shape])
+
+
+@FILLED
+@FORMS
+@SIZES
+@pytest.mark.parametrize("block", [1 << 18, 40, 3, 1])
+def test_root_follows_the_definition_in_blocks_of_any_size(
+    name: str, rms: float, decoupled: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The norms are those of the whole, however many blocks it is cut into. Gradients are left as they are."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", block)
+    example = EXAMPLES[name]
+    param, exp_avg = example.tensor(), example.tensor() * 0.0
+    for step, options in enumerate(({}, {"nesterov": False}, {"max_relative_step": None}, {"lr": 1e-3}), start=1):
+        grad = example.tensor()
+        before, moment_before, grad_before = param.clone(), exp_avg.clone(), grad.clone()
+        numbers = {"step": step, "decoupled": decoupled, **options}
+        root_update_in_blocks([root_parameter(param, grad, exp_avg, example.terms, rms)], root_numbers(**numbers))
+        expected, moment = root_by_definition(
+            before, grad, moment_before, example.terms, rms, **{**ROOT_OPTIONS, **numbers}
+        )
+        assert_close(param, expected)
+        assert_close(exp_avg, moment)
+        assert torch.equal(grad, grad_before)
+
+
+@FORMS
+@pytest.mark.parametrize("block", [1 << 18, 400, 100, 7])
+def test_root_of_parameters_of_all_shapes_and_dtypes_together_is_that_of_each(
+    decoupled: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small ones share calls but no norms, large ones are cut, and dtypes are never mixed; and all by definition."""
+    numbers = {"step": 2, "decoupled": decoupled}
+    double, single, half = torch.float64, torch.float32, torch.bfloat16
+    together, alone, expected = [], [], []
+    for dtype, momentum in ((double, double), (single, single), (half, single), (half, half), (double, double)):
+        for i, example in enumerate(e for e in EXAMPLES.values() if 0 not in e.shape):
+            param, grad, exp_avg = (example.tensor().to(dtype) for _ in range(3))
+            exp_avg, rms = exp_avg.to(momentum), (1.0, 0.2, 0.05)[i % 3]
+            terms = [tuple(f.to(double if dtype == double else single) for f in term) for term in example.terms]
+            doubles = [tensor.double() for tensor in (param, grad, exp_avg)]
+            expected.append(root_by_definition(*doubles, example.terms, rms, **ROOT_OPTIONS, **numbers))
+            alone.append(root_parameter(param.clone(), grad, exp_avg.clone(), terms, rms))
+            together.append(root_parameter(param, grad, exp_avg, terms, rms))
+    for parameter in alone:
+        root_update_in_blocks([parameter], root_numbers(**numbers))
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", block)
+    root_update_in_blocks(iter(together), root_numbers(**numbers))
+    for ours, single_one, right in zip(together, alone, expected, strict=True):
+        for tensor, other, exact in zip(
+            (ours.block.param, ours.block.exp_avg),
+            (single_one.block.param, single_one.block.exp_avg),
+            right,
+            strict=True,
+        ):
+            accuracy = {double: 1e-12, single: 1e-5, half: 1e-2}[tensor.dtype]
+            assert_close(tensor, other, rtol=accuracy, atol=accuracy / 10)
+            assert_close(tensor.double(), exact, rtol=accuracy, atol=accuracy / 10)
+
+
+def test_root_of_a_parameter_without_values_is_nothing() -> None:
+    tensors = [torch.zeros(0, 3) for _ in range(3)]
+    root_update_in_blocks(
+        [root_parameter(*tensors, [(torch.zeros(0, 1), torch.ones(1, 3))], 0.2)], root_numbers(step=1, decoupled=True)
+    )
+    root_update_in_blocks([], root_numbers(step=1, decoupled=True))
+
+
+@pytest.mark.parametrize("limit", [1 << 18, 50])
+def test_root_batches_are_no_larger_than_a_block(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And there are few calls: small parameters share them."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", limit)
+    calls, own = [], blocks_module.root_directions
+    monkeypatch.setattr(blocks_module, "root_directions", lambda b, c: calls.append(b) or own(b, c))
+    shapes = [(4, 5)] * 7 + [(9, 12)] + [(3,)] * 30
+    parameters = [
+        root_parameter(*(torch.randn(shape) for _ in range(3)), [(torch.rand(shape),)], 0.2) for shape in shapes
+    ]
+    root_update_in_blocks(parameters, root_numbers(step=1, decoupled=True))
+    sizes = [sum(block.param.numel() for block in blocks) for blocks in calls]
+    assert sum(sizes) == 7 * 20 + 108 + 90 and max(sizes) <= limit
+    assert len(calls) == 1 if limit > 1000 else len(calls) <= 10
+
+
+@pytest.mark.parametrize("momentum", [torch.bfloat16, torch.float32])
+def test_root_of_low_precision_is_rounded_once(momentum: torch.dtype) -> None:
+    """bfloat16 weights are the float64 result rounded, except where float32 rounding decides a tie."""
+    example, numbers = EXAMPLES["matrix"], {"step": 1, "decoupled": True}
+    param, grad = (example.tensor().bfloat16() for _ in range(2))
+    exp_avg = torch.zeros_like(param, dtype=momentum)
+    terms = [tuple(factor.float() for factor in term) for term in example.terms]
+    doubles = [tensor.double() for tensor in (param, grad, exp_avg)]
+    expected, moment = root_by_definition(*doubles, example.terms, 0.2, **ROOT_OPTIONS, **numbers)
+    root_update_in_blocks([root_parameter(param, grad, exp_avg, terms, 0.2)], root_numbers(**numbers))
+    assert exp_avg.dtype == momentum
+    assert (param != expected.bfloat16()).float().mean() < 0.01
+    assert_close(exp_avg, moment.to(momentum))
+
+
 @SHAPES
 @pytest.mark.parametrize("limit", [40, 3, 1])
 def test_blocks_cover_a_parameter_once_and_hold_at_most_the_limit(name: str, limit: int) -> None:
@@ -257,6 +416,61 @@ def test_compiled_equals_eager_in_other_precisions(
     compare(["matrix", "vector"], 4, dtypes, monkeypatch)
 
 
+def compare_root(
+    examples: Sequence[str], steps: int, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Both updates by the root side by side with options that change at every step; the graphs there are after each."""
+    monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
+    run, graphs, pairs = CompiledUpdate(), [], []
+    factors = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    for i, name in enumerate(examples):
+        example = EXAMPLES[name]
+        terms = [tuple(f.to(factors) for f in term) for term in example.terms]
+        param, exp_avg = example.tensor().to(dtypes[0]), torch.zeros_like(example.tensor(), dtype=dtypes[1])
+        pairs.append((example, terms, (1.0, 0.2, 0.05)[i % 3], (param, exp_avg), (param.clone(), exp_avg.clone())))
+    for step in range(1, steps + 1):
+        changing = {"lr": 0.05 / step, "beta": 1.0 - 1.0 / (step + 1), "weight_decay": 0.01 * step}
+        for example, terms, rms, (p, m), (q, n) in pairs:
+            grad = example.tensor().to(dtypes[0])
+            numbers = root_numbers(step=step, decoupled=step % 2 == 0, **changing)
+            root_update_in_blocks([root_parameter(p, grad, m, terms, rms)], numbers)
+            other = root_parameter(q, grad, n, terms, rms)
+            assert run.supports(other.block)
+            run.root_update_(other, numbers)
+            assert run.works
+            close = {"rtol": 2e-2, "atol": 2e-2} if dtypes[0] == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+            assert_close(q, p, **close, msg=lambda text, e=example, s=step: f"{e.shape}, step {s}: {text}")
+            assert_close(n, m, **close)
+        graphs.append(counters["stats"]["unique_graphs"])
+    return graphs
+
+
+def test_root_compiled_equals_eager_without_compiling_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices, vectors and single values; nothing is compiled after the first of each kind of decay."""
+    names = ["matrix", "vector", "one", "square"]
+    graphs = compare_root(names, 6, (torch.float32, torch.float32), monkeypatch)
+    assert graphs[-1] == graphs[1]
+
+
+@pytest.mark.slow
+def test_root_compiled_equals_eager_for_every_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [name for name, example in EXAMPLES.items() if 0 not in example.shape]
+    graphs = compare_root(names, 20, (torch.float32, torch.float32), monkeypatch)
+    assert graphs[-1] == graphs[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["float64", "bfloat16 with float32", "bfloat16"],
+)
+def test_root_compiled_equals_eager_in_other_precisions(
+    dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare_root(["matrix", "vector"], 4, dtypes, monkeypatch)
+
+
 @pytest.mark.slow
 def test_one_kernel_serves_all_sizes_of_a_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrices of many shapes share a graph, and so do convolutions, in steps of more and of fewer parameters."""
@@ -276,7 +490,8 @@ def train(kind: type[AdaFisher], compiled: bool, steps: int, **options: Any) -> 
     """A model with large and small parameters and a schedule; the graphs after each step."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(130, 140), nn.Tanh(), nn.Linear(140, 150), nn.LayerNorm(150), nn.Linear(150, 3))
-    optimizer = kind(model, lr=1e-3, damping=0.1, update_interval=7, compiled=compiled, weight_decay=0.01, **options)
+    options = {"update_interval": 7} | options if options.get("step_size") != "root" else options
+    optimizer = kind(model, lr=1e-3, damping=0.1, compiled=compiled, weight_decay=0.01, **options)
     graphs = []
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 / (1 + step)
@@ -295,6 +510,32 @@ def test_a_compiled_optimizer_equals_an_eager_one_for_fifty_steps(kind: type[Ada
     twin, other, _ = train(kind, False, 50)
     assert_close(model.state_dict(), twin.state_dict(), rtol=1e-5, atol=1e-6)
     assert_close(optimizer.state_dict()["state"], other.state_dict()["state"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+def test_root_of_a_compiled_optimizer_equals_an_eager_one(kind: type[AdaFisher]) -> None:
+    """Large weights by one kernel for both sizes that are the same; a schedule compiles nothing again."""
+    model, optimizer, graphs = train(kind, True, 20, step_size="root")
+    assert optimizer._compiled is not None and optimizer._compiled.works
+    assert graphs == [graphs[0]] * 20 and graphs[0] == 1
+    twin, other, _ = train(kind, False, 20, step_size="root")
+    assert_close(model.state_dict(), twin.state_dict(), rtol=1e-4, atol=1e-5)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_close(optimizer.state[p], other.state[q], rtol=1e-3, atol=1e-5)
+
+
+def test_root_where_no_compiler_works_it_warns_once_and_is_eager(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with caplog.at_level(logging.WARNING, "hf_adafisher"):
+        model, _, _ = train(AdaFisherW, True, 5, step_size="root")
+    assert caplog.text.count("torch.compile does not work here") == 1
+    twin, _, _ = train(AdaFisherW, False, 5, step_size="root")
+    assert_close(model.state_dict(), twin.state_dict(), rtol=1e-6, atol=1e-8)
 
 
 def replace_tensors(model: nn.Module, optimizer: AdaFisher, step: int) -> None:
@@ -436,7 +677,7 @@ def test_errors_of_a_step_are_not_taken_for_a_missing_compiler(calls: int, monke
         if next(left, None) is None:
             raise error
 
-    monkeypatch.setattr(compiled_module, "_kernel", functools.cache(lambda kind: kernel))
+    monkeypatch.setattr(compiled_module, "_kernel", functools.cache(lambda kind, rule: kernel))
     with pytest.raises(type(error), match=str(error)):
         train(AdaFisherW, True, 5)
 
@@ -450,7 +691,7 @@ def test_a_kind_that_fails_to_compile_is_updated_once_and_so_are_those_before_an
     tensors = [[example.tensor(), example.tensor(), torch.zeros(example.shape)] for example in kinds]
     twins = [[tensor.clone() for tensor in three] for three in tensors]
     numbers, run, own = coefficients(**OPTIONS, step=1, decoupled=True), CompiledUpdate(), compiled_module._kernel
-    broken = functools.cache(lambda kind: broken_kernel if len(kind) > 6 else own(kind))
+    broken = functools.cache(lambda kind, rule: broken_kernel if len(kind) > 7 else own(kind, rule))
     monkeypatch.setattr(compiled_module, "_kernel", broken)
     for example, three in zip(kinds, tensors, strict=True):
         block = Block(*three, example.terms)
@@ -541,3 +782,22 @@ def test_a_step_launches_kernels_for_all_parameters_together(
     assert 10 < count(10, bias=False) < 30
     assert count(20, bias=False) - count(10, bias=False) == 10
     assert count(20, bias=True) - count(10, bias=True) == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+def test_root_moves_parameters_together(
+    kind: type[AdaFisher], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a device's block size: directions, norms and moves of all parameters in one call each."""
+    monkeypatch.setattr(blocks_module, "CPU_BLOCK", blocks_module.DEVICE_BLOCK)
+    calls: list[int] = []
+    for name in ("root_directions", "root_factors", "root_move_"):
+        own = getattr(blocks_module, name)
+        monkeypatch.setattr(blocks_module, name, lambda *args, own=own: calls.append(len(args[0])) or own(*args))
+    model = nn.ModuleList([nn.Linear(7, 5) for _ in range(9)]).to(dtype)
+    optimizer = kind(model, weight_decay=0.1, step_size="root")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert calls == [18, 2, 18]  # the factors are of two rows: of squares of directions and of parameters

@@ -45,8 +45,8 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optim", "expected"),
     [
-        ("adafisherw", 0.02),
-        ("adafisher", 0.02),
+        ("adafisherw", 0.004),
+        ("adafisher", 0.004),
         ("spectral-adafisher", 0.02),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
@@ -76,7 +76,7 @@ def test_each_form_has_its_own_defaults(optim: str, tmp_path: Path) -> None:
         group = optimizer.param_groups[0]
         return {name: group[name] for name in ("lr", "damping", "ema_decay", "update_interval", "step_size")}
 
-    root = {"lr": 0.02, "damping": 0.1, "ema_decay": 0.95, "update_interval": 1, "step_size": "root"}
+    root = {"lr": 0.004, "damping": 0.1, "ema_decay": 0.95, "update_interval": 1, "step_size": "root"}
     paper = {"lr": 1e-3, "damping": 1e-3, "ema_decay": 0.8, "update_interval": 100, "step_size": "paper"}
     assert options() == options(step_size="root") == root
     assert options(step_size="paper") == options(optim_args="step_size=paper") == paper
@@ -104,7 +104,7 @@ def test_the_help_has_the_defaults_of_both_forms(capsys: pytest.CaptureFixture[s
     text = " ".join(capsys.readouterr().out.split())
     assert "in units of its mean (root) (lambda), > 0. Default: 0.1; 0.001 with step_size=paper." in text
     assert "average (gamma), in [0, 1). Default: 0.95; 0.8 with step_size=paper." in text
-    assert ">= 1. Default: 1; 100 with step_size=paper." in text and "Default: 0.02 for AdaFisher(W)" in text
+    assert ">= 1. Default: 1; 100 with step_size=paper." in text and "Default: 0.004 for AdaFisher(W)" in text
 
 
 def test_defaults_are_those_of_the_docstring_and_of_training_arguments(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_set_optimizer_takes_every_name(tmp_path: Path) -> None:
     assert arguments.set_optimizer("adafisherw", learning_rate=0.1) is arguments
     assert (arguments.optim, arguments.learning_rate) == ("adafisherw", 0.1)
     assert arguments.set_optimizer("adafactor").optim == "adafactor"
-    assert arguments.set_optimizer("adafisher").learning_rate == 0.02
+    assert arguments.set_optimizer("adafisher").learning_rate == 0.004
     assert arguments.set_optimizer("adamw").learning_rate == 5e-5
     with pytest.raises(ValueError, match=r"unknown optim 'adafishrw', did you mean 'adafisherw'"):
         arguments.set_optimizer("adafishrw")

@@ -205,11 +205,13 @@ def test_stock_arguments_and_another_optimizers_default_learning_rate_are_pointe
     make_trainer(tmp_path, RECORD, AdaFisherTrainer, TrainingArguments).create_optimizer()
     assert "got TrainingArguments" in caplog.text and "pass AdaFisherTrainingArguments" in caplog.text
     caplog.clear()
-    our_trainer(tmp_path, learning_rate=5e-5).create_optimizer()
-    assert "optim=adafisherw runs with learning_rate=5e-05" in caplog.text and "its own is 0.02" in caplog.text
+    our_trainer(tmp_path, learning_rate=5e-5).create_optimizer()  # a rate of AdamW's, which is one of AdaFisherW's too
+    assert not caplog.text
+    our_trainer(tmp_path, optim="spectral-adafisher", learning_rate=5e-5).create_optimizer()
+    assert "optim=spectral-adafisher runs with learning_rate=5e-05" in caplog.text and "its own is 0.02" in caplog.text
     caplog.clear()
-    our_trainer(tmp_path, optim="adamw_torch", learning_rate=0.02).create_optimizer()
-    assert "optim=adamw_torch runs with learning_rate=0.02" in caplog.text and "its own is 5e-05" in caplog.text
+    our_trainer(tmp_path, optim="adamw_torch", learning_rate=0.004).create_optimizer()
+    assert "optim=adamw_torch runs with learning_rate=0.004" in caplog.text and "its own is 5e-05" in caplog.text
     caplog.clear()
     our_trainer(tmp_path).create_optimizer()
     our_trainer(tmp_path, step_size="paper").create_optimizer()
@@ -217,7 +219,7 @@ def test_stock_arguments_and_another_optimizers_default_learning_rate_are_pointe
 
 
 @pytest.mark.parametrize(
-    ("optim", "start"), [("adafisherw", 1e-4), ("adafisher", 1e-4), ("spectral-adafisher", 3e-4), ("adamw", None)]
+    ("optim", "start"), [("adafisherw", 5e-5), ("adafisher", 5e-5), ("spectral-adafisher", 3e-4), ("adamw", None)]
 )
 def test_pretrained_weights_with_a_default_for_scratch_are_pointed_out(
     optim: str, start: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -228,13 +230,14 @@ def test_pretrained_weights_with_a_default_for_scratch_are_pointed_out(
     trainer = our_trainer(tmp_path, model=model, optim=optim)
     trainer.create_optimizer()
     trainer.create_optimizer()
+    default = "0.02" if optim == "spectral-adafisher" else "0.004"
     said = [record.getMessage() for record in caplog.records if "fine-tune" in record.getMessage()]
     assert len(said) == (0 if start is None else 1)
     if start is not None:
-        assert "learning_rate=0.02, which is for training from scratch" in said[0]
+        assert f"learning_rate={default}, which is for training from scratch" in said[0]
         assert str(tmp_path / "weights") in said[0] and f"set learning_rate: {start} is" in said[0]
     caplog.clear()
-    our_trainer(tmp_path, model=model, optim=optim, learning_rate=float("0.02")).create_optimizer()
+    our_trainer(tmp_path, model=model, optim=optim, learning_rate=float(default)).create_optimizer()
     our_trainer(tmp_path, model=RECORD.build(), optim=optim).create_optimizer()
     if optim.startswith("adafisher"):  # the paper's rate is no rate for scratch
         our_trainer(tmp_path, model=model, optim=optim, step_size="paper").create_optimizer()

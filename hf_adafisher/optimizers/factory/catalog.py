@@ -78,7 +78,7 @@ _own(
     lr=SourcedDefault(0.02, "docs/spectral.md, from scratch; fine-tuning wants 3e-4"),
     fine_tuning_rate=3e-4,
     momentum="beta",
-    memory="4 for hidden matrices, 4 + 4 (r + c) / (r c) for others",
+    memory="4; 4 + 4 (r + c) / (r c) for what is no hidden matrix",
 )
 _torch(
     "sgd",

@@ -77,7 +77,7 @@ def test_the_learning_rate_follows_from_the_optimizer(digits: dict[str, Path], t
     rates = {name: optimizer_record(name).learning_rate.value for name in available_optimizers()}
     for name, rate in rates.items():
         assert parse_image_arguments(["--optim", name, "--output_dir", str(tmp_path)])[2].learning_rate == rate
-    assert parse_image_arguments(["--output_dir", str(tmp_path)])[2].learning_rate == 0.02
+    assert parse_image_arguments(["--output_dir", str(tmp_path)])[2].learning_rate == 0.004
     assert parse_image_arguments(["--learning_rate", "0.5", "--output_dir", str(tmp_path)])[2].learning_rate == 0.5
     pretrained = ["--model_name_or_path", digits["cct"], *FEW, "--output_dir", tmp_path]
     for flags, rate in (

@@ -121,9 +121,9 @@ def test_defaults_of_adafisher_by_name_are_not_the_papers() -> None:
     keys = ("step_size", "lr", "damping", "ema_decay", "update_interval")
     for name in ("adafisher", "adafisherw"):
         group = create_optimizer(name, mlp(3, 2)).param_groups[0]
-        assert [group[key] for key in keys] == ["root", 0.02, 0.1, 0.95, 1]
+        assert [group[key] for key in keys] == ["root", 0.004, 0.1, 0.95, 1]
         group = create_optimizer(name, mlp(3, 2), damping=0.5).param_groups[0]
-        assert [group[key] for key in keys] == ["root", 0.02, 0.5, 0.95, 1]
+        assert [group[key] for key in keys] == ["root", 0.004, 0.5, 0.95, 1]
         group = create_optimizer(name, mlp(3, 2), step_size="paper", damping=0.5).param_groups[0]
         assert [group[key] for key in keys] == ["paper", 1e-3, 0.5, 0.8, 100]
     group = AdaFisherW(mlp(3, 2)).param_groups[0]
