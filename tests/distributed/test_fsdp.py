@@ -110,11 +110,19 @@ def test_hsdp_two_replicas_of_two_shards_equal_one_process(four: Results, kind: 
 
 @KINDS
 def test_fsdp_through_accelerate_which_replaces_the_parameters_of_a_built_optimizer(two: Results, kind: str) -> None:
-    """It still knows its layers and its matrices."""
+    """It still knows its layers and its matrices.
+
+    The gradient of an attention's key bias is zero but for rounding. Divided by its own root it moves, and no two
+    orders of summation make the same of it.
+    """
     alone = worker.data_parallel("vit", kind=kind)
+    noise = [name for name in alone["weights"] if name.endswith("k_proj.bias") and kind != "paper"]
     for result in two:
+        both = result[f"{kind}_through_accelerate"]
         for part in ("weights", "state"):
-            assert_close(result[f"{kind}_through_accelerate"][part], alone[part])
+            found, expected = ({k: v for k, v in side[part].items() if k not in noise} for side in (both, alone))
+            assert len(found) == len(both[part]) - len(noise) > 0
+            assert_close(found, expected)
 
 
 @KINDS

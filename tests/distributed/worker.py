@@ -59,12 +59,18 @@ def build_optimizer(model: nn.Module, kind: str) -> KroneckerDiagonalOptimizer:
     return AdaFisherW(model, **(ROOT if kind == "root" else OPTIONS), step_size=kind)
 
 
+def _has_no_factors(optimizer: Any, p: Any) -> bool:
+    """True for a single value by the root: nothing is known of it."""
+    return p.numel() == 1 and not optimizer.defaults.get("update_interval", 1) > 1
+
+
 def diagonals_of(model: nn.Module, optimizer: KroneckerDiagonalOptimizer) -> dict[str, Tensor]:
-    """That of every parameter that has factors, or is a single value."""
+    """That of every parameter that has factors."""
     matrices = {row.name for row in optimizer.coverage() if row.role in ("hidden matrix", "input")}
     without = matrices if isinstance(optimizer, SpectralAdaFisher) else set()
     named = model.named_parameters()
-    return {name: optimizer.fisher_diagonal(p) for name, p in named if name not in without}
+    known = [(name, p) for name, p in named if name not in without and not _has_no_factors(optimizer, p)]
+    return {name: optimizer.fisher_diagonal(p) for name, p in known}
 
 
 def state_of(model: nn.Module, optimizer: KroneckerDiagonalOptimizer) -> dict[str, dict[str, Tensor]]:
@@ -315,7 +321,7 @@ class Uneven(nn.Module):
         self.table, self.positions = nn.Embedding(7, 9), nn.Parameter(torch.randn(1, 4, 9))
         self.cls, self.single = nn.Parameter(torch.randn(1, 1, 9)), nn.Parameter(torch.ones(1))
         self.stack = nn.Parameter(torch.randn(3, 10, 9))
-        self.hidden, self.one, self.norm = nn.Linear(10, 11), nn.Linear(11, 1), nn.LayerNorm(1)
+        self.hidden, self.one, self.norm = nn.Linear(10, 11), nn.Linear(11, 1), nn.LayerNorm(3)
         self.head = nn.Linear(11, 3)
 
     def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
@@ -323,7 +329,7 @@ class Uneven(nn.Module):
         rows = self.table(tokens) + self.positions + self.cls + pixels.mean(1, keepdim=True)
         rows = torch.einsum("eoi,bti->bto", self.stack, torch.tanh(rows))
         hidden = torch.tanh(self.hidden(rows))
-        return self.head(hidden) * self.single + torch.tanh(self.one(hidden)) + self.norm(hidden[..., :1])
+        return self.norm(self.head(hidden)) * self.single + torch.tanh(self.one(hidden))
 
 
 def uneven(kind: str, replicas: int = 1) -> dict[str, Any]:

@@ -150,7 +150,10 @@ def test_options_that_all_groups_share(name: str, option: str) -> None:
     groups: list[dict[str, Any]] = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     groups[1][option] = another_value(name, option)
     if options_of(name).specifications()[option].shared:
-        with pytest.raises(ValueError, match=f"{option} must be the same in all parameter groups|{option}=.* of a parameter group differs"):
+        with pytest.raises(
+            ValueError,
+            match=f"{option} must be the same in all parameter groups|{option}=.* of a parameter group differs",
+        ):
             optimizer_record(name).cls(model, groups)
     else:
         assert optimizer_record(name).cls(model, groups).param_groups[1][option] == groups[1][option]

@@ -170,7 +170,7 @@ class ImageTrainingArguments(RunTrainingArguments):
     """RunTrainingArguments with an optimizer that, unless one is named, follows from the kind of network.
 
     As in the paper, convolutional networks train with AdaFisher, whose weight decay is part of the gradient, and
-    transformers with AdaFisherW. Where no learning rate is given, that of both is 0.02 from scratch and 1e-4 for
+    transformers with AdaFisherW. Where no learning rate is given, that of both is 0.004 from scratch and 5e-5 for
     pretrained weights (with ``step_size="paper"`` always the paper's 1e-3); all are starting points for a scan.
     """
 

@@ -107,14 +107,13 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         members = []
         for group, p, grad, state in moving:
             if p.numel():
-                terms, step = self._terms_of(p, state, grad), int(state["step"].item())
+                # Those of gradients are made for all parameters together, later.
+                later = isinstance(self._statistics, GradientStatistics)
+                terms = () if later else self._statistics.terms(p, state, grad)
+                step = int(state["step"].item())
                 sharded = self._statistics.entry_of(p).sharded
                 members.append(Member(group, p, grad, state["exp_avg"], step, terms, sharded))
         return members
-
-    def _terms_of(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> Sequence[DiagonalTerm]:
-        """Terms of the diagonal; those of gradients are made for all parameters together, later."""
-        return () if isinstance(self._statistics, GradientStatistics) else self._statistics.terms(p, state, grad)
 
     def _move_by_root(self, members: Iterable[Member], compiled: CompiledUpdate | None = None) -> None:
         """Move parameters by their momentum over the root of their diagonal (``root_directions``).

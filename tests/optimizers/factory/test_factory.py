@@ -128,7 +128,7 @@ def test_defaults_of_adafisher_by_name_are_not_the_papers() -> None:
         assert [group[key] for key in keys] == ["paper", 1e-3, 0.5, 0.8, 100]
     group = AdaFisherW(mlp(3, 2)).param_groups[0]
     assert [group[key] for key in keys] == ["paper", 1e-3, 1e-3, 0.8, 100]
-    assert AdaFisherW(mlp(3, 2), step_size="root").param_groups[0]["lr"] == 5e-3
+    assert AdaFisherW(mlp(3, 2), step_size="root").param_groups[0]["lr"] == 4e-3
     assert create_optimizer("sgd", mlp(3, 2)).param_groups[0]["lr"] == 5e-5
 
 
