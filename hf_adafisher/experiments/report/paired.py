@@ -68,15 +68,15 @@ def _metrics(setting: SettingResults) -> list[Metric]:
 
 def _common(first: SettingResults, second: SettingResults) -> list[int]:
     """Seeds that both settings ran with."""
-    seeds = [{cell.settings["seed"] for cell in setting.cells} for setting in (first, second)]
-    return sorted(seeds[0] & seeds[1])
+    seeds = [{cell.settings.get("seed") for cell in setting.cells} for setting in (first, second)]
+    return sorted(seed for seed in seeds[0] & seeds[1] if seed is not None)
 
 
 def _difference(first: SettingResults, second: SettingResults, metric: Metric) -> tuple[str, bool]:
     """The difference as text, and whether its interval leaves out 0."""
     seeds = _common(first, second)
     values = [
-        [next(cell for cell in setting.cells if cell.settings["seed"] == seed).values[metric.name] for seed in seeds]
+        [next(cell for cell in setting.cells if cell.settings.get("seed") == seed).values[metric.name] for seed in seeds]
         for setting in (first, second)
     ]
     if any(value is None for side in values for value in side):

@@ -250,7 +250,7 @@ class OptimizerOptions:
         """
         names = cls.names(in_groups=True)
         for name in cls.names(shared=True):  # before others are checked by what it decides
-            if group[name] is None:  # the form's default, or that of the others
+            if group[name] is None and cls.defaults()[name] is None:  # the form's default, or that of the others
                 group[name] = first[name]
                 continue
             cls.specifications()[name].range.check(name, group[name])
