@@ -76,7 +76,10 @@ def _difference(first: SettingResults, second: SettingResults, metric: Metric) -
     """The difference as text, and whether its interval leaves out 0."""
     seeds = _common(first, second)
     values = [
-        [next(cell for cell in setting.cells if cell.settings.get("seed") == seed).values[metric.name] for seed in seeds]
+        [
+            next(cell for cell in setting.cells if cell.settings.get("seed") == seed).values[metric.name]
+            for seed in seeds
+        ]
         for setting in (first, second)
     ]
     if any(value is None for side in values for value in side):

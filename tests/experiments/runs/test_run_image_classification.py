@@ -156,7 +156,23 @@ def test_timing_only_trains_and_writes_the_times(tmp_path: Path, capsys: pytest.
 
 def test_the_curvature_is_recorded_where_it_is_asked_for(finished: Path, tmp_path: Path) -> None:
     assert not (finished / CURVATURE_FILE).exists()
-    assert run(*TINY, *FEW, "--max_steps", 3, "--curvature_log", "true", "--output_dir", tmp_path) == 0
+    assert (
+        run(
+            *TINY,
+            *FEW,
+            "--max_steps",
+            3,
+            "--curvature_log",
+            "true",
+            "--step_size",
+            "paper",
+            "--update_interval",
+            10,
+            "--output_dir",
+            tmp_path,
+        )
+        == 0
+    )
     (line,) = read_curvature(tmp_path / CURVATURE_FILE)  # the factors are refreshed every ten steps
     model = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert line["step"] == 1 and set(line["layers"]) == {name for name, _ in model.named_parameters()}
