@@ -120,11 +120,6 @@ def gradient_term(diagonal: ParameterDiagonal, grad: Tensor) -> DiagonalTerm:
     return diagonal.expand(diagonal.from_gradient(grad), grad.shape)
 
 
-def gradient_estimate(diagonal: ParameterDiagonal, grad: Tensor) -> DiagonalTerm:
-    """Term of a diagonal from this gradient, not normalised, on the scale of ``grad^2``."""
-    return on_gradient_scale(diagonal.expand(diagonal.from_gradient(grad), grad.shape, normalize=False))
-
-
 def on_gradient_scale(term: DiagonalTerm) -> DiagonalTerm:
     """Means of ``grad^2`` along rows and columns as a product on its scale: row times column over mean, in each matrix.
 

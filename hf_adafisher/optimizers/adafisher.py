@@ -181,18 +181,14 @@ class AdaFisher(KroneckerDiagonalOptimizer):
             compiled=compiled,
         )
         self.step_size = options.step_size
+        self.divides_by_root = options.step_size == "root"
         self._compiled = CompiledUpdate() if options.compiled else None
         super().__init__(model, params, options)
 
     def _new_tracker(self) -> FactorStatistics:
-        if self.step_size == "root":
+        if self.divides_by_root:
             return GradientStatistics(self.model, type(self).__name__, hidden_factors=True)
         return super()._new_tracker()
-
-    @property
-    def divides_by_root(self) -> bool:  # type: ignore[override]
-        """True with ``step_size="root"``."""
-        return self.step_size == "root"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of the model's parameters; its ``step_size``, if it has one, must be the optimizer's.
@@ -210,7 +206,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         super().add_param_group(param_group)
 
     def _update_parameters(self) -> None:
-        if self.step_size == "root":
+        if self.divides_by_root:
             self._move_by_root(self._members(), self._compiled)
             return
         batches: dict[tuple[int, int], tuple[StepCoefficients, list[Block]]] = {}

@@ -29,13 +29,23 @@ from hf_adafisher.optimizers.base.options import (
     option,
 )
 from hf_adafisher.optimizers.sharding import full_tensor, local_part, local_values
-from hf_adafisher.optimizers.update import bound_relative_step, spectral_directions
+from hf_adafisher.optimizers.update import (
+    UPDATE_RMS,
+    Block,
+    DirectionSize,
+    root_coefficients,
+    root_factors,
+    root_move_,
+    spectral_directions,
+)
 from hf_adafisher.optimizers.validation.training_modes import Needs
 
 logger = logging.getLogger(__name__)
 
 BATCH_VALUES = 1 << 24
 """At most this many values are orthogonalised at once (one matrix, where it has more)."""
+SPECTRAL_SIZE = DirectionSize(UPDATE_RMS, exact=True, bounded=True)
+"""Size of a hidden matrix's direction."""
 
 RELATIVE_DAMPING = Option(
     Size(
@@ -233,15 +243,10 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         return full_tensor(momentum)
 
     def _move(self, member: Member, direction: Tensor) -> None:
-        lr, weight_decay, p = float(member.group["lr"]), member.group["weight_decay"], local_part(member.param)
-        most = member.group["max_relative_step"]
-        if most is not None and p.dim() > 1:
-            norm = full_tensor(torch.linalg.vector_norm(member.param.detach(), dtype=direction.dtype))
-            direction = bound_relative_step(direction, lr, norm, most)
-        direction = local_values(direction, member.param)
-        moved = p if p.dtype == direction.dtype else p.to(direction.dtype)
-        if weight_decay:
-            moved.mul_(1.0 - lr * weight_decay)
-        moved.add_(direction, alpha=-lr)
-        if moved is not p:
-            p.copy_(moved)
+        """Move a hidden matrix along the direction of the whole, which is of the size of a spectral one by then."""
+        p, c = member.param, root_coefficients(member.group, member.step, decoupled=True)
+        norm = full_tensor(torch.linalg.vector_norm(p.detach(), dtype=direction.dtype))
+        squares = torch.stack([torch.linalg.vector_norm(direction), norm]).square()[:, None]
+        factors = root_factors(squares, [p.numel()], [SPECTRAL_SIZE], c)
+        block = Block(local_part(p), member.grad, member.exp_avg, member.terms)
+        root_move_([block], [local_values(direction, p)], factors.unbind(), c)

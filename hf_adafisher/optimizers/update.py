@@ -171,7 +171,7 @@ def damping_terms(terms: Sequence[DiagonalTerm], relative_damping: float, axes: 
 
 
 class DirectionSize(NamedTuple):
-    """Length of a parameter's direction by the root of the diagonal.
+    """Length of a parameter's direction.
 
     Attributes:
         rms: Its root mean square, or the largest one.
@@ -212,7 +212,7 @@ def root_directions(blocks: Sequence[Block], c: RootCoefficients) -> list[Tensor
 
 
 def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[DirectionSize], c: RootCoefficients) -> Tensor:
-    """Factors that turn the tensors of ``root_directions`` into steps, one a parameter.
+    """Factors that turn directions (``root_directions``, ``spectral_directions``) into steps, one a parameter.
 
     With ``u`` the bias-corrected direction the step is ``-lr s u / max(s, rms(u))``, or ``-lr s u / rms(u)`` where its
     size ``s`` is exact; where it is bounded at most ``most`` times the parameter's norm (``LEAST_RMS`` at least).
@@ -264,7 +264,7 @@ def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> Tens
 def spectral_directions(
     momenta: Sequence[Tensor], relative_damping: Sequence[float], polar_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """``0.2 O / rms(O)`` with ``O = a * polar(a * M * b) * b`` for every matrix.
+    """``O = a * polar(a * M * b) * b`` for every matrix; ``root_factors`` gives it its size.
 
     ``a = (r / mean(r) + rho)^-1/2`` and ``b = (c / mean(c) + rho)^-1/2``, where ``r`` and ``c`` are the mean squares of
     the rows and the columns of ``M``.
@@ -287,20 +287,4 @@ def spectral_directions(
         factor = squares.mean(axis, keepdim=True)
         sides.append(factor.div_(factor.mean((1, 2), keepdim=True).clamp_min(tiny)).add_(rho).rsqrt_())
     a, b = sides
-    direction = polar_factor(momentum.mul_(a).mul_(b), polar_dtype).mul_(a).mul_(b)
-    norm = torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
-    return direction.mul_(UPDATE_RMS * direction[0].numel() ** 0.5 / norm.clamp_min(tiny))
-
-
-def bound_relative_step(direction: Tensor, lr: float, norm: Tensor, most: float) -> Tensor:
-    """``direction``, made shorter where ``lr`` times its Frobenius norm is more than ``most`` times the parameter's.
-
-    Args:
-        direction: Of a whole parameter; the result takes its memory.
-        lr: Learning rate.
-        norm: The parameter's Frobenius norm, 0-dimensional; counted as that of a root mean square of ``LEAST_RMS`` at
-            least.
-        most: The largest relative step.
-    """
-    limit = most * norm.clamp_min(LEAST_RMS * direction.numel() ** 0.5)
-    return direction.mul_((limit / (abs(lr) * torch.linalg.vector_norm(direction))).clamp_max(1.0))
+    return polar_factor(momentum.mul_(a).mul_(b), polar_dtype).mul_(a).mul_(b)

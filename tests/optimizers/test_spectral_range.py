@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from hf_adafisher import SpectralAdaFisher
-from hf_adafisher.fisher.gradient import GradientDiagonal, gradient_estimate
+from hf_adafisher.fisher.gradient import GradientDiagonal, on_gradient_scale
 from hf_adafisher.optimizers.polar import polar_factor
 
 
@@ -43,7 +43,9 @@ def test_spectral_weights_stay_finite_while_momentum_fades() -> None:
 def test_spectral_estimates_of_parameters_without_a_rule_scale_as_gradients_squared(axes: int, scale: float) -> None:
     grad = draw(*range(2, axes), 9, 10)
     product = torch.ones(())
-    for factor in gradient_estimate(GradientDiagonal(), grad * scale):
+    diagonal = GradientDiagonal()
+    term = diagonal.expand(diagonal.from_gradient(grad * scale), grad.shape, normalize=False)
+    for factor in on_gradient_scale(term):
         product = product * factor
     square = grad.double().square()  # of each matrix: row means times column means over the mean
     expected = square.mean(-1, keepdim=True) * square.mean(-2, keepdim=True) / square.mean((-2, -1), keepdim=True)

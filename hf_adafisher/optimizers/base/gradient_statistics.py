@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm
-from hf_adafisher.fisher.gradient import gradient_estimate
 from hf_adafisher.fisher.parameter_uses import estimated_terms
 from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
@@ -99,6 +98,10 @@ class GradientStatistics(FactorStatistics):
             torch._foreach_mul_(found, decay)
             torch._foreach_add_(found, 1.0 - decay)
 
+    def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
+        """None yet: ``damped_terms`` makes those of all parameters together."""
+        return []
+
     def damped_terms(self, members: Sequence[tuple[Tensor, Mapping[str, Tensor], float]]) -> list[list[DiagonalTerm]]:
         """Terms of ``F + max(rho * mean(F), 1e-16)`` of every parameter; none of a single value, without factors.
 
@@ -132,9 +135,6 @@ class GradientStatistics(FactorStatistics):
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         return estimated_terms(self.entry_of(p).uses, state, p.shape)
-
-    def _provisional_term(self, p: Tensor, grad: Tensor) -> DiagonalTerm:
-        return gradient_estimate(self.entry_of(p).uses[0].diagonal, full_tensor(grad))
 
 
 class _Averages(NamedTuple):

@@ -85,7 +85,6 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         if isinstance(self._statistics, GradientStatistics):
             moving = [(group, p, grad, self._state_of(group, p)) for group, p, grad in self._with_gradient()]
             self._statistics.average_(moving)
-            self._statistics.forget()
             return bool(moving)
         if newcomers:
             updates = self._statistics.collect_first(self._with_gradient(), self._newcomers)
@@ -107,10 +106,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         members = []
         for group, p, grad, state in moving:
             if p.numel():
-                # Those of gradients are made for all parameters together, later.
-                later = isinstance(self._statistics, GradientStatistics)
-                terms = () if later else self._statistics.terms(p, state, grad)
-                step = int(state["step"].item())
+                terms, step = self._statistics.terms(p, state, grad), int(state["step"].item())
                 sharded = self._statistics.entry_of(p).sharded
                 members.append(Member(group, p, grad, state["exp_avg"], step, terms, sharded))
         return members
