@@ -94,11 +94,11 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
             (``scripts/list_optimizers.py`` describes them), or of ``transformers.training_args.OptimizerNames``.
             ``sgd``, ``adafactor`` and ``schedule_free_adamw`` are in both: they are those of this package.
-        learning_rate: Default 0.02 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
+        learning_rate: Default 0.004 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
             ``scripts/list_optimizers.py`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
             ``adamw``), and Trainer's 5e-5 for Trainer's own. The defaults of AdaFisher(W) and SpectralAdaFisher are for
-            training from scratch: fine-tuning wants 1e-4 and 3e-4. The paper's form divides by a Fisher in
-            [damping, 1 + damping], so its learning rates are not those of Adam.
+            training from scratch: fine-tuning wants AdamW's rates (5e-5) and 3e-4. The paper's form divides by a Fisher
+            in [damping, 1 + damping], so its learning rates are not those of Adam.
         damping: Option of AdaFisher(W): what is added to the diagonal, in units of its mean. With
             ``step_size="paper"`` tune it together with the learning rate: the largest step of a value is
             ``learning_rate / damping`` times its momentum.

@@ -135,7 +135,7 @@ class OptimizerFactory:
     ``weight_decay`` is 0 unless it is.
 
     Example:
-        >>> kwargs = {"name": "adafisherw", "lr": 0.02}
+        >>> kwargs = {"name": "adafisherw", "lr": 0.004}
         >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
     """
 
