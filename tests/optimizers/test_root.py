@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import logging
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from hf_adafisher import AdaFisher, AdaFisherW, create_optimizer, optimizer_state_bytes
+from hf_adafisher import AdaFisher, AdaFisherW, SpectralAdaFisher, create_optimizer, optimizer_state_bytes
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.cases import CASES, Case, TinyLanguageModel, frozen_mlp, mlp
 from tests.equivalence import Training, assert_same_training
@@ -25,6 +27,15 @@ from tests.training_helper import hook_count, of_family, train
 
 BY_NAME = {case.name: case for case in CASES}
 FORMS = pytest.mark.parametrize("kind", [AdaFisher, AdaFisherW])
+WITHOUT_HOOKS = pytest.mark.parametrize(
+    "build",
+    [
+        functools.partial(AdaFisher, step_size="root"),
+        functools.partial(AdaFisherW, step_size="root"),
+        SpectralAdaFisher,
+    ],
+    ids=["adafisher by the root", "adafisherw by the root", "spectral"],
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -280,14 +291,14 @@ def test_root_rows_that_are_no_longer_seen_come_to_rest() -> None:
 # -------------------------------------------------------------------------- zeros and what is not finite
 
 
-@FORMS
+@WITHOUT_HOOKS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ["untied", "bare_parameter", "conv_grouped", "experts"])
-def test_root_steps_of_zero_gradients_stay_where_they_are(name: str, dtype: torch.dtype, kind: type[AdaFisher]) -> None:
+def test_steps_of_zero_gradients_stay_where_they_are(name: str, dtype: torch.dtype, build: Any) -> None:
     """At the first step, and later without momentum; nothing is divided by zero."""
     case = BY_NAME[name]
     model = case.build().to(dtype)
-    optimizer = kind(model, lr=0.1, beta=0.0, step_size="root")
+    optimizer = build(model, lr=0.1, beta=0.0)
     for step, scale in enumerate((0.0, 1.0, 0.0, 0.0)):
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
@@ -443,13 +454,12 @@ def test_root_is_what_create_optimizer_builds() -> None:
 # ------------------------------------------------------------------------------------------ state
 
 
-def test_root_state_of_a_gpt2_is_half_of_adamws() -> None:
-    """Of one of some width, by shapes; those of a small one are what a step really makes."""
-    import transformers
-
+@WITHOUT_HOOKS
+def test_state_of_a_gpt2_is_half_of_adamws(build: Any) -> None:
+    """Of one of the original's width, by shapes; those of a small one are what a step really makes."""
     with torch.device("meta"):
         model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2))
-    optimizer = AdaFisherW(model, step_size="root")
+    optimizer = build(model)
     ours = sum(
         4 * torch.Size(shape).numel() for p in model.parameters() for shape in optimizer.state_shapes(p).values()
     )
@@ -458,7 +468,7 @@ def test_root_state_of_a_gpt2_is_half_of_adamws() -> None:
 
     record = family("gpt2")
     small = record.build()
-    optimizer, peer = AdaFisherW(small, step_size="root"), torch.optim.AdamW(small.parameters())
+    optimizer, peer = build(small), torch.optim.AdamW(small.parameters())
     small(**record.batch()).loss.backward()
     optimizer.step()
     peer.step()

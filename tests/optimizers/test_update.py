@@ -355,21 +355,23 @@ def test_low_precision_is_rounded_once(momentum: torch.dtype) -> None:
     assert_close(exp_avg, moment.to(momentum))
 
 
+def twice(
+    example: Example, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[list[DiagonalTerm], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The terms of an example, and its parameter and first moment in these dtypes, for two updates."""
+    factors = torch.float64 if dtypes[0] == torch.float64 else torch.float32
+    param, exp_avg = example.tensor().to(dtypes[0]), torch.zeros_like(example.tensor(), dtype=dtypes[1])
+    terms = [tuple(f.to(factors) for f in term) for term in example.terms]
+    return terms, (param, exp_avg), (param.clone(), exp_avg.clone())
+
+
 def compare(
     examples: Sequence[str], steps: int, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> list[int]:
     """Run both updates side by side with options that change at every step; the graphs there are after each."""
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
     run, graphs = CompiledUpdate(), []
-    pairs = []
-    for name in examples:
-        example = EXAMPLES[name]
-        terms = [
-            tuple(f.to(torch.float64 if dtypes[0] == torch.float64 else torch.float32) for f in t)
-            for t in example.terms
-        ]
-        param, exp_avg = example.tensor().to(dtypes[0]), torch.zeros_like(example.tensor(), dtype=dtypes[1])
-        pairs.append((example, terms, (param, exp_avg), (param.clone(), exp_avg.clone())))
+    pairs = [(EXAMPLES[name], *twice(EXAMPLES[name], dtypes)) for name in examples]
     for step in range(1, steps + 1):
         options = {
             "lr": 0.05 / step,
@@ -421,16 +423,13 @@ def compare_root(
 ) -> list[int]:
     """Both updates by the root side by side with options that change at every step; the graphs there are after each."""
     monkeypatch.setattr(compiled_module, "COMPILED_FROM", 0)
-    run, graphs, pairs = CompiledUpdate(), [], []
-    factors = torch.float64 if dtypes[0] == torch.float64 else torch.float32
-    for i, name in enumerate(examples):
-        example = EXAMPLES[name]
-        terms = [tuple(f.to(factors) for f in term) for term in example.terms]
-        param, exp_avg = example.tensor().to(dtypes[0]), torch.zeros_like(example.tensor(), dtype=dtypes[1])
-        pairs.append((example, terms, (1.0, 0.2, 0.05)[i % 3], (param, exp_avg), (param.clone(), exp_avg.clone())))
+    run, graphs = CompiledUpdate(), []
+    pairs = [
+        (EXAMPLES[name], (1.0, 0.2, 0.05)[i % 3], *twice(EXAMPLES[name], dtypes)) for i, name in enumerate(examples)
+    ]
     for step in range(1, steps + 1):
         changing = {"lr": 0.05 / step, "beta": 1.0 - 1.0 / (step + 1), "weight_decay": 0.01 * step}
-        for example, terms, rms, (p, m), (q, n) in pairs:
+        for example, rms, terms, (p, m), (q, n) in pairs:
             grad = example.tensor().to(dtypes[0])
             numbers = root_numbers(step=step, decoupled=step % 2 == 0, **changing)
             root_update_in_blocks([root_parameter(p, grad, m, terms, rms)], numbers)

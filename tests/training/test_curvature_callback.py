@@ -88,6 +88,19 @@ def trained(
     return model, optimizer, before
 
 
+def assert_steps_are_those_made(
+    found: dict[str, dict[str, float]], model: nn.Module, optimizer: Any, before: dict[str, Tensor], weight_decay: float
+) -> None:
+    """``update_rms`` and ``step_gain`` of the last of four steps, by the difference of the parameters."""
+    shrink = 1 - 0.1 * weight_decay if isinstance(optimizer, AdaFisherW) else 1.0
+    for name, p in model.named_parameters():
+        if name in found:
+            moved = root_mean_square(before[name] * shrink - p.detach())
+            momentum = root_mean_square(optimizer.state[p]["exp_avg"] / (1 - 0.9**4))
+            assert_close(found[name]["update_rms"], moved, rtol=1e-9, atol=0)
+            assert_close(found[name]["step_gain"], moved / (0.1 * momentum), rtol=1e-9, atol=0)
+
+
 def dense_numbers(diagonal: Tensor, damping: float = DAMPING) -> dict[str, float]:
     """The definitions, on a diagonal that is there as a whole."""
     values = sorted(diagonal.flatten().tolist())
@@ -164,13 +177,7 @@ def test_update_rms_of_a_step_by_the_root_is_the_difference_that_it_made(
     monkeypatch.setattr(update, "LEAST_RMS", max_rms)  # the bound of weights that are nearly zero holds, or not
     model, optimizer, before = trained(kind, step_size="root", dtype=torch.float64, weight_decay=weight_decay)
     found = layer_curvature(optimizer)
-    shrink = 1 - 0.1 * weight_decay if kind is AdaFisherW else 1.0
-    for name, p in model.named_parameters():
-        if name in found:
-            moved = root_mean_square(before[name] * shrink - p.detach())
-            momentum = root_mean_square(optimizer.state[p]["exp_avg"] / (1 - 0.9**4))
-            assert_close(found[name]["update_rms"], moved, rtol=1e-9, atol=0)
-            assert_close(found[name]["step_gain"], moved / (0.1 * momentum), rtol=1e-9, atol=0)
+    assert_steps_are_those_made(found, model, optimizer, before, weight_decay)
     with torch.no_grad():
         model.linear.weight.zero_()
     assert layer_curvature(optimizer) == found  # of the step, not of what the weights are by now
@@ -213,15 +220,10 @@ def test_update_rms_is_the_difference_that_the_step_made(kind: type[AdaFisher], 
     """Without the decoupled decay; the L2 term of AdaFisher is part of its momentum."""
     model, optimizer, before = trained(kind, dtype=torch.float64, weight_decay=weight_decay)
     found = layer_curvature(optimizer)
-    shrink = 1 - 0.1 * weight_decay if kind is AdaFisherW else 1.0
-    for name, p in model.named_parameters():
-        if name in found:
-            moved = root_mean_square(before[name] * shrink - p.detach())
-            momentum = root_mean_square(optimizer.state[p]["exp_avg"] / (1 - 0.9**4))
-            assert_close(found[name]["update_rms"], moved, rtol=1e-9, atol=0)
-            assert_close(found[name]["step_gain"], moved / (0.1 * momentum), rtol=1e-9, atol=0)
-            low, high = 1 / found[name]["fisher_max"], 1 / found[name]["fisher_min"]
-            assert low * (1 - 1e-12) <= found[name]["step_gain"] <= high * (1 + 1e-12)
+    assert_steps_are_those_made(found, model, optimizer, before, weight_decay)
+    for numbers in found.values():
+        low, high = 1 / numbers["fisher_max"], 1 / numbers["fisher_min"]
+        assert low * (1 - 1e-12) <= numbers["step_gain"] <= high * (1 + 1e-12)
 
 
 def test_before_the_first_step_there_is_nothing_and_a_low_precision_momentum_is_looked_at_in_float32() -> None:
