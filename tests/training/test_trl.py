@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from hf_adafisher import AdaFisherMixin, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
+from hf_adafisher import AdaFisherMixin, AdaFisherTrainingArguments, AdaFisherW, OptimizerFactory, create_optimizer
 from hf_adafisher.data.text.tokens import train_tokenizer
 from tests.training_helper import QUIET, optimizer_of
 
@@ -118,3 +119,22 @@ def test_a_configuration_joined_with_ours_keeps_its_objective_and_its_rate(name:
         assert changed.optimizer_options() == {"beta": 0.8, "damping": 0.3}
         if hasattr(theirs, "beta"):
             assert changed.beta == theirs.beta
+
+
+@every_trainer
+def test_the_factory_works_where_the_readme_says(name: str, tmp_path: Path) -> None:
+    """SFT and Reward only have the argument; there it is the mixin, bitwise."""
+    saved_model(name, tmp_path / "weights")
+    stock, factory = trainer_class(name), (OptimizerFactory, {"name": "adafisherw"})
+    takes = "optimizer_cls_and_kwargs" in inspect.signature(stock.__init__).parameters
+    assert takes == (name in ("SFT", "Reward"))
+    if not takes:
+        return
+    options = {"learning_rate": 0.01, "weight_decay": 0.1}
+    theirs = make(name, stock, config_class(name), tmp_path, options, optimizer_cls_and_kwargs=factory)
+    ours = make(name, mixed_trainer(name), config_class(name), tmp_path, options)
+    for trainer in (theirs, ours):
+        torch.manual_seed(0)
+        trainer.train()
+    assert type(optimizer_of(theirs)) is AdaFisherW
+    assert_close(theirs.model.state_dict(), ours.model.state_dict(), rtol=0, atol=0)
