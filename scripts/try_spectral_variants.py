@@ -1,7 +1,7 @@
 """What changes to the spectral AdaFisher are worth: each alone, against the rule as it is, with paired seeds.
 
     python scripts/try_spectral_variants.py --seeds 10 11 12 13 14 --output_dir out/variants
-    python scripts/try_spectral_variants.py --task image --variants normalised_rows no_metric --output_dir out/variants-vit
+    python scripts/try_spectral_variants.py --task image --variants "every head of them apart" --output_dir out/vit
 
 Tasks are those of the presets step-sizes-text and step-sizes-vit at the default rates (0.02, fine-tuning 3e-4);
 ``--set key=value`` changes their arguments. A variant is a patch of the optimizer in the process of its run, so that
@@ -42,20 +42,17 @@ TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
 AS_IT_IS = "as it is"
 
 
-def directions(
-    rows: float = 0.5, columns: float = 0.5, back: bool = True, after: Callable[[Tensor], Tensor] = lambda o: o
-) -> Callable[..., Tensor]:
-    """``spectral_directions`` with other powers of the two factors, without the way back, or with something after it."""
+def directions(rows: float = 0.5, columns: float = 0.5, back: bool = True) -> Callable[..., Tensor]:
+    """``spectral_directions`` with other powers of the two factors, or without the way back."""
 
-    def found(momenta: Sequence[Tensor], relative_damping: Sequence[float], polar_dtype: Any = None) -> Tensor:
+    def found(momenta: Sequence[Tensor], relative_damping: float, polar_dtype: Any = None) -> Tensor:
         m = torch.stack(list(momenta))
         m = m / m.abs().amax((1, 2), keepdim=True).clamp_min(1e-38)
-        rho = m.new_tensor(relative_damping).reshape(-1, 1, 1)
         r, c = m.square().mean(2, keepdim=True), m.square().mean(1, keepdim=True)
-        a = (r / r.mean(1, keepdim=True).clamp_min(1e-38) + rho) ** -rows
-        b = (c / c.mean(2, keepdim=True).clamp_min(1e-38) + rho) ** -columns
+        a = (r / r.mean(1, keepdim=True).clamp_min(1e-38) + relative_damping) ** -rows
+        b = (c / c.mean(2, keepdim=True).clamp_min(1e-38) + relative_damping) ** -columns
         o = polar_factor(a * m * b, polar_dtype)
-        return after(a * o * b if back else o)
+        return a * o * b if back else o
 
     return found
 
@@ -65,22 +62,21 @@ def use_directions(**options: Any) -> Callable[[], None]:
     return lambda: setattr(spectral, "spectral_directions", directions(**options))
 
 
-def normalised_rows(metric: bool) -> Callable[[], None]:
-    """NorMuon: rows of the polar factor over the root of the average of their mean squares, decay 0.95."""
-    plain = directions(*(() if metric else (0.0, 0.0)))
-    averages: dict[Any, Tensor] = {}
+def normalised_rows(**options: Any) -> Callable[[], None]:
+    """NorMuon: rows of the direction over the root of the average of their mean squares, decay 0.95."""
+    averages: dict[Tensor, Tensor] = {}
+    move = SpectralAdaFisher._move
+
+    def moved(self: SpectralAdaFisher, members: Sequence[Any], found: Tensor) -> None:
+        squares = found.square().mean(2, keepdim=True)
+        for member, square, o in zip(members, squares, found, strict=True):
+            average = averages.setdefault(member.param, torch.zeros_like(square)).lerp_(square, 0.05)
+            o.div_((average / (1 - 0.95**member.step)).sqrt().clamp_min(1e-12))
+        move(self, members, found)
 
     def patch() -> None:
-        def moved(self: SpectralAdaFisher, members: Sequence[Any], polar_dtype: Any) -> None:
-            momenta = [self._momentum(member).flatten(1) for member in members]
-            found = plain(momenta, [member.group["relative_damping"] for member in members], polar_dtype)
-            for member, o in zip(members, found, strict=True):
-                square = o.square().mean(1, keepdim=True)
-                average = averages.setdefault(member.param, torch.zeros_like(square)).lerp_(square, 0.05)
-                o = o / (average / (1 - 0.95**member.step)).sqrt().clamp_min(1e-12)
-                self._move(member, o.reshape(member.param.shape))
-
-        SpectralAdaFisher._move_matrices = moved  # type: ignore[method-assign]
+        use_directions(**options)()
+        SpectralAdaFisher._move = moved  # type: ignore[method-assign]
 
     return patch
 
@@ -89,37 +85,35 @@ def cautious() -> None:
     """No step where the direction and the gradient disagree in sign; the others keep the size of the whole."""
     move = SpectralAdaFisher._move
 
-    def moved(self: SpectralAdaFisher, member: Any, direction: Tensor) -> None:
-        move(self, member, direction * (direction * member.grad > 0))
+    def moved(self: SpectralAdaFisher, members: Sequence[Any], found: Tensor) -> None:
+        grads = torch.stack([member.grad.flatten(1) for member in members])
+        move(self, members, found * (found * grads > 0))
 
     SpectralAdaFisher._move = moved  # type: ignore[method-assign]
 
 
 def momentum_warm_up(steps: int = 100) -> None:
-    """beta from 0.85 to 0.95 in the first steps."""
-    inner = SpectralAdaFisher._momentum
+    """Momentum of 0.85 to 0.95 in the first steps."""
+    inner = SpectralAdaFisher._momenta
 
-    def momentum(self: SpectralAdaFisher, member: Any) -> Tensor:
-        beta = 0.85 + 0.1 * min(member.step / steps, 1.0)
-        return inner(self, member._replace(group={**member.group, "beta": beta}))
+    def momenta(self: SpectralAdaFisher, members: Sequence[Any]) -> list[Tensor]:
+        group = {**members[0].group, "beta": 0.85 + 0.1 * min(members[0].step / steps, 1.0)}
+        return inner(self, [member._replace(group=group) for member in members])
 
-    SpectralAdaFisher._momentum = momentum  # type: ignore[method-assign]
+    SpectralAdaFisher._momenta = momenta  # type: ignore[method-assign]
 
 
-def split_projections(parts: Callable[[int], int]) -> Callable[[], None]:
+def split_projections(parts: int) -> Callable[[], None]:
     """Query, key and value of GPT-2's fused projection ``(in, 3 in)``, or its heads, as matrices of their own."""
 
     def patch() -> None:
         inner = spectral.spectral_directions
 
-        def split(momenta: Sequence[Tensor], relative_damping: Sequence[float], polar_dtype: Any = None) -> Tensor:
+        def split(momenta: Sequence[Tensor], relative_damping: float, polar_dtype: Any = None) -> Tensor:
             rows, columns = momenta[0].shape
-            if columns != 3 * rows:
-                return inner(momenta, relative_damping, polar_dtype)
-            n = parts(rows)
-            pieces = [piece for m in momenta for piece in m.chunk(n, 1)]
-            found = inner(pieces, [rho for rho in relative_damping for _ in range(n)], polar_dtype)
-            return torch.stack([torch.cat(list(found[i * n : (i + 1) * n]), 1) for i in range(len(momenta))])
+            n = parts if columns == 3 * rows else 1
+            found = inner([piece for m in momenta for piece in m.chunk(n, 1)], relative_damping, polar_dtype)
+            return found.reshape(-1, n, rows, columns // n).movedim(1, 2).reshape(-1, rows, columns)
 
         spectral.spectral_directions = split
 
@@ -130,10 +124,12 @@ def relative_step(size: float) -> Callable[[], None]:
     """Hyperball's: hidden matrices move by ``lr * size`` of their norm instead of a root mean square of 0.2 lr."""
 
     def patch() -> None:
-        def move(self: SpectralAdaFisher, member: Any, direction: Tensor) -> None:
-            p = member.param.detach()
-            p.mul_(1 - member.group["lr"] * member.group["weight_decay"])
-            p.sub_(direction * (member.group["lr"] * size * p.norm() / direction.norm().clamp_min(1e-12)))
+        def move(self: SpectralAdaFisher, members: Sequence[Any], found: Tensor) -> None:
+            for member, direction in zip(members, found, strict=True):
+                p = member.param.detach()
+                p.mul_(1 - member.group["lr"] * member.group["weight_decay"])
+                length = member.group["lr"] * size * p.norm() / direction.norm().clamp_min(1e-12)
+                p.sub_(direction.reshape(p.shape) * length)
 
         SpectralAdaFisher._move = move  # type: ignore[method-assign]
 
@@ -168,13 +164,13 @@ VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     "metric of the rows alone": (use_directions(columns=0.0), {}),
     "metric of the columns alone": (use_directions(rows=0.0), {}),
     "metric without the way back (MuonEq)": (use_directions(back=False), {}),
-    "rows normalised after it (NorMuon), with the metric": (normalised_rows(True), {}),
-    "rows normalised after it (NorMuon), no metric": (normalised_rows(False), {}),
+    "rows normalised after it (NorMuon), with the metric": (normalised_rows(), {}),
+    "rows normalised after it (NorMuon), no metric": (normalised_rows(rows=0.0, columns=0.0), {}),
     "cautious masking of hidden matrices": (cautious, {}),
     "momentum from 0.85 to 0.95 in 100 steps, hidden matrices": (momentum_warm_up, {}),
     "without Nesterov's step": (no_patch, {"optim_args": "nesterov=false"}),
-    "query, key, value apart": (split_projections(lambda rows: 3), {}),
-    "every head of them apart": (split_projections(lambda rows: 3 * 4), {}),
+    "query, key, value apart": (split_projections(3), {}),
+    "every head of them apart": (split_projections(3 * 4), {}),
     "rho 0.03": (no_patch, {"relative_damping": 0.03}),
     "rho 0.3": (no_patch, {"relative_damping": 0.3}),
     "three polar iterations": (constant(polar, "COEFFICIENTS", polar.COEFFICIENTS[:3]), {}),
