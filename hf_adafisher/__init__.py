@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         AdaFisherTrainer,
         AdaFisherTrainingArguments,
         CurvatureCallback,
+        DoctorCallback,
     )
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "AdaFisherTrainingArguments",
     "AdaFisherW",
     "CurvatureCallback",
+    "DoctorCallback",
     "LayerRule",
     "OptimizerFactory",
     "SpectralAdaFisher",
@@ -42,7 +44,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The optimizers work in a plain PyTorch loop: transformers is imported only where the Trainer is asked for.
-    if name in ("AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments", "CurvatureCallback"):
+    if name in (
+        "AdaFisherCallback",
+        "AdaFisherTrainer",
+        "AdaFisherTrainingArguments",
+        "CurvatureCallback",
+        "DoctorCallback",
+    ):
         from hf_adafisher import training
 
         return getattr(training, name)

@@ -250,3 +250,4 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         factors = root_factors(squares, [p.numel()], [SPECTRAL_SIZE], c)
         block = Block(local_part(p), member.grad, member.exp_avg, member.terms)
         root_move_([block], [local_values(direction, p)], factors.unbind(), c)
+        self._last_steps[id(p)] = squares[0] * factors.square(), 0

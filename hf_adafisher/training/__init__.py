@@ -3,6 +3,7 @@
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.curvature_callback import CurvatureCallback
+from hf_adafisher.training.doctor_callback import DoctorCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
-__all__ = ["AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments", "CurvatureCallback"]
+__all__ = ["AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments", "CurvatureCallback", "DoctorCallback"]
