@@ -249,6 +249,18 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
+def chosen_optimizer(args: TrainingArguments) -> str | None:
+    """Return the optimizer of this package that ``args`` stand for under AdaFisherMixin; None for Trainer's own.
+
+    Arguments that know nothing of the package, at the default of their ``optim``, stand for AdaFisherW.
+    """
+    name = optimizer_name(args)
+    if isinstance(args, AdaFisherTrainingArguments):
+        return name if name in available_optimizers() else None
+    default = next(f.default for f in fields(args) if f.name == "optim")
+    return "adafisherw" if name == getattr(default, "value", default) else None
+
+
 def default_learning_rate(optim: str, options: Mapping[str, Any] | None = None) -> float:
     """Return the learning rate of ``optim`` with these options where none is given."""
     if optim not in available_optimizers():
