@@ -94,6 +94,7 @@ def test_the_steps_are_those_that_the_weights_made(form: str) -> None:
         ("spectral", 0.02, "gpt2", "66.7 times the usual 0.0003 for fine-tuning"),
         ("paper", 2e-5, "", "0.02 times the usual 0.001 for the paper's form at damping=0.001"),
         ("paper", 0.1, "", "100 times the usual 0.001"),
+        ("root", 2e-7, "gpt2", "0.004 times the usual 5e-05 for fine-tuning"),
     ],
 )
 def test_a_learning_rate_of_another_order(form: str, rate: float, source: str, said: str) -> None:
@@ -110,6 +111,10 @@ def test_a_model_that_does_not_say_where_its_weights_come_from_may_have_either_r
     model(torch.randn(6, 5)).square().mean().backward()
     optimizer.step()
     assert optimizer.diagnose().healthy
+
+
+def test_training_on_preferences_takes_rates_far_below_those_of_fine_tuning() -> None:
+    assert of_run("root", lr=5e-7, source="gpt2").healthy
 
 
 def test_the_rate_is_that_of_the_schedule_at_its_full_height() -> None:

@@ -26,7 +26,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a few steps of a run say about its settings; ``str()`` of it is a text for people.
+    """Findings about the settings of a run, after a few of its steps; ``str()`` of it is a text for people.
 
     Attributes:
         optimizer: The optimizer's class, with its form where it has several.

@@ -1,4 +1,4 @@
-"""What is wrong with a run for this optimizer, after a few of its steps: one function for each ailment."""
+"""Diagnosis of a run after a few of its steps: one function for each ailment of these optimizers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_m
 
 FAR = 20.0
 """A learning rate this many times above or below the usual one is a finding."""
+FAR_BELOW_FINE_TUNING = 200.0
+"""The same below the usual rate of fine-tuning: training on preferences takes a hundredth of it."""
 RESCALED = 3.0
 """Clipping is a finding where it shortens every gradient, usually by more than this factor."""
 DOMINATED = 0.9
@@ -25,7 +27,7 @@ LARGEST_STEP = 0.5
 """Steps of more than this share of a layer's norm are a finding. Good runs of the paper's form begin with up to 0.2."""
 LARGEST_FINE_TUNING_STEP = 0.03
 """The same for pretrained weights, which the usual rates of fine-tuning move by 0.001 to 0.01 of their norm."""
-SMALLEST_STEP = 1e-5
+SMALLEST_STEP = 1e-6
 """It is a finding where no layer moves by more than this share of its norm: ten thousand steps would change little."""
 SKIPPED = 0.25
 """Share of steps that a loss scaler may skip; it skips the first few, until it has found its scale."""
@@ -78,7 +80,8 @@ def skipped_steps(seen: Observations) -> Finding | None:
 def learning_rate(seen: Observations) -> Finding | None:
     """A learning rate of another order than the optimizer's usual ones."""
     ratios = {purpose: seen.rate / usual for purpose, usual in seen.usual_rates.items()}
-    if any(1 / FAR <= ratio <= FAR for ratio in ratios.values()):
+    below = {purpose: FAR_BELOW_FINE_TUNING if purpose == "fine-tuning" else FAR for purpose in ratios}
+    if any(1 / below[purpose] <= ratio <= FAR for purpose, ratio in ratios.items()):
         return None
     said = " and ".join(
         f"{ratio:.3g} times the usual {seen.usual_rates[purpose]:.3g} for {purpose}"
@@ -252,4 +255,4 @@ AILMENTS: dict[str, Callable[[Observations], Finding | None]] = {
     "gradient-factors": gradient_factors,
     "head": guessed_head,
 }
-"""What is looked for, by the ``ailment`` of the finding; the most serious first."""
+"""Checks in order, by the ``ailment`` of the finding; the most serious first."""

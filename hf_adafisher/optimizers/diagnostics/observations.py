@@ -1,4 +1,4 @@
-"""What can be known of a run after a few of its steps: rates, steps, gradient norms, roles."""
+"""Observations of a run after a few of its steps: rates, steps, gradient norms, roles."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class LayerStep:
 
 
 class Observations:
-    """What is known of a run.
+    """Everything that is known of a run.
 
     Under FSDP2 every process must make one: norms of sharded parameters are reduced.
 
@@ -80,12 +80,12 @@ class Observations:
 
     @cached_property
     def source(self) -> str | None:
-        """Where pretrained weights came from, empty for random ones, None where the model does not say."""
+        """Origin of pretrained weights, empty for random ones, None where the model does not say."""
         return getattr(self.optimizer.model, "name_or_path", None)
 
     @property
     def clipping(self) -> list[float]:
-        """How many times longer than allowed each gradient was, at least 1; empty where that is not known."""
+        """Length of each gradient in units of the allowed one, at least 1; empty where that is not known."""
         return [max(norm / self.max_grad_norm, 1.0) for norm in self.grad_norms] if self.max_grad_norm else []
 
     @cached_property
@@ -146,7 +146,7 @@ class Observations:
         return sorted(layers, key=lambda layer: layer.relative), broken
 
     def numbers(self) -> dict[str, Any]:
-        """What was measured, for people and for JSON."""
+        """Everything that was measured, for people and for JSON."""
         layers, norms = self.layers, self.grad_norms
         roles: dict[str, list[str]] = {}
         for row in self.coverage:
