@@ -69,7 +69,7 @@ def test_every_script_is_a_command_and_nothing_else() -> None:
         (module,) = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
         assert module in targets and callable(importlib.import_module(str(module)).main)
         targets.discard(str(module))
-    assert targets == {"hf_adafisher.cli.report", "hf_adafisher.cli.figures.main"}
+    assert targets == {"hf_adafisher.cli.report", "hf_adafisher.cli.doctor", "hf_adafisher.cli.figures.main"}
 
 
 def test_describe_aligns_the_lines() -> None:

@@ -139,7 +139,7 @@ def test_clipping_that_rescales_every_step() -> None:
     assert len(norms) == 3 and min(norms) > 1.0  # those before clipping
     factor = sorted(norms)[1] / 0.125
     assert finding.numbers["factor"] == pytest.approx(factor)
-    assert f"Clipping rescales every step by 1/{factor:.3g}: all 3 gradients are longer" in finding.sentence
+    assert f"Clipping rescales every step by {1 / factor:.3g}: all 3 gradients are longer" in finding.sentence
     assert f"the learning rate is in effect {0.001 / factor:.3g}. Raise max_grad_norm" in finding.sentence
 
 

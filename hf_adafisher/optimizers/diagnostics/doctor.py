@@ -108,7 +108,7 @@ def clipping(seen: Observations) -> Finding | None:
         return None
     return Finding(
         "clipping",
-        f"Clipping rescales every step by 1/{factor:.3g}: all {len(seen.clipping)} gradients are longer than "
+        f"Clipping rescales every step by {1 / factor:.3g}: all {len(seen.clipping)} gradients are longer than "
         f"max_grad_norm={seen.max_grad_norm:g} (median norm {statistics.median(seen.grad_norms):.3g}), and in the "
         f"paper's form a step is as long as its gradient, so the learning rate is in effect "
         f"{seen.rate / factor:.3g}. Raise max_grad_norm, or take step_size='root', which clipping does not shorten.",
