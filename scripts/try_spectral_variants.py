@@ -21,20 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run_clm import prepared as prepare_clm
-from run_image_classification import prepared as prepare_image
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_adafisher import SpectralAdaFisher
+from hf_adafisher.cli.clm import prepared as prepare_clm
+from hf_adafisher.cli.image import prepared as prepare_image
 from hf_adafisher.experiments.comparison.cells import use_local_data
+from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.paired import paired_interval
 from hf_adafisher.experiments.runs.run import run_script
 from hf_adafisher.optimizers import polar, spectral, update
 from hf_adafisher.optimizers.polar import polar_factor
 
-PRESETS = Path(__file__).parent / "configs"
 TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
     "text": (prepare_clm, "step-sizes-text.json", 0.02, "loss"),
     "image": (prepare_image, "step-sizes-vit.json", 3e-4, "accuracy"),

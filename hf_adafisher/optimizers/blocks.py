@@ -93,7 +93,7 @@ def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> R
     """Several small parameters at once, or one of any size in its blocks."""
     limit = block_size(parameters[0].block.param)
     if len(parameters) > 1:
-        together = [[_in_its_axes(parameter.block) for parameter in parameters]]
+        together = [[next(split_into_blocks(parameter.block, limit)) for parameter in parameters]]
     else:
         together = [[block] for block in split_into_blocks(parameters[0].block, limit)]
     directions, norms = [], []
@@ -122,7 +122,10 @@ def block_size(tensor: Tensor) -> int:
 
 def split_into_blocks(block: Block, limit: int) -> Iterator[Block]:
     """Views of at most ``limit`` values, cut along the first axes; nothing for an empty parameter."""
-    block = _in_its_axes(block)
+    for term in block.terms:
+        if term and term[0].dim() > block.param.dim():
+            block = _with_group_axis(block)
+            break
     if block.param.numel() > limit:
         yield from _cut(block, limit)
     elif block.param.numel():
@@ -149,17 +152,12 @@ def _cut(block: Block, limit: int) -> Iterator[Block]:
             yield part
 
 
-def _in_its_axes(block: Block) -> Block:
+def _with_group_axis(block: Block) -> Block:
     """Split the first axis of a grouped convolution's weight into ``(groups, out / groups)``, as its terms have it.
 
-    Where two uses group a weight in different ways, the diagonal is formed as a whole. Other blocks stay as they are.
+    Where two uses group a weight in different ways, the diagonal is formed as a whole.
     """
     axes = block.param.dim()
-    for term in block.terms:
-        if term and term[0].dim() > axes:
-            break
-    else:
-        return block
     groups = {factor.shape[0] for term in block.terms for factor in term if factor.dim() > axes}
     if len(groups) > 1:
         return block._replace(terms=[(diagonal_of(block.terms, block.param, 0.0),)])

@@ -251,3 +251,5 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         blocks = [Block(local_part(m.param), m.grad, m.exp_avg, m.terms) for m in members]
         local = [local_values(d.reshape(p.shape), p) for d, p in zip(directions, params, strict=True)]
         root_move_(blocks, local, factors.unbind(), c)
+        squares = squares[0] * factors.square()
+        self._last_steps.update((id(p), (squares, i)) for i, p in enumerate(params))
