@@ -1,4 +1,4 @@
-"""What changes to the spectral AdaFisher are worth: each alone, against the rule as it is, with paired seeds.
+"""Measure changes to the spectral AdaFisher: each alone, against the rule as it is, with paired seeds.
 
     python scripts/try_spectral_variants.py --seeds 10 11 12 13 14 --output_dir out/variants
     python scripts/try_spectral_variants.py --task image --variants "every head of them apart" --output_dir out/vit
