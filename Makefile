@@ -18,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/python scripts/compare_optimizers.py --config scripts/configs/demo.json --output_dir out/demo --verbose
+	$(BIN)/hf-adafisher compare demo --output_dir out/demo --verbose
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AdaFisherTrainer,
         AdaFisherTrainingArguments,
         CurvatureCallback,
+        DoctorCallback,
     )
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "AdaFisherTrainingArguments",
     "AdaFisherW",
     "CurvatureCallback",
+    "DoctorCallback",
     "LayerRule",
     "OptimizerFactory",
     "SpectralAdaFisher",

@@ -1,34 +1,8 @@
-"""List the optimizers that --optim, AdaFisherTrainingArguments and create_optimizer accept, with their properties.
+"""``hf-adafisher list`` for a clone."""
 
-python scripts/list_optimizers.py
-python scripts/list_optimizers.py --markdown        # the README's table
-python scripts/list_optimizers.py --json
-python scripts/list_optimizers.py --modes           # the README's table of training modes, with who refuses them
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 
-from hf_adafisher.experiments.command_line import StrictParser
-from hf_adafisher.optimizers.factory.optimizer_table import as_json, as_markdown, as_text, modes_as_markdown
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the list, in the form asked for; return 0."""
-    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--markdown", action="store_true", help="as a Markdown table")
-    form.add_argument("--json", action="store_true", help="as JSON")
-    form.add_argument("--modes", action="store_true", help="the training modes that some of them refuse, as Markdown")
-    arguments = parser.parse_args(argv)
-    chosen = {"markdown": as_markdown, "json": as_json, "modes": modes_as_markdown}
-    render = next((function for name, function in chosen.items() if getattr(arguments, name)), as_text)
-    print(render())
-    return 0
-
+from hf_adafisher.cli.list_optimizers import main
 
 if __name__ == "__main__":
     sys.exit(main())

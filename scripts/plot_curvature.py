@@ -1,39 +1,8 @@
-"""Draw the relative step size of each layer from the curvature record of a run.
+"""``hf-adafisher figures curvature`` for a clone."""
 
-The run is one of any Trainer with AdaFisher or AdaFisherW and callbacks=[CurvatureCallback()], which writes
-curvature.jsonl into its folder:
-
-    python scripts/plot_curvature.py out
-    python scripts/plot_curvature.py out --layers "*.weight" --output weights.png
-
-It prints both ends of the ranking and the cost of recording. A layer's step is the root mean square of momentum / F
-over that of its momentum, here divided by its median over all layers: above 1 the curvature speeds a layer up, below 1
-it holds it back.
-"""
-
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from hf_adafisher.experiments.command_line import StrictParser
-from hf_adafisher.experiments.figures.command_line import run_figure
-from hf_adafisher.experiments.figures.layers.picture import draw_curvature
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Draw it; return the exit status: 0, or 2 without anything to draw."""
-    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of the run, or its curvature.jsonl")
-    parser.add_argument(
-        "--output", type=Path, help="PNG; SVG and JSON stand beside it (default curvature.png beside the record)"
-    )
-    parser.add_argument("--layers", default="*", help="show the parameters whose names fit this pattern (default *)")
-    args = parser.parse_args(argv)
-    return run_figure(lambda: draw_curvature(args.run, args.output, args.layers))
-
+from hf_adafisher.cli.figures.curvature import main
 
 if __name__ == "__main__":
     sys.exit(main())

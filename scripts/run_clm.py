@@ -1,40 +1,8 @@
-"""Train or fine-tune a causal language model with AdaFisherW or any other optimizer, on one command.
-
-A small GPT-2 on the text that comes with Python, no network needed; the same on WikiText-2 with AdamW:
-
-    python scripts/run_clm.py --output_dir out
-    python scripts/run_clm.py --dataset wikitext-2 --optim adamw --learning_rate 1e-3 --output_dir out
-
-Your own text, a pretrained model, options from a JSON file (the same names as keys), an interrupted run:
-
-    python scripts/run_clm.py --train_file a.txt --validation_file b.txt --test_file c.txt --output_dir out
-    python scripts/run_clm.py --model_name_or_path gpt2 --dataset wikitext-2 --output_dir out
-    python scripts/run_clm.py config.json
-    python scripts/run_clm.py --output_dir out --resume_from_checkpoint last
-
-The output directory then holds results.json, learning_curve.png, the model, its tokenizer and a model card.
-"""
-
-from __future__ import annotations
+"""``hf-adafisher clm`` for a clone."""
 
 import sys
-from collections.abc import Sequence
 
-from hf_adafisher.experiments.runs.clm import ClmRun
-from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
-from hf_adafisher.experiments.runs.clm_setup import prepare_clm_run
-from hf_adafisher.experiments.runs.run import run_script
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run it; return the exit status: 0; 1 if the run diverged; 2 for bad input."""
-    return run_script(prepared, argv)
-
-
-def prepared(argv: Sequence[str] | None = None) -> ClmRun:
-    """Prepare the run of a command line."""
-    return prepare_clm_run(*parse_clm_arguments(argv))
-
+from hf_adafisher.cli.clm import main
 
 if __name__ == "__main__":
     sys.exit(main())

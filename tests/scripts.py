@@ -1,22 +1,16 @@
-"""The command lines in ``scripts/`` as modules, and what their runs leave."""
+"""The commands of ``hf-adafisher`` as modules, and what their runs leave."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
-
-def load_script(name: str) -> Any:
-    """The module of ``scripts/NAME.py``, new in every call."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_command(name: str) -> Any:
+    """The module ``hf_adafisher.cli.NAME``."""
+    return importlib.import_module(f"hf_adafisher.cli.{name}")
 
 
 def read_results(output: Path) -> dict[str, Any]:

@@ -10,18 +10,18 @@ import pytest
 
 from hf_adafisher import available_optimizers
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def program() -> ModuleType:
-    return load_script("list_optimizers")
+    return load_command("list_optimizers")
 
 
 def test_the_readme_holds_the_programs_table(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    """To renew it: `python scripts/list_optimizers.py --markdown`."""
+    """To renew it: `hf-adafisher list --markdown`."""
     assert program.main(["--markdown"]) == 0
     table = capsys.readouterr().out.strip()
     assert table.count("\n") == len(available_optimizers()) + 1

@@ -3,6 +3,7 @@
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.curvature_callback import CurvatureCallback
+from hf_adafisher.training.doctor_callback import DoctorCallback
 from hf_adafisher.training.mixin import AdaFisherMixin
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
@@ -12,4 +13,5 @@ __all__ = [
     "AdaFisherTrainer",
     "AdaFisherTrainingArguments",
     "CurvatureCallback",
+    "DoctorCallback",
 ]

@@ -11,7 +11,7 @@ import pytest
 from hf_adafisher.data.text import load_corpus
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from tests.experiments.cell_folders import name_of
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300", "--block_size", "16"]
 QUICK = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--disable_tqdm", "true", "--use_cpu"]
@@ -19,7 +19,7 @@ QUICK = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--disabl
 
 @pytest.fixture(scope="session")
 def main() -> Any:
-    return load_script("run_clm").main
+    return load_command("clm").main
 
 
 @pytest.fixture(scope="session")
@@ -85,10 +85,10 @@ else:
 
 @pytest.fixture
 def program(tmp_path: Path) -> Path:
-    """A program like run_clm.py that is done at once; beside it, one like run_image_classification.py."""
-    path = tmp_path / "scripts" / "run_clm.py"
+    """A program like clm.py that is done at once; beside it, one like image.py."""
+    path = tmp_path / "scripts" / "clm.py"
     path.parent.mkdir()
-    for script in (path, path.with_name("run_image_classification.py")):
+    for script in (path, path.with_name("image.py")):
         script.write_text(FAKE_RUN)
     return path
 

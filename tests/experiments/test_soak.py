@@ -1,17 +1,16 @@
-"""scripts/soak.py on programs that take half a second: it finds what is lost, unequal or unfinished."""
+"""hf-adafisher soak on programs that take half a second: it finds what is lost, unequal or unfinished."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.scripts import load_script
+from tests.scripts import load_command
 
-# Stands in for run_clm.py and compare_optimizers.py. A start that finds a trace of an earlier one FAULTS.
+# Stands in for clm.py and compare.py. A start that finds a trace of an earlier one FAULTS.
 FAKE = """
 import json, pathlib, sys, time
 out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
@@ -43,11 +42,13 @@ FAULTS = {
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_soak_finds(fault: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script: Any = load_script("soak")
-    for name in ("soak.py", "run_clm.py", "compare_optimizers.py"):
+def test_the_soak_finds(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script: Any = load_command("soak")
+    for name in ("clm.py", "compare.py"):
         (tmp_path / name).write_text(FAKE.replace("FAULT", FAULTS[fault]))
-    script.__file__ = str(tmp_path / "soak.py")
+    monkeypatch.setattr(script, "PROGRAMS", tmp_path)
     out = tmp_path / "out"
     flags = ["--kills", "12", "--jobs", "2", "--output_dir", str(out)]
     assert script.main(flags) == (0 if fault == "none" else 1)
@@ -63,11 +64,12 @@ def test_the_soak_finds(fault: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.subprocess
-def test_an_undisturbed_failure_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script: Any = load_script("soak")
-    script.__file__ = str(tmp_path / "soak.py")
-    shutil.copy(Path(__file__), tmp_path / "soak.py")
-    (tmp_path / "run_clm.py").write_text("raise SystemExit('no such option')")
+def test_an_undisturbed_failure_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script: Any = load_command("soak")
+    monkeypatch.setattr(script, "PROGRAMS", tmp_path)
+    (tmp_path / "clm.py").write_text("raise SystemExit('no such option')")
     assert script.main(["--kills", "1", "--output_dir", str(tmp_path / "out")]) == 2
     assert "the undisturbed run fails: exit status 1: no such option" in capsys.readouterr().err
     with pytest.raises(SystemExit):

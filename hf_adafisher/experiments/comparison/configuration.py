@@ -22,6 +22,9 @@ from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.optimizers.factory.records import did_you_mean
 
+PRESETS = Path(__file__).parents[1] / "presets"
+"""Folder of the configurations that have a name."""
+
 _SEEDS = listing(number(0, whole=True), empty=False, unique=True)
 _VALUE = either(scalar, listing(scalar, empty=False))
 
@@ -88,35 +91,39 @@ def check_configuration(config: Any) -> None:
     CONFIGURATION(config, "the configuration")
 
 
-def find_configuration(name: Path, presets: Path) -> Path:
+def available_presets() -> list[str]:
+    """List the names of the presets."""
+    return sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.json"))
+
+
+def find_configuration(name: Path) -> Path:
     """Return the path of a configuration.
 
     Args:
         name: Path of a file, or the name of a preset, with or without ``.json``.
-        presets: Folder of the presets.
 
     Raises:
         FileNotFoundError: There is neither; the message holds the nearest preset.
     """
-    candidates = [name, presets / name, presets / f"{name}.json"]
+    candidates = [name, PRESETS / name, PRESETS / f"{name}.json"]
     for path in candidates:
         if path.is_file():
             return path
-    known = sorted(path.relative_to(presets).with_suffix("").as_posix() for path in presets.rglob("*.json"))
+    known = available_presets()
     wanted = name.name.removesuffix(".json")
     raise FileNotFoundError(
-        f"there is no configuration {str(name)!r}{did_you_mean(wanted, known)}; presets: {', '.join(known)}"
+        f"there is no configuration {str(name)!r}{did_you_mean(wanted, known) or '.'} Presets: {', '.join(known)}"
     )
 
 
-def load_configuration(name: Path, presets: Path) -> dict[str, Any]:
+def load_configuration(name: Path) -> dict[str, Any]:
     """Read and check a configuration; see ``find_configuration``.
 
     Raises:
         FileNotFoundError: There is none.
         ValueError: It is no JSON or no configuration; the message names the file.
     """
-    path = find_configuration(name, presets)
+    path = find_configuration(name)
     config = read_json(path)
     try:
         check_configuration(config)

@@ -58,7 +58,7 @@ class Task:
     """The task-specific part of a comparison.
 
     Attributes:
-        script: File name of the script, beside ``compare_optimizers.py``, that runs one cell.
+        script: File name of the program in ``hf_adafisher/cli`` that runs one cell.
         metrics: Metrics of a run beside steps, seconds and bytes, which every task has.
         setting_columns: Names of those in the table of the best settings.
         cell_columns: Names of those in the table of all runs.
@@ -127,7 +127,7 @@ class Task:
 
 TASKS = {
     "clm": Task(
-        script="run_clm.py",
+        script="clm.py",
         metrics=(
             Metric("validation loss", "validation", "loss", 4),
             Metric("token perplexity", "validation", "token_perplexity", 1),
@@ -150,7 +150,7 @@ TASKS = {
         ),
     ),
     "image": Task(
-        script="run_image_classification.py",
+        script="image.py",
         metrics=(
             Metric("validation accuracy %", "validation", "accuracy", 2, _percent),
             Metric("validation top-5 %", "validation", "top5_accuracy", 2, _percent),

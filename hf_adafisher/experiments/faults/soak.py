@@ -66,7 +66,7 @@ class Soak:
     """Loops of runs and comparisons, several at a time.
 
     Args:
-        scripts: Folder of ``run_clm.py`` and ``compare_optimizers.py``.
+        scripts: Folder of ``clm.py`` and ``compare.py``.
         output_dir: Folder for the loops, new or empty.
         seed: Of the moments, the delays and the choice of the processes.
         on_kill: Called after each kill.
@@ -164,9 +164,9 @@ class Soak:
     def _command(self, kind: str, folder: Path) -> list[str]:
         if kind == "comparison":
             config = str(self.output_dir / "comparison.json")
-            words = ["compare_optimizers.py", "--config", config]
+            words = ["compare.py", config]
         else:
-            words = ["run_clm.py", *(f"--{key}={value}" for key, value in self._common.items())]
+            words = ["clm.py", *(f"--{key}={value}" for key, value in self._common.items())]
             with suppress(CheckpointError):  # killed in its first checkpoint: it starts anew
                 words += ["--resume_from_checkpoint", "last"] if last_complete_checkpoint(folder) else []
         return [sys.executable, str(self.scripts / words[0]), *words[1:], "--output_dir", str(folder)]

@@ -16,8 +16,8 @@ from hf_adafisher.experiments.runs.image_arguments import (
 
 TASKS = {
     "digits": "a small network on scikit-learn's digits",
-    "image": "arguments of run_image_classification.py",
-    "clm": "arguments of run_clm.py",
+    "image": "arguments of hf-adafisher image",
+    "clm": "arguments of hf-adafisher clm",
 }
 _IMAGE = (ImageModelArguments, ImageDataArguments, ImageTrainingArguments)
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
@@ -37,7 +37,7 @@ _RESERVED: dict[str, tuple[str, Any]] = {
     "save_strategy": (_NOT_KEPT, "no"),
     "load_best_model_at_end": (_NOT_KEPT, False),
     "push_to_hub": (_NOT_KEPT, False),
-    "curvature_log": ("only the training scripts write that record, for plot_curvature.py", False),
+    "curvature_log": ("only training runs write that record, for hf-adafisher figures curvature", False),
 }
 """The reason by reserved argument, and the only value, if any, that may be given for it."""
 _RESERVED_ON_DIGITS: dict[str, tuple[str, Any]] = {

@@ -1,4 +1,4 @@
-"""Training runs of the figures: any that ``run_clm.py`` or ``run_image_classification.py`` can do."""
+"""Training runs of the figures: any that ``hf-adafisher clm`` or ``image`` can do."""
 
 from __future__ import annotations
 

@@ -53,7 +53,9 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
 
     curvature_log: bool = field(
         default=False,
-        metadata={"help": "Record every layer's curvature with AdaFisher(W): scripts/plot_curvature.py draws it."},
+        metadata={
+            "help": "Record every layer's curvature with AdaFisher(W): `hf-adafisher figures curvature` draws it."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -185,7 +185,7 @@ class ImageTrainingArguments(RunTrainingArguments):
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Default: that of scripts/list_optimizers.py; for pretrained weights "
+            "help": "Default: that of `hf-adafisher list`; for pretrained weights "
             + ", ".join(f"{rate:g} with {name}" for name, rate in FINE_TUNING_LEARNING_RATES.items())
             + " (not with step_size=paper)."
         },

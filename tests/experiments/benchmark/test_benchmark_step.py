@@ -16,14 +16,14 @@ from hf_adafisher.experiments.benchmark.measurement import alternate, compare_ti
 from hf_adafisher.experiments.benchmark.operators import count_operators, measure_operators
 from hf_adafisher.experiments.benchmark.step import measure_step
 from hf_adafisher.experiments.benchmark.workloads import MODELS, gpt2
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 
 @pytest.fixture
 def main(monkeypatch: pytest.MonkeyPatch) -> Any:
     tiny = {"width": 64, "depth": 1, "vocabulary": 99, "batch": 1, "length": 8}
     monkeypatch.setitem(MODELS, "gpt2-20m", lambda device: gpt2(device, **tiny))
-    return load_script("benchmark_step").main
+    return load_command("benchmark").main
 
 
 def test_times_are_compared_within_rounds() -> None:

@@ -12,14 +12,15 @@ import pytest
 from hf_adafisher.experiments.comparison.budget import timing_cell, work_period
 from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers, set_arguments
+from hf_adafisher.experiments.comparison.configuration import PRESETS as PRESET_FOLDER
 from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.experiments.comparison.stored import load_result
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_script
+from tests.scripts import load_command
 
-CONFIGS = Path(__file__).parents[3] / "scripts" / "configs"
+CONFIGS = PRESET_FOLDER
 PRESETS = sorted(CONFIGS.rglob("*.json"))
 TINY = {
     "n_layer": 1,
@@ -38,7 +39,7 @@ Started = Callable[..., list[str]]
 
 
 def script() -> Any:
-    return load_script("compare_optimizers")
+    return load_command("compare")
 
 
 def test_lists_of_an_entry_are_combined() -> None:
@@ -257,5 +258,6 @@ def test_the_script_and_bad_input(tmp_path: Path, arguments: list[str], capsys: 
     ):
         assert script().main([*arguments, "--output_dir", str(tmp_path / "out"), *extra]) == 2
         assert message in capsys.readouterr().err
-    assert script().main(arguments) == 2
-    assert "--output_dir is needed" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script().main(["--dry_run"])
+    assert "one of the arguments preset --config is required" in capsys.readouterr().err

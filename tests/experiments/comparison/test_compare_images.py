@@ -258,7 +258,7 @@ def test_the_script_sets_arguments_and_reads_images_from_a_folder(
     command = ["--config", str(tmp_path / "c.json"), "--budget", "steps=3", "--list_commands"]
     assert script().main([*command, "--local_data", str(tmp_path), "--set", "flip=0", "image_size=8"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
-    wanted = f"run_image_classification.py --flip 0 --data_dir {tmp_path} --image_size 8 --max_steps 3 --optim adam "
+    wanted = f"image.py --flip 0 --data_dir {tmp_path} --image_size 8 --max_steps 3 --optim adam "
     assert wanted in line and "--dataset" not in line
     for extra, message in (
         (["--set", "max_steps=2"], "use --budget"),

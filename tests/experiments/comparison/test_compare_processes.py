@@ -20,7 +20,7 @@ from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.experiments.comparison.stored import load_result
 from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]
@@ -44,7 +44,7 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
 
 def children(parent: int) -> list[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout
-    return [pid for pid in map(int, found.split()) if "run_clm.py" in command_line(pid)]  # not ps itself
+    return [pid for pid in map(int, found.split()) if "clm.py" in command_line(pid)]  # not ps itself
 
 
 def command_line(pid: int) -> str:
@@ -237,7 +237,7 @@ def test_a_run_beyond_its_time_limit_has_failed(program: Path, tmp_path: Path, c
 
 def test_the_time_limit_of_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """E7: every cell gets it, and a limit that is none is refused."""
-    module = load_script("compare_optimizers")
+    module = load_command("compare")
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"cells": [{"optim": "adamw"}]}))
     arguments = module._parser().parse_args(["--config", str(config), "--cell_timeout", "90"])

@@ -185,13 +185,13 @@ def test_a_preset_is_found_by_its_name(
     """E13: from any folder, with and without .json; a file of that name comes first."""
     monkeypatch.chdir(tmp_path)
     for name in ("wikitext2-small", "wikitext2-small.json", "paper/cifar-resnet18"):
-        assert find_configuration(Path(name), CONFIGS).resolve().is_relative_to(CONFIGS.resolve())
-    assert script().main(["--config", "wikitext2-small", "--dry_run"]) == 0
+        assert find_configuration(Path(name)).resolve().is_relative_to(CONFIGS.resolve())
+    assert script().main(["wikitext2-small", "--dry_run"]) == 0
     assert "cells, 0 of them finished" in capsys.readouterr().out
-    assert script().main(["--config", "wikitext2-smal", "--dry_run"]) == 2
-    assert "no configuration 'wikitext2-smal', did you mean 'wikitext2-small'" in capsys.readouterr().err
+    assert script().main(["wikitext2-smal", "--dry_run"]) == 2
+    assert "no configuration 'wikitext2-smal', did you mean 'wikitext2-small'? Presets: cct" in capsys.readouterr().err
     (tmp_path / "wikitext2-small").write_text(json.dumps(GOOD))
-    assert find_configuration(Path("wikitext2-small"), CONFIGS) == Path("wikitext2-small")
+    assert find_configuration(Path("wikitext2-small")) == Path("wikitext2-small")
 
 
 def test_numbers_may_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hf_adafisher import __version__
 from hf_adafisher.data.fingerprint import file_sha256
 from hf_adafisher.experiments.comparison import identity
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells
@@ -19,7 +20,7 @@ from hf_adafisher.experiments.comparison.identity import data_fingerprints
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.outputs import software_versions
 from hf_adafisher.experiments.report.write_report import read_comparison, write_report
-from hf_adafisher.experiments.source_state import describe_source, source_state
+from hf_adafisher.experiments.source_state import NO_COMMIT, describe_source, source_state
 
 pytestmark = pytest.mark.subprocess
 
@@ -116,6 +117,18 @@ def test_the_source_code_stands_in_every_record(compare: Compare) -> None:
     assert f"| commit | {state['commit']} |" in text and "not all of the same source code" not in text
 
 
+def test_an_installed_package_knows_the_commit_that_pip_wrote_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, info = tmp_path / "site", tmp_path / "site" / "hf_adafisher-9.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Name: hf_adafisher\nVersion: 9\n")
+    (info / "direct_url.json").write_text('{"url": "u", "vcs_info": {"vcs": "git", "commit_id": "c0ffee"}}')
+    monkeypatch.syspath_prepend(str(site))
+    assert source_state(site)["commit"] == "c0ffee"
+    assert source_state(tmp_path)["commit"] == NO_COMMIT  # that of another copy is not its own
+
+
 def test_mixed_source_code_is_said_beside_the_table(compare: Compare) -> None:
     """E9: two cells of different commits stay in one table, with a sentence."""
     comparison = compare([ENTRY])
@@ -132,14 +145,15 @@ def test_mixed_source_code_is_said_beside_the_table(compare: Compare) -> None:
 
 
 def test_the_state_of_a_checkout(tmp_path: Path) -> None:
-    """E9: clean and changed; a package that merely lies inside another project's checkout has no commit."""
+    """E9: clean and changed; a package that merely lies inside another project's checkout has none, and says so."""
     package = tmp_path / "hf_adafisher"
     package.mkdir()
     (package / "__init__.py").write_text("a = 1\n")
-    assert set(source_state(tmp_path)) == {"hf_adafisher"}
+    assert source_state(tmp_path) == {"hf_adafisher": __version__, "commit": NO_COMMIT}
+    assert describe_source(source_state(tmp_path)) == f"{__version__}, commit unknown, since it is no git checkout"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
-    assert set(source_state(tmp_path)) == {"hf_adafisher"}
+    assert source_state(tmp_path)["commit"] == NO_COMMIT
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-q", "-m", "a"], check=True)
     clean = source_state(tmp_path)

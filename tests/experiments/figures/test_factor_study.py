@@ -20,7 +20,7 @@ from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
 from tests.experiments.figures.factor_networks import Tagger, loss_of, net_and_batch
 from tests.experiments.runs.image_runs import QUICK, TINY
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 TINY_RUN = [*TINY, *QUICK]
 
@@ -106,7 +106,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
 
 def run_script(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[Path]]:
     output = tmp_path / "factors.png"
-    status = load_script("plot_factors").main([*arguments, "--output", str(output)])
+    status = load_command("figures.factors").main([*arguments, "--output", str(output)])
     files = sorted(path for path in tmp_path.iterdir() if path.is_file())
     return status, json.loads(output.with_suffix(".json").read_text()) if status == 0 else {}, files
 

@@ -28,7 +28,7 @@ from hf_adafisher.experiments.figures.training_run import (
     prepare_run,
 )
 from tests.experiments.runs.image_runs import TINY
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16"]
 LAYER = "cct.layers.0.intermediate"
@@ -190,7 +190,7 @@ def test_script_on_text_with_zeros(
     output = tmp_path / "pictures" / "text.png"
     cut = command.index("--max_steps")
     flags = ["--task", "clm", "--layer", "transformer.wpe", "--steps", "3", "--output", str(output), *command[:cut]]
-    assert load_script("plot_fisher_histogram").main(flags) == 0
+    assert load_command("figures.fisher_histogram").main(flags) == 0
     found = json.loads(output.with_suffix(".json").read_text())
     assert {file.suffix for file in output.parent.glob("text.*")} == {".json", ".png", ".svg"}
     fisher, moment = found["panels"]
@@ -210,7 +210,7 @@ def test_script_on_text_with_zeros(
 
 def test_script_says_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flags = ["--layer", "nothing", "--steps", "2", "--output", str(tmp_path / "a.png"), *RUN, *TINY]
-    assert load_script("plot_fisher_histogram").main(flags) == 2
+    assert load_command("figures.fisher_histogram").main(flags) == 2
     assert "layers that can be named: cct.tokenizer" in caplog.text
     assert not (tmp_path / "a.png").exists()
 

@@ -34,7 +34,7 @@ from hf_adafisher.experiments.figures.landscape.trajectories import Trajectory, 
 from hf_adafisher.experiments.figures.training_run import fixed_batches, mean_loss
 from hf_adafisher.training.trainer import AdaFisherTrainer
 from tests.experiments.runs.image_runs import TINY, TINY_RESNET
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16"]
 SMALL: dict[str, Any] = {"steps": 4, "grid": 3, "examples": 24, "jobs": 1}
@@ -534,7 +534,7 @@ def test_a_diverged_optimizer_leaves_the_others_their_picture(tmp_path: Path) ->
     np.testing.assert_array_equal(lifted.lines[0].get_data_3d()[2], np.minimum(good["loss_in_plane"], top))
 
 
-SCRIPT = "plot_loss_landscape"
+COMMAND = "figures.landscape"
 TEXT = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300"]
 TEXT += ["--block_size", "16", *RUN]
 
@@ -542,7 +542,7 @@ TEXT += ["--block_size", "16", *RUN]
 def test_script_writes_the_picture_and_its_numbers(tmp_path: Path) -> None:
     output = tmp_path / "new" / "figure.png"
     sizes = ["--steps", "4", "--grid", "3", "--examples", "24", "--output", str(output)]
-    assert load_script(SCRIPT).main(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
+    assert load_command(COMMAND).main(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
     assert output.read_bytes().startswith(b"\x89PNG") and "<svg" in output.with_suffix(".svg").read_text()
     numbers = json.loads(output.with_suffix(".json").read_text())
     assert list(numbers["optimizers"]) == PAIR
@@ -611,7 +611,7 @@ def test_bad_input_is_named_before_training(
     no_training: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str], message: str
 ) -> None:
     base = ["--optimizers", *PAIR, "--steps", "4", "--output", str(tmp_path / "figure.png")]
-    assert load_script(SCRIPT).main([*base, *RUN, *TINY, *flags]) == 2
+    assert load_command(COMMAND).main([*base, *RUN, *TINY, *flags]) == 2
     assert message in caplog.text
 
 

@@ -42,7 +42,7 @@ from hf_adafisher.experiments.fisher_accuracy.exact_fisher import exact_fisher
 from hf_adafisher.experiments.fisher_accuracy.picture import CONTROL_COLUMNS, LEGEND, agreement_table
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from tests.experiments.runs.image_runs import TINY
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 RUN = ["--use_cpu", "--disable_tqdm", "true", "--warmup_steps", "0", "--per_device_train_batch_size", "16"]
 Batch = dict[str, Tensor]
@@ -479,7 +479,7 @@ def test_script_on_text(tmp_path: Path, command: list[str], capsys: pytest.Captu
     output = tmp_path / "pictures" / "fisher.png"
     flags = [*command[: command.index("--max_steps")], "--task", "clm", "--steps", "3", "--examples", "6"]
     flags += ["--seeds", "0", "1", "--kind", "true", "--output", str(output)]
-    assert load_script("compare_fisher").main(flags) == 0
+    assert load_command("figures.fisher_accuracy").main(flags) == 0
     assert {file.suffix for file in output.parent.glob("fisher.*")} == {".json", ".png", ".svg"}
     found = json.loads(output.with_suffix(".json").read_text())
     assert (found["kind"], found["examples"], found["terms"], found["seeds"]) == ("true", 6, 90, [0, 1])

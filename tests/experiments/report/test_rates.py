@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_adafisher.experiments.report.rates import read_rates
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 CELLS = """cell,optim,learning_rate,seed,status,validation loss
 a,adamw,0.01,0,completed,3.5
@@ -34,7 +34,9 @@ def test_rates_are_those_of_one_seed_in_order(tmp_path: Path) -> None:
 def test_picture_of_two_comparisons(tmp_path: Path) -> None:
     folders = [str(comparison(tmp_path / name)) for name in ("a", "b")]
     output = tmp_path / "rates.png"
-    assert load_script("plot_learning_rates").main([*folders, "--titles", "One", "Two", "--output", str(output)]) == 0
+    assert (
+        load_command("figures.learning_rates").main([*folders, "--titles", "One", "Two", "--output", str(output)]) == 0
+    )
     numbers = json.loads(output.with_suffix(".json").read_text())
     assert numbers["panels"] == {title: read_rates(tmp_path / "a", 0) for title in ("One", "Two")}
     assert output.stat().st_size > 5000 and output.with_suffix(".svg").read_text().count("adamw") >= 2
@@ -50,7 +52,7 @@ def test_cells_without_rates_are_named(tmp_path: Path, text: str, message: str) 
 
 
 def test_bad_command_lines_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    main = load_script("plot_learning_rates").main
+    main = load_command("figures.learning_rates").main
     assert main([str(tmp_path / "missing"), "--output", str(tmp_path / "a.png")]) == 2
     assert "does not exist" in caplog.text
     with pytest.raises(SystemExit):

@@ -93,7 +93,7 @@ def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
 
 @pytest.mark.subprocess
 def test_every_file_of_a_report(finished: Comparison) -> None:
-    printed = write_report(finished, "python scripts/compare_optimizers.py --config 'a b.json'")
+    printed = write_report(finished, "hf-adafisher compare 'a b.json'")
     for name in ("report.html", "report.md", "cells.csv", "curves.png", "curves_by_seconds.png", "learning_rates.png"):
         assert str(finished.output_dir / name) in printed and (finished.output_dir / name).is_file()
     with (finished.output_dir / "cells.csv").open(newline="") as file:
@@ -107,7 +107,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         assert line["cell"].endswith(f"seed={line['seed']}") and line["optim"] == line["cell"].split(",")[0]
     text = (finished.output_dir / "report.md").read_text()
     for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",
-                  "--config 'a b.json'", "| budget | seconds=30 |", "| adafisherw | 300.0 | 25 |"):  # fmt: skip
+                  "compare 'a b.json'", "| budget | seconds=30 |", "| adafisherw | 300.0 | 25 |"):  # fmt: skip
         assert words in text
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from hf_adafisher.experiments.runs.image import ImageRun
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 QUICK = ["--per_device_train_batch_size", "16", "--logging_steps", "1", "--disable_tqdm", "true", "--use_cpu"]
 TINY = ["--model_options", "hidden_size=16,conv_width=8", "--image_size", "8"]
@@ -18,7 +18,7 @@ TINY_RESNET += ["--model_options", "hidden_sizes=[8,8],depths=[1,1],embedding_si
 
 @cache
 def _script() -> Any:
-    return load_script("run_image_classification")
+    return load_command("image")
 
 
 def run(*flags: Any, quick: Sequence[str] = QUICK) -> int:

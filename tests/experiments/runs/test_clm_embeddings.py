@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, OpenAIGPTConfig, OpenAIGPTModel, OpenAIGPTTokenizer
 
 from hf_adafisher.experiments.comparison.cells import expand_cells
+from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.runs.clm_arguments import ModelArguments, parse_clm_arguments
 from hf_adafisher.experiments.runs.clm_setup import load_language_model, prepare_clm_run
-
-CONFIGS = Path(__file__).parents[3] / "scripts" / "configs"
 
 
 def make_gpt1(folder: Path, width: int, heads: int = 2, positions: int = 256) -> str:
@@ -97,7 +96,7 @@ def test_arguments_that_contradict_each_other() -> None:
 @pytest.mark.parametrize("name", ["wikitext2-gpt1-paper", "ptb-gpt1-paper"])
 def test_the_preset_of_the_paper_with_a_stand_in(name: str, main: Any, files: dict[str, str], tmp_path: Path) -> None:
     """The model at its full size but for the vocabulary. The paper's has 28,351,488 parameters: four blocks."""
-    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    config = json.loads((PRESETS / f"{name}.json").read_text())
     assert config["budget"] == "like=adafisherw:epochs=50"
     common = {key: value for key, value in config["common"].items() if key != "dataset"}
     assert (common["per_device_train_batch_size"], common["weight_decay"]) == (32, 0.1)

@@ -1,4 +1,4 @@
-"""Bad input to scripts/run_clm.py: one line that names the value and the way out, and no work done."""
+"""Bad input to hf-adafisher clm: one line that names the value and the way out, and no work done."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/run_clm.py from its command line to its files."""
+"""hf-adafisher clm from its command line to its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/run_image_classification.py from its command line to its files."""
+"""hf-adafisher image from its command line to its files."""
 
 from __future__ import annotations
 

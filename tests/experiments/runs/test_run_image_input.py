@@ -1,4 +1,4 @@
-"""Bad input to scripts/run_image_classification.py: one line that names it and the way out, and no work done."""
+"""Bad input to hf-adafisher image: one line that names it and the way out, and no work done."""
 
 from __future__ import annotations
 

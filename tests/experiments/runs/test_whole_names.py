@@ -13,9 +13,9 @@ from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.figures.reserved_arguments import given_arguments
 from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
 from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
-from tests.scripts import load_script
+from tests.scripts import load_command
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("parse", [parse_clm_arguments, parse_image_arguments])
@@ -64,27 +64,29 @@ def test_an_option_of_a_file_has_two_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "words", "near"),
+    ("command", "words", "near"),
     [
-        ("compare_optimizers", ["--config", "demo", "--dry_ru"], "--dry_run"),
-        ("benchmark_step", ["--round", "3"], "--rounds"),
+        ("compare", ["demo", "--dry_ru"], "--dry_run"),
+        ("benchmark", ["--round", "3"], "--rounds"),
         ("list_optimizers", ["--jso"], "--json"),
-        ("plot_curvature", ["a", "--layer", "b"], "--layers"),
+        ("figures.curvature", ["a", "--layer", "b"], "--layers"),
     ],
 )
-def test_the_other_scripts(script: str, words: list[str], near: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """E15, for scripts that are no runs."""
+def test_the_other_commands(command: str, words: list[str], near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """E15, for commands that are no runs."""
     with pytest.raises(SystemExit) as stop:
-        load_script(script).main(words)
+        load_command(command).main(words)
     assert stop.value.code == 2 and f"did you mean '{near}'" in capsys.readouterr().err
 
 
 def test_no_script_has_a_parser_of_another_kind() -> None:
     """E15: also one that is written tomorrow."""
     parsers = re.compile(r"\bArgumentParser\(|HfArgumentParser\(")
-    package = SCRIPTS.parent / "hf_adafisher"
     found = [
-        path.name for folder in (SCRIPTS, package) for path in folder.rglob("*.py") if parsers.search(path.read_text())
+        path.name
+        for folder in ("hf_adafisher", "scripts")
+        for path in (ROOT / folder).rglob("*.py")
+        if parsers.search(path.read_text())
     ]
     assert found == [] and StrictParser(allow_abbrev=True).allow_abbrev is False
 

@@ -30,7 +30,7 @@ from hf_adafisher.optimizers.validation.training_modes import (
     TrainingMode,
 )
 from tests.cases import mlp
-from tests.scripts import load_script
+from tests.scripts import load_command
 
 ROOT = Path(__file__).parents[3]
 FORMS = {
@@ -144,8 +144,8 @@ def test_every_mode_has_reason_remedy_and_tests(mode: TrainingMode) -> None:
 
 
 def test_the_readme_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """To renew it: `python scripts/list_optimizers.py --modes`."""
-    assert load_script("list_optimizers").main(["--modes"]) == 0
+    """To renew it: `hf-adafisher list --modes`."""
+    assert load_command("list_optimizers").main(["--modes"]) == 0
     table = capsys.readouterr().out.strip()
     assert table.count("\n") == len(TRAINING_MODES) + 1
     assert table in (ROOT / "README.md").read_text(encoding="utf-8")

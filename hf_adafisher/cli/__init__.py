@@ -1,0 +1,1 @@
+"""The commands of ``hf-adafisher``, one file each; ``main.py`` has their table."""

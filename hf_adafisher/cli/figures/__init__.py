@@ -1,0 +1,1 @@
+"""The commands of ``hf-adafisher figures``, one file each."""
