@@ -17,16 +17,20 @@ from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
 from hf_adafisher.optimizers.base.options import options_in_use
 from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_record
+from hf_adafisher.optimizers.factory.learning_rates import (
+    own_learning_rate,
+    warn_of_learning_rate,
+    warn_without_clipping,
+)
 from hf_adafisher.optimizers.validation.compilation import due_steps_run_eagerly
 from hf_adafisher.optimizers.validation.training_modes import DATA_PARALLEL
 from hf_adafisher.training.arguments import (
-    DEFAULT_LEARNING_RATE,
-    TRAINER_LEARNING_RATE,
     AdaFisherTrainingArguments,
+    adamws_learning_rate,
     chosen_optimizer,
-    default_learning_rate,
     optimizer_name,
 )
+from hf_adafisher.training.hyperparameters import space_around
 from hf_adafisher.training.resuming import ResumableTraining
 from hf_adafisher.training.second_order import second_derivatives
 
@@ -87,27 +91,18 @@ class AdaFisherMixin(ResumableTraining):
         """
         args = self.args
         name = chosen_optimizer(args)
-        if name is None and self.optimizer is None and isinstance(args, AdaFisherTrainingArguments):
-            _warn_of_a_foreign_default(optimizer_name(args), args.learning_rate)
-        if name is None or self.optimizer is not None or self.optimizer_cls_and_kwargs is not None:
+        given = self.optimizer is not None or self.optimizer_cls_and_kwargs is not None
+        model = self.model if model is None else model
+        assert model is not None
+        if not given:
+            self._warn_of_settings(name or optimizer_name(args), model)
+        if given or name is None:
             with due_steps_run_eagerly():
                 return super().create_optimizer(model)
-        options = args.optimizer_options() if isinstance(args, AdaFisherTrainingArguments) else {}
+        options = self._given_options()
         needs = optimizer_record(name).needs_with(options)
         if args.n_gpu > 1 and DATA_PARALLEL.refused_by(needs):
             raise ValueError(DATA_PARALLEL.argument_refusal(name, needs, f"{args.n_gpu} GPUs in one process"))
-        model = self.model if model is None else model
-        assert model is not None
-        if isinstance(args, AdaFisherTrainingArguments):
-            _warn_of_a_foreign_default(name, args.learning_rate)
-            _warn_of_fine_tuning(name, args.learning_rate, model)
-        else:
-            logger.warning(
-                "%s has no optimizer of hf_adafisher in it: training with optim=adafisherw and learning_rate=%s. For "
-                "options use AdaFisherTrainingArguments, or a class of both; for AdamW, optim='adamw_torch'.",
-                type(args).__name__,
-                args.learning_rate,
-            )
         self.optimizer = create_optimizer(
             name,
             model,
@@ -117,6 +112,40 @@ class AdaFisherMixin(ResumableTraining):
             **options,
         )
         return self.optimizer
+
+    def _given_options(self) -> dict[str, Any]:
+        return self.args.optimizer_options() if isinstance(self.args, AdaFisherTrainingArguments) else {}
+
+    def _warn_of_settings(self, name: str, model: Any) -> None:
+        """Warn of arguments that do not suit the optimizer."""
+        args, options, rate = self.args, self._given_options(), self.args.learning_rate
+        if name != optimizer_name(args):
+            logger.warning(
+                "%s has no optimizer of hf_adafisher in it: training with optim=%s and learning_rate=%s. For options "
+                "use AdaFisherTrainingArguments, or a class of both; for AdamW, optim='adamw_torch'.",
+                type(args).__name__,
+                name,
+                rate,
+            )
+        elif not isinstance(args, AdaFisherTrainingArguments):
+            return  # a choice of Trainer's own optimizers and rates
+        assert rate is not None
+        adamws, weights = adamws_learning_rate(type(args)), getattr(model, "name_or_path", "")
+        warn_of_learning_rate(name, options, rate, adamws=adamws, weights=weights)
+        warn_without_clipping(name, options, args.max_grad_norm)
+
+    def hyperparameter_search(self, hp_space: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Search as Trainer does; its default space goes around the optimizer's own learning rate.
+
+        Without ``hp_space`` the rates are a tenth to ten times of that rate: that for fine-tuning where the model has
+        pretrained weights, and from scratch otherwise. All other arguments are Trainer's.
+        """
+        name, args_class = chosen_optimizer(self.args), type(self.args)
+        if hp_space is None and name is not None:
+            weights = getattr(self.model, "name_or_path", "")
+            rate = own_learning_rate(name, self._given_options(), adamws_learning_rate(args_class), weights)
+            hp_space = None if rate is None else space_around(rate, lambda: self.hp_search_backend)
+        return super().hyperparameter_search(hp_space, *args, **kwargs)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -154,9 +183,13 @@ class AdaFisherMixin(ResumableTraining):
         return items if self.args.average_tokens_across_devices else items * self.accelerator.num_processes
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log; training logs get AdaFisher's or K-FAC's curvature scalars (``args.log_curvature``)."""
+        """Log; training logs get AdaFisher's or K-FAC's curvature scalars (``args.adafisher_log_curvature``)."""
         optimizer = self._raw_optimizer()
-        if isinstance(optimizer, HookedOptimizer) and "loss" in logs and getattr(self.args, "log_curvature", True):
+        if (
+            isinstance(optimizer, HookedOptimizer)
+            and "loss" in logs
+            and getattr(self.args, "adafisher_log_curvature", True)
+        ):
             kind = "adafisher" if isinstance(optimizer, KroneckerDiagonalOptimizer) else "kfac"
             summary: dict[str, float] = getattr(optimizer, "curvature_summary", dict)()
             logs |= {f"{kind}/{key}": summary[key] for key in _LOGGED if key in summary}
@@ -199,35 +232,3 @@ def _own_name(optimizer: Optimizer) -> str:
     """The name of an optimizer of this package."""
     records = [optimizer_record(name) for name in available_optimizers()]
     return next(record.name for record in records if record.needs_model and record.cls is type(optimizer))
-
-
-def _warn_of_fine_tuning(name: str, learning_rate: float | None, model: Any) -> None:
-    """Defaults for training from scratch are far too large for pretrained weights."""
-    record, source = optimizer_record(name), getattr(model, "name_or_path", "")
-    # The record's own object: whoever writes the same number has chosen it.
-    if source and record.fine_tuning_rate is not None and learning_rate is record.learning_rate.value:
-        logger.warning(
-            "optim=%s runs with its default learning_rate=%s, which is for training from scratch. To fine-tune the "
-            "weights of %r, set learning_rate: %s is a good start.",
-            name,
-            learning_rate,
-            source,
-            record.fine_tuning_rate,
-        )
-
-
-def _warn_of_a_foreign_default(name: str, learning_rate: float | None) -> None:
-    """``dataclasses.replace(args, optim=...)`` keeps the learning rate, and defaults are up to 60,000 times apart."""
-    right, defaults = default_learning_rate(name), [default_learning_rate(other) for other in available_optimizers()]
-    # Most defaults are numbers that one may well choose, so they are told by being the very object of the record.
-    kept = any(learning_rate is default for default in defaults)
-    telling = (DEFAULT_LEARNING_RATE, TRAINER_LEARNING_RATE, max(defaults))
-    if name in available_optimizers() and learning_rate == optimizer_record(name).fine_tuning_rate:
-        return
-    if learning_rate != right and (kept or learning_rate in telling):
-        logger.warning(
-            "optim=%s runs with learning_rate=%s, the default of other optimizers; its own is %s.",
-            name,
-            learning_rate,
-            right,
-        )

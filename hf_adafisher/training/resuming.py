@@ -23,6 +23,7 @@ from hf_adafisher.training.arguments import AdaFisherTrainingArguments, parse_op
 from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.checkpoints import CheckpointError, check_checkpoint_files, last_complete_checkpoint
 from hf_adafisher.training.curvature_callback import CurvatureCallback
+from hf_adafisher.training.option_fields import argument_of
 from hf_adafisher.training.renamed_weights import check_weights_fit, has_renamed_weights, load_renamed_weights
 
 if TYPE_CHECKING:  # a mixin has no base but the Trainer that it is mixed with
@@ -161,8 +162,10 @@ class ResumableTraining(AnyTrainer):
         for key, (asked, used) in changed.items():
             if key == "learning_rate" and asked != self.args.learning_rate:  # groups with shares of it
                 self.args.learning_rate = (self.args.learning_rate or 0.0) * (used / asked if asked else 1.0)
-            elif key in ("learning_rate", "weight_decay") or (hasattr(self.args, key) and key in {*given} - {*others}):
+            elif key in ("learning_rate", "weight_decay"):
                 setattr(self.args, key, used)
+            elif key in {*given} - {*others} and hasattr(self.args, argument_of(key)):
+                setattr(self.args, argument_of(key), used)
             elif key == "betas" and key not in others:
                 self.args.adam_beta1, self.args.adam_beta2 = used
             elif key == "eps" and key not in others:

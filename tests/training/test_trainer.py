@@ -199,22 +199,6 @@ def test_spectral_curvature_has_adafishers_name_in_logs_and_its_own_options_on_t
     assert "Trained with SpectralAdaFisher" in card
 
 
-def test_another_optimizers_default_learning_rate_is_pointed_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    our_trainer(tmp_path, learning_rate=5e-5).create_optimizer()  # a rate of AdamW's, which is one of AdaFisherW's too
-    assert not caplog.text
-    our_trainer(tmp_path, optim="spectral-adafisher", learning_rate=5e-5).create_optimizer()
-    assert "optim=spectral-adafisher runs with learning_rate=5e-05" in caplog.text and "its own is 0.02" in caplog.text
-    caplog.clear()
-    our_trainer(tmp_path, optim="adamw_torch", learning_rate=0.004).create_optimizer()
-    assert "optim=adamw_torch runs with learning_rate=0.004" in caplog.text and "its own is 5e-05" in caplog.text
-    caplog.clear()
-    our_trainer(tmp_path).create_optimizer()
-    our_trainer(tmp_path, step_size="paper").create_optimizer()
-    assert not caplog.text
-
-
 @pytest.mark.parametrize(
     ("optim", "start"), [("adafisherw", 5e-5), ("adafisher", 5e-5), ("spectral-adafisher", 3e-4), ("adamw", None)]
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from datasets import Dataset
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from hf_adafisher import AdaFisherMixin, AdaFisherW, create_optimizer
+from hf_adafisher import AdaFisherMixin, AdaFisherTrainingArguments, AdaFisherW, create_optimizer
 from hf_adafisher.data.text.tokens import train_tokenizer
 from tests.training_helper import QUIET, optimizer_of
 
@@ -49,6 +51,10 @@ def mixed_trainer(name: str) -> type[Any]:
     return type(f"Our{name}Trainer", (AdaFisherMixin, trainer_class(name)), {})
 
 
+def mixed_config(name: str) -> type[Any]:
+    return dataclass(type(f"Our{name}Config", (AdaFisherTrainingArguments, config_class(name)), {}))
+
+
 def saved_model(name: str, folder: Path) -> str:
     """A folder with weights: some of these trainers load a reference model from where the model came from."""
     ends = dict.fromkeys(("pad_token_id", "eos_token_id", "bos_token_id"), 0)
@@ -71,11 +77,14 @@ def make(name: str, kind: type[Any], arguments: type[Any], folder: Path, options
 
 
 @every_trainer
-def test_two_steps_are_those_of_the_trainer_with_the_optimizer(name: str, tmp_path: Path) -> None:
-    """Built by hand and handed over as ``optimizers=``, which each of them takes."""
+@pytest.mark.parametrize("arguments", [config_class, mixed_config])
+def test_two_steps_are_those_of_the_trainer_with_the_optimizer(
+    name: str, arguments: Callable[[str], type[Any]], tmp_path: Path
+) -> None:
+    """Built by hand and handed over as ``optimizers=``, which each of them takes; with its own arguments, or both."""
     weights = saved_model(name, tmp_path / "weights")
     options = {"learning_rate": 0.01, "weight_decay": 0.1}
-    ours = make(name, mixed_trainer(name), config_class(name), tmp_path, options)
+    ours = make(name, mixed_trainer(name), arguments(name), tmp_path, options)
     model = type(ours.model).from_pretrained(weights, dtype=torch.float32)
     start = [p.clone() for p in model.parameters()]
     optimizer = create_optimizer("adafisherw", model, lr=0.01, weight_decay=0.1)
@@ -89,3 +98,23 @@ def test_two_steps_are_those_of_the_trainer_with_the_optimizer(name: str, tmp_pa
     assert_close(ours.model.state_dict(), theirs.model.state_dict(), rtol=0, atol=0)
     assert all(not torch.equal(p, q) for p, q in zip(ours.model.parameters(), start, strict=True))
     assert ours.state.log_history[0]["adafisher/fisher_mean"] > 0
+
+
+@every_trainer
+def test_a_configuration_joined_with_ours_keeps_its_objective_and_its_rate(name: str, tmp_path: Path) -> None:
+    """DPO's and GRPO's ``beta`` is not the optimizer's; the rates are for AdamW, and so for AdaFisherW."""
+    quiet = {"use_cpu": True, "bf16": False, **OWN.get(name, {})}
+    theirs = config_class(name)(str(tmp_path), **quiet)
+    for bases in ((AdaFisherTrainingArguments, config_class(name)), (config_class(name), AdaFisherTrainingArguments)):
+        joined = dataclass(type("Joined", bases, {}))
+        ours = joined(str(tmp_path), **quiet)
+        assert ours.optim == "adafisherw" and ours.learning_rate == theirs.learning_rate == RATES[name]
+        assert getattr(ours, "beta", None) == getattr(theirs, "beta", None)
+        spectral = joined(str(tmp_path), optim="spectral-adafisher", **quiet)
+        assert spectral.learning_rate == pytest.approx(6 * RATES[name], rel=1e-9)
+        assert joined(str(tmp_path), optim="adamw_torch", **quiet).learning_rate == RATES[name]
+        assert joined(str(tmp_path), adafisher_step_size="paper", **quiet).learning_rate == 1e-3
+        changed = joined(str(tmp_path), adafisher_beta=0.8, damping=0.3, **quiet)
+        assert changed.optimizer_options() == {"beta": 0.8, "damping": 0.3}
+        if hasattr(theirs, "beta"):
+            assert changed.beta == theirs.beta

@@ -15,6 +15,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from hf_adafisher.experiments.command_line import RunParser, describe_unknown_keys
 from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
+from hf_adafisher.training.option_fields import short_names
 
 _OTHER_KINDS: dict[type, tuple[str, ...]] = {list: ("list",), dict: ("dict",), type(None): ("None", "Optional")}
 """Values of a JSON file that a command line cannot hold, and parts of the names of types that take them."""
@@ -113,10 +114,15 @@ def _read_arguments(path: str, types: tuple[type, ...], parser: RunParser) -> di
     given = read_json(Path(path))
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold an object, the names of arguments with their values")
+    full = {short: name for type_ in types for short, name in short_names(type_).items()}
+    twice = [key for key in given if full.get(key) in given]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} and {full[twice[0]]} are one argument: give {full[twice[0]]} only")
+    given = {full.get(key, key): value for key, value in given.items()}
     known = {one.name: str(one.type) for type_ in types for one in fields(type_) if one.init}
     unknown = [key for key in given if key not in known]
     if unknown:
-        raise ValueError(f"{path}: {describe_unknown_keys(unknown, known)}")
+        raise ValueError(f"{path}: {describe_unknown_keys(unknown, {**known, **full})}")
     words = {}
     for key, value in given.items():
         others = _OTHER_KINDS.get(type(value))
