@@ -131,10 +131,11 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             if key not in batches:
                 batches[key] = root_coefficients(member.group, member.step, bool(self.decoupled)), []
             p = member.param
-            size = self._statistics.direction_size(p, known=any(terms))
-            terms = local_terms(terms, p) if member.sharded else terms
-            block = Block(local_part(p), local_part(member.grad), local_part(member.exp_avg), terms)
-            parameter = RootParameter(block, size, p)
+            block = Block(p, member.grad, member.exp_avg, terms)
+            if member.sharded:
+                local = [local_part(tensor) for tensor in block[:3]]
+                block = Block(local[0], local[1], local[2], local_terms(terms, p))
+            parameter = RootParameter(block, self._statistics.direction_size(p), p)
             if compiled is not None and not member.sharded and compiled.supports(block):
                 moved += compiled.root_update_(parameter, batches[key][0])
             else:
