@@ -16,9 +16,11 @@ from hf_adafisher.optimizers import (
 if TYPE_CHECKING:
     from hf_adafisher.training import (
         AdaFisherCallback,
+        AdaFisherMixin,
         AdaFisherTrainer,
         AdaFisherTrainingArguments,
         CurvatureCallback,
+        DoctorCallback,
     )
 
 __version__ = "0.1.0"
@@ -26,10 +28,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaFisher",
     "AdaFisherCallback",
+    "AdaFisherMixin",
     "AdaFisherTrainer",
     "AdaFisherTrainingArguments",
     "AdaFisherW",
     "CurvatureCallback",
+    "DoctorCallback",
     "LayerRule",
     "OptimizerFactory",
     "SpectralAdaFisher",
@@ -42,8 +46,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The optimizers work in a plain PyTorch loop: transformers is imported only where the Trainer is asked for.
-    if name in ("AdaFisherCallback", "AdaFisherTrainer", "AdaFisherTrainingArguments", "CurvatureCallback"):
+    if name in __all__:
         from hf_adafisher import training
 
         return getattr(training, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

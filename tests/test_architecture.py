@@ -33,7 +33,7 @@ def test_the_page_quotes_what_the_trace_counts(traced: dict[str, dict[str, int]]
 def test_a_step_stays_short(traced: dict[str, dict[str, int]]) -> None:
     assert traced["idle"]["files"] <= 7 and traced["idle"]["functions"] <= 20
     assert traced["due"]["files"] <= 12 and traced["due"]["functions"] <= 50
-    assert traced["root"]["files"] <= 13 and traced["root"]["functions"] <= 50
+    assert traced["root"]["files"] <= 10 and traced["root"]["functions"] <= 35
 
 
 def test_every_file_and_name_that_the_page_names_exists() -> None:

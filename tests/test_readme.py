@@ -9,6 +9,7 @@ import sys
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +40,17 @@ def test_the_stock_trainer_example_builds_the_optimizer(tmp_path: Path) -> None:
     exec(example.replace('"out"', f'"{tmp_path}", use_cpu=True, report_to="none"'), scope)
     optimizer = scope["trainer"].create_optimizer()  # type: ignore[attr-defined]
     assert isinstance(optimizer, AdaFisherW) and optimizer.defaults["lr"] == 1e-4
+
+
+def test_the_trl_example_leaves_each_beta_to_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    (example,) = [block for block in PYTHON_BLOCKS if "AdaFisherMixin" in block]
+    scope: dict[str, Any] = {}
+    exec(example.replace('"out"', f'"{tmp_path}", use_cpu=True, report_to="none", bf16=False'), scope)
+    args = scope["args"]
+    assert (args.optim, args.learning_rate, args.beta) == ("adafisherw", 1e-6, 0.1)
+    assert args.optimizer_options() == {"beta": 0.9}
+    assert issubclass(scope["MyTrainer"], scope["DPOTrainer"])
 
 
 @pytest.mark.parametrize(("name", "path"), re.findall(r"\[`(test_\w+)`\]\(([\w/.-]+)\)", TEXT))

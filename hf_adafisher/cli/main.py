@@ -19,6 +19,7 @@ COMMANDS = {
     "compare": ("hf_adafisher.cli.compare:main", "compare optimizers by a preset or a file of your own"),
     "report": ("hf_adafisher.cli.report:main", "write the report of a comparison again"),
     "list": ("hf_adafisher.cli.list_optimizers:main", "list the optimizers and their options"),
+    "doctor": ("hf_adafisher.cli.doctor:main", "say what is wrong with a run, after its first steps"),
     "benchmark": ("hf_adafisher.cli.benchmark:main", "time the steps of optimizers"),
     "figures": ("hf_adafisher.cli.figures.main:main", "draw the curvature, the loss and other figures"),
     "soak": ("hf_adafisher.cli.soak:main", "kill runs at random moments and check what is left"),

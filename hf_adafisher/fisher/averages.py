@@ -95,6 +95,22 @@ def sum_of_squares_along(values: Tensor, axis: int) -> Tensor:
     return total
 
 
+def row_and_column_mean_squares(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean squares of the rows and of the columns of a matrix that is not empty, in the dtype of statistics.
+
+    Reads the matrix once, some rows at a time.
+    """
+    values, dtype = matrix.detach(), statistics_dtype(matrix.dtype)
+    rows, sums = [], []
+    for part in values.split(max(1, 4 * _SLICE // max(values.shape[1], 1))):
+        squares = part.to(dtype).square()
+        rows.append(squares.mean(1))
+        sums.append(squares.sum(0))
+    if len(rows) == 1:
+        return rows[0], sums[0] / len(values)
+    return torch.cat(rows), torch.stack(sums).sum(0) / len(values)
+
+
 @dataclass
 class FactorSums:
     """Statistics of one layer: sums over ``count`` positions (batch times tokens or pixels).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from hf_adafisher.fisher.averages import min_max_normalize, statistics_dtype
+from hf_adafisher.fisher.averages import min_max_normalize, row_and_column_mean_squares, statistics_dtype
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, DiagonalTerm, ParameterDiagonal, mean_square
 
 SHORT = 8
@@ -39,6 +39,10 @@ class FactorAxes(NamedTuple):
         """Its state key."""
         return f"axis{'_'.join(map(str, self.all))}_factor"
 
+    def sizes(self, shape: torch.Size) -> tuple[int, ...]:
+        """Shape of the factor of a parameter of ``shape``."""
+        return tuple(shape[axis] for axis in self.all)
+
 
 @dataclass(frozen=True)
 class GradientDiagonal(ParameterDiagonal):
@@ -60,7 +64,7 @@ class GradientDiagonal(ParameterDiagonal):
 
     @override
     def factor_shapes(self, shape: torch.Size) -> dict[str, tuple[int, ...]]:
-        return {axes.name: tuple(shape[axis] for axis in axes.all) for axes in self.axes(shape)}
+        return {axes.name: axes.sizes(shape) for axes in self.axes(shape)}
 
     def axes(self, shape: torch.Size) -> tuple[FactorAxes, ...]:
         """Axes of the factors of a parameter of ``shape``, two at most: of its rows, and of its columns."""
@@ -77,7 +81,8 @@ class GradientDiagonal(ParameterDiagonal):
 
     @override
     def from_gradient(self, grad: Tensor) -> dict[str, Tensor]:
-        return {axes.name: _mean_square_along(grad, axes.all) for axes in self.axes(grad.shape)}
+        axes = self.axes(grad.shape)
+        return {a.name: factor for a, factor in zip(axes, gradient_factors(grad, axes), strict=True)}
 
 
 @functools.cache
@@ -95,6 +100,13 @@ def _factor_axes(transposed_convolution: bool, shape: torch.Size) -> tuple[Facto
     if all(shape[axis] <= SHORT for axis in rows):
         rows, columns = (), rows + columns
     return tuple(FactorAxes(stack, own) for own in (rows, columns) if own)
+
+
+def gradient_factors(grad: Tensor, axes: Sequence[FactorAxes]) -> list[Tensor]:
+    """Mean of grad^2 over all axes but those of each factor, in the dtype of statistics."""
+    if len(axes) == grad.dim() == 2 and grad.device.type == "cpu":
+        return list(row_and_column_mean_squares(grad))
+    return [_mean_square_along(grad, a.all) for a in axes]
 
 
 def _mean_square_along(grad: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -92,8 +92,10 @@ def root_update_in_blocks(parameters: Iterable[RootParameter], coefficients: Roo
 def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> RootSteps:
     """Several small parameters at once, or one of any size in its blocks."""
     limit = block_size(parameters[0].block.param)
-    owned = [list(split_into_blocks(parameter.block, limit)) for parameter in parameters]
-    together = [[blocks[0] for blocks in owned]] if len(parameters) > 1 else [[block] for block in owned[0]]
+    if len(parameters) > 1:
+        together = [[next(split_into_blocks(parameter.block, limit)) for parameter in parameters]]
+    else:
+        together = [[block] for block in split_into_blocks(parameters[0].block, limit)]
     directions, norms = [], []
     for blocks in together:
         found = root_directions(blocks, c)
@@ -120,8 +122,10 @@ def block_size(tensor: Tensor) -> int:
 
 def split_into_blocks(block: Block, limit: int) -> Iterator[Block]:
     """Views of at most ``limit`` values, cut along the first axes; nothing for an empty parameter."""
-    if any(factor.dim() > block.param.dim() for term in block.terms for factor in term):
-        block = _with_group_axis(block)
+    for term in block.terms:
+        if term and term[0].dim() > block.param.dim():
+            block = _with_group_axis(block)
+            break
     if block.param.numel() > limit:
         yield from _cut(block, limit)
     elif block.param.numel():

@@ -5,23 +5,18 @@ Factors are vectors and stay whole on every process; momentum is sharded as its 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm
 
-if torch.distributed.is_available():
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
-
-_SHARDED = (DTensor,) if torch.distributed.is_available() else ()
-
 
 def is_sharded(tensor: Tensor) -> bool:
-    """True for a DTensor."""
-    return isinstance(tensor, _SHARDED)
+    """True for a DTensor. There is none before its module is imported, which takes half a second and is left alone."""
+    return isinstance(tensor, getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ()))
 
 
 def local_part(tensor: Tensor) -> Any:
@@ -50,6 +45,8 @@ def sum_over_shards(values: Tensor, param: Any) -> Tensor:
     """Sum of what each process has of its shard of ``param``; the values as they are where it is not sharded."""
     if not is_sharded(param):
         return values
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
     placements = [Partial() if placement.is_shard() else Replicate() for placement in param.placements]
     # The mesh's device is not the parameter's where FSDP2 keeps shards on the CPU (CPUOffloadPolicy).
     on_mesh = values.to(param.device_mesh.device_type)
@@ -72,6 +69,8 @@ def _unsplit(factor: Tensor, param: Any) -> Tensor:
 
 
 def _local_factor(factor: Tensor, param: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     placements = [
         Shard(placement.dim) if placement.is_shard() and factor.shape[placement.dim] > 1 else Replicate()
         for placement in param.placements

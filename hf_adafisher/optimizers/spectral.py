@@ -208,45 +208,48 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         matrices: dict[Any, list[Member]] = {}
         others = []
         for member in self._members():
-            p = member.param
-            if self._statistics.is_matrix(p, member.group["spectral_heads"]):
-                rows, columns = p.shape[0], p.shape[1:].numel()
-                shape = min(rows, columns), max(rows, columns), rows > columns
-                kind = p.device, statistics_dtype(p.dtype), dtype_option(member.group, "polar_dtype")
-                matrices.setdefault((shape, *kind), []).append(member)
+            p, group = member.param, member.group
+            if self._statistics.is_matrix(p, group["spectral_heads"]):
+                kind = id(group), member.step, p.device, p.dtype, p.shape[0], p.shape[1:].numel()
+                matrices.setdefault(kind, []).append(member)
             else:
                 others.append(member)
         self._move_by_root(others)
-        for (shape, *_, polar_dtype), alike in matrices.items():
-            most = max(1, BATCH_VALUES // max(shape[0] * shape[1], 1))
+        for (*_, rows, columns), alike in matrices.items():
+            most = max(1, BATCH_VALUES // max(rows * columns, 1))
             for first in range(0, len(alike), most):
-                self._move_matrices(alike[first : first + most], polar_dtype)
+                self._move_matrices(alike[first : first + most])
 
-    def _move_matrices(self, members: Sequence[Member], polar_dtype: torch.dtype | None) -> None:
-        """Move hidden matrices of one shape, seen as rows and columns."""
-        momenta = [self._momentum(member).flatten(1) for member in members]
-        damping = [member.group["relative_damping"] for member in members]
-        for member, direction in zip(members, spectral_directions(momenta, damping, polar_dtype), strict=True):
-            self._move(member, direction.reshape(member.param.shape))
+    def _move_matrices(self, members: Sequence[Member]) -> None:
+        """Move hidden matrices of one group, age and shape, seen as rows and columns."""
+        group = members[0].group
+        momenta = [momentum.flatten(1) for momentum in self._momenta(members)]
+        directions = spectral_directions(momenta, group["relative_damping"], dtype_option(group, "polar_dtype"))
+        self._move(members, directions)
 
-    def _momentum(self, member: Member) -> Tensor:
-        """Update the first moment; return that of the whole matrix, a step ahead if asked, in the statistics' dtype.
+    def _momenta(self, members: Sequence[Member]) -> list[Tensor]:
+        """Update the first moments; return those of whole matrices, a step ahead if asked, in the statistics' dtype.
 
-        Its scale does not matter, and so it is not bias-corrected.
+        Their scale does not matter, and so they are not bias-corrected.
         """
-        beta, dtype = member.group["beta"], statistics_dtype(member.param.dtype)
-        exp_avg, grad = local_part(member.exp_avg), local_part(member.grad)
-        exp_avg.lerp_(grad.to(exp_avg.dtype), 1.0 - beta)
-        momentum = member.exp_avg.to(dtype)
-        if member.group["nesterov"]:
-            momentum = momentum * beta + member.grad.to(dtype) * (1.0 - beta)
-        return full_tensor(momentum)
+        group, dtype = members[0].group, statistics_dtype(members[0].param.dtype)
+        rest, found = 1.0 - group["beta"], []
+        for member in members:
+            exp_avg, grad = local_part(member.exp_avg), local_part(member.grad)
+            exp_avg.lerp_(grad.to(exp_avg.dtype), rest)
+            momentum = member.exp_avg.to(dtype)
+            found.append(full_tensor(momentum.lerp(member.grad.to(dtype), rest) if group["nesterov"] else momentum))
+        return found
 
-    def _move(self, member: Member, direction: Tensor) -> None:
-        """Move a hidden matrix along the direction of the whole, which is of the size of a spectral one by then."""
-        p, c = member.param, root_coefficients(member.group, member.step, decoupled=True)
-        norm = full_tensor(torch.linalg.vector_norm(p.detach(), dtype=direction.dtype))
-        squares = torch.stack([torch.linalg.vector_norm(direction), norm]).square()[:, None]
-        factors = root_factors(squares, [p.numel()], [SPECTRAL_SIZE], c)
-        block = Block(local_part(p), member.grad, member.exp_avg, member.terms)
-        root_move_([block], [local_values(direction, p)], factors.unbind(), c)
+    def _move(self, members: Sequence[Member], directions: Tensor) -> None:
+        """Move hidden matrices along the directions of the whole, which are of the size of spectral ones by then."""
+        params, c = [member.param for member in members], root_coefficients(members[0].group, members[0].step, True)
+        norms = [full_tensor(torch.linalg.vector_norm(p.detach(), dtype=directions.dtype)) for p in params]
+        squares = torch.stack([torch.linalg.vector_norm(directions, dim=(1, 2)), torch.stack(norms)]).square()
+        sizes = [SPECTRAL_SIZE] * len(params)
+        factors = root_factors(squares, [p.numel() for p in params], sizes, c)
+        blocks = [Block(local_part(m.param), m.grad, m.exp_avg, m.terms) for m in members]
+        local = [local_values(d.reshape(p.shape), p) for d, p in zip(directions, params, strict=True)]
+        root_move_(blocks, local, factors.unbind(), c)
+        squares = squares[0] * factors.square()
+        self._last_steps.update((id(p), (squares, i)) for i, p in enumerate(params))

@@ -119,6 +119,13 @@ def _average_(averages: list[Tensor], samples: list[Tensor], rest: float | Tenso
         torch._foreach_lerp_(averages, samples, rest)
 
 
+def _averaged(averages: list[Tensor], samples: list[Tensor], rest: float | Tensor) -> Sequence[Tensor]:
+    """``average + rest (sample - average)``, in new tensors."""
+    if isinstance(rest, Tensor):
+        return torch._foreach_add(averages, torch._foreach_mul(torch._foreach_sub(samples, averages), rest))
+    return torch._foreach_lerp(averages, samples, rest)
+
+
 def _cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies of tensors of one dtype in another, made together."""
     copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
@@ -200,14 +207,11 @@ def root_directions(blocks: Sequence[Block], c: RootCoefficients) -> list[Tensor
     _average_(m, g, c.rest)
     if m is not exp_avgs:
         torch._foreach_copy_(exp_avgs, m)
-    roots = torch._foreach_sqrt([sum_of_terms(block.terms, block.param).to(dtype) for block in blocks])
+    roots = torch._foreach_rsqrt([sum_of_terms(block.terms, block.param).to(dtype) for block in blocks])
     if not c.nesterov:
-        return list(torch._foreach_div(m, roots))
-    ahead = [torch.empty_like(t) for t in m] if m is exp_avgs else m
-    if m is exp_avgs:
-        torch._foreach_copy_(ahead, m)
-    _average_(ahead, g, c.rest)
-    torch._foreach_div_(ahead, roots)
+        return list(torch._foreach_mul(m, roots))
+    ahead = list(_averaged(m, g, c.rest))
+    torch._foreach_mul_(ahead, roots)
     return ahead
 
 
@@ -236,13 +240,12 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
 def root_move_(
     blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients
 ) -> None:
-    """``theta <- shrink theta + factor * direction``, in place; the directions' memory is used up."""
+    """``theta <- shrink theta + factor * direction``, in place."""
     params, dtype = [block.param for block in blocks], directions[0].dtype
     p = params if params[0].dtype == dtype else _cast(params, dtype)
-    torch._foreach_mul_(directions, list(factors))
     if isinstance(c.shrink, Tensor) or c.shrink != 1.0:
         torch._foreach_mul_(p, c.shrink)
-    torch._foreach_add_(p, directions)
+    torch._foreach_addcmul_(p, directions, list(factors))
     if p is not params:
         torch._foreach_copy_(params, p)
 
@@ -262,7 +265,7 @@ def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> Tens
 
 
 def spectral_directions(
-    momenta: Sequence[Tensor], relative_damping: Sequence[float], polar_dtype: torch.dtype | None = None
+    momenta: Sequence[Tensor], relative_damping: float, polar_dtype: torch.dtype | None = None
 ) -> Tensor:
     """``O = a * polar(a * M * b) * b`` for every matrix; ``root_factors`` gives it its size.
 
@@ -271,7 +274,7 @@ def spectral_directions(
 
     Args:
         momenta: Matrices ``M (rows, columns)`` of one shape, dtype and device.
-        relative_damping: rho of each.
+        relative_damping: rho.
         polar_dtype: See ``hf_adafisher.optimizers.polar.polar_factor``.
 
     Returns:
@@ -280,11 +283,10 @@ def spectral_directions(
     momentum = torch.stack(list(momenta))
     tiny = torch.finfo(momentum.dtype).tiny
     momentum.div_(momentum.abs().amax((1, 2), keepdim=True).clamp_min(tiny))  # squares of small values would be 0
-    rho = momentum.new_tensor(relative_damping).reshape(-1, 1, 1)
     squares = momentum.square()
     sides = []
     for axis in (2, 1):
         factor = squares.mean(axis, keepdim=True)
-        sides.append(factor.div_(factor.mean((1, 2), keepdim=True).clamp_min(tiny)).add_(rho).rsqrt_())
+        sides.append(factor.div_(factor.mean((1, 2), keepdim=True).clamp_min(tiny)).add_(relative_damping).rsqrt_())
     a, b = sides
     return polar_factor(momentum.mul_(a).mul_(b), polar_dtype).mul_(a).mul_(b)

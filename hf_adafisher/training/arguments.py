@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Any, get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Any, NoReturn
 
-import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, trainer_optimizer
 from transformers.training_args import OptimizerNames
 
 from hf_adafisher.optimizers.factory.catalog import TRAINER_LEARNING_RATE, available_optimizers, optimizer_record
+from hf_adafisher.optimizers.factory.learning_rates import default_learning_rate
 from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
 from hf_adafisher.optimizers.validation.training_modes import (
     COMPILE,
@@ -22,6 +20,17 @@ from hf_adafisher.optimizers.validation.training_modes import (
     FSDP2,
     REENTRANT_CHECKPOINTING,
     TrainingMode,
+)
+from hf_adafisher.training.option_fields import (
+    ArgumentsMeta,
+    OptionArguments,
+    argument_of,
+    options_with_arguments,
+    other_classes,
+    parse_options,
+    redeclare_fields,
+    short_name_metadata,
+    short_names,
 )
 
 logger = logging.getLogger(__name__)
@@ -33,52 +42,8 @@ _RECOMPUTING = ("every_n_layers", "offload")  # transformers' own; the others ar
 _CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
-def argument_names(optim: str) -> tuple[str, ...]:
-    """Names of the training arguments that are options of this optimizer of the package; none for any other."""
-    own = optimizer_record(optim).options_class if optim in available_optimizers() else None
-    return () if own is None else own.names(argument=True)
-
-
-def _option_fields() -> list[tuple[str, Any, Any]]:
-    """Fields for the options that are training arguments, those of most optimizers first."""
-    users: dict[str, list[str]] = {}
-    for optim in available_optimizers():
-        for name in argument_names(optim):
-            users.setdefault(name, []).append(optim)
-    return [_option_field(name, users[name]) for name in sorted(users, key=lambda name: -len(users[name]))]
-
-
-def _option_field(name: str, optims: list[str]) -> tuple[str, Any, Any]:
-    """Name, type and field of the argument for an option that these optimizers have in common."""
-    record = optimizer_record(optims[0])
-    own = record.options_class
-    assert own is not None
-    kind: Any = get_type_hints(own)[name]
-    if torch.dtype in get_args(kind):  # a command line has words only
-        kind = str | None
-    kind = kind if type(None) in get_args(kind) else kind | None
-    defaults = {optim: optimizer_record(optim).option_defaults()[name] for optim in optims}
-    alike = len(set(defaults.values())) == 1
-    shown = str(defaults[optims[0]]) if alike else ", ".join(f"{value} ({key})" for key, value in defaults.items())
-    shown += _of_other_forms(record, name)
-    text = f"{', '.join(optims)}: {own.specifications()[name]}. Default: {shown}."
-    return name, kind, field(default=None, metadata={"help": text})
-
-
-def _of_other_forms(record: OptimizerRecord, name: str) -> str:
-    """The option's defaults in the optimizer's other forms, where they differ, for the help text."""
-    forms = record.forms if name != record.form else {}
-    values = {form.rpartition(", ")[2]: record.option_defaults(**chosen)[name] for form, chosen in forms.items()}
-    said = [f"{value} with {form}" for form, value in values.items() if value != values[record.name]]
-    return f"; {', '.join(said)}" if said else ""
-
-
-# Typed as Any, so that type checkers accept the generated arguments beside those of TrainingArguments.
-OptionArguments: Any = make_dataclass("OptionArguments", _option_fields(), namespace={"__module__": __name__})
-
-
 @dataclass
-class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
+class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=ArgumentsMeta):
     """``transformers.TrainingArguments`` with ``optim="adafisherw"`` and AdaFisher's options.
 
     Every argument of TrainingArguments keeps its meaning and default, and every other ``optim`` of Trainer keeps
@@ -87,8 +52,15 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
     rule with the paper's numbers: learning rate and damping 1e-3, ``ema_decay`` 0.8, ``update_interval`` 100.
 
     The options that ``AdaFisherOptions`` and ``SpectralAdaFisherOptions`` declare with ``argument=True`` are arguments
-    here. They are None unless they are given, which leaves them to the optimizer: ``--help`` shows meaning, range and
-    default of each.
+    here, with ``adafisher_`` before their names, so that they leave alone what other classes have (TRL's ``beta``).
+    They are None unless they are given, which leaves them to the optimizer: ``--help`` shows meaning, range and default
+    of each. Names without ``adafisher_`` are taken too (``damping=0.1``, ``--damping 0.1``) where the class has no
+    other field of that name.
+
+    To join it with another class of arguments, name both, in either order, under ``@dataclass``::
+
+        @dataclass
+        class MyConfig(AdaFisherTrainingArguments, DPOConfig): ...
 
     Args:
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
@@ -97,18 +69,22 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         learning_rate: Default 0.004 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
             ``scripts/list_optimizers.py`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
             ``adamw``), and Trainer's 5e-5 for Trainer's own. The defaults of AdaFisher(W) and SpectralAdaFisher are for
-            training from scratch: fine-tuning wants AdamW's rates (5e-5) and 3e-4. The paper's form divides by a Fisher
-            in [damping, 1 + damping], so its learning rates are not those of Adam.
-        damping: Option of AdaFisher(W): what is added to the diagonal, in units of its mean. With
+            training from scratch: fine-tuning wants AdamW's rates (5e-5) and 3e-4. Joined with a class that has a
+            default of its own (``DPOConfig``: 1e-6), it is that one, six times that one for SpectralAdaFisher. The
+            paper's form divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
+        adafisher_damping: Option of AdaFisher(W): what is added to the diagonal, in units of its mean. With
             ``step_size="paper"`` tune it together with the learning rate: the largest step of a value is
             ``learning_rate / damping`` times its momentum.
-        update_interval: Option of AdaFisher(W) with ``step_size="paper"``; otherwise every step has new factors.
-        log_curvature: Add a few curvature scalars (``adafisher/...``) to the training logs. Default True.
+        adafisher_update_interval: Option of AdaFisher(W) with ``step_size="paper"``; otherwise every step has new
+            factors.
+        adafisher_log_curvature: Add a few curvature scalars (``adafisher/...``) to the training logs. Default True.
         optim_args: ``"key=value,..."``, further options of the optimizer that ``optim`` names.
 
     Raises:
-        ValueError: Unknown ``optim``, malformed ``optim_args`` or an option that the optimizer does not have, an
-            option of AdaFisher out of its range, or a training mode that the optimizer does not support.
+        TypeError: A class that joins this one with another has no ``@dataclass``.
+        ValueError: Unknown ``optim``, an argument given by both of its names with two values, malformed ``optim_args``
+            or an option that the optimizer does not have, an option of AdaFisher out of its range, or a training mode
+            that the optimizer does not support.
         ImportError: The library of the optimizer is not installed; the message holds the command that installs it.
     """
 
@@ -121,16 +97,32 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
             "the others'."
         },
     )
-    log_curvature: bool = field(
-        default=True, metadata={"help": "AdaFisher: add curvature scalars to the training logs."}
+    adafisher_log_curvature: bool = field(
+        default=True,
+        metadata={
+            "help": "AdaFisher: add curvature scalars to the training logs.",
+            **short_name_metadata("log_curvature"),
+        },
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        redeclare_fields(cls, AdaFisherTrainingArguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in short_names(type(self)):
+            return getattr(self, short_names(type(self))[name])
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(short_names(type(self)).get(name, name), value)
 
     def __post_init__(self) -> None:
         name = optimizer_name(self)
         ours = name in available_optimizers()
         _check_name(name)
         if self.learning_rate is None:
-            self.learning_rate = default_learning_rate(name, self._given_options(name))
+            self.learning_rate = self._default_learning_rate(name)
         self.optim = "adamw_torch" if ours else name  # passes Trainer's validation, which knows only its own names
         super().__post_init__()
         if ours:
@@ -148,13 +140,16 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         name = str(getattr(name, "value", name))
         _check_name(name)
         if learning_rate is None:
-            learning_rate = default_learning_rate(name, self._given_options(name))
+            learning_rate = self._default_learning_rate(name)
         ours = name in available_optimizers()
         super().set_optimizer("adamw_torch" if ours else name, learning_rate, *args, **kwargs)
         if ours:
             self.optim = name
         self._check_optimizer(name)
         return self
+
+    def _default_learning_rate(self, name: str) -> float:
+        return default_learning_rate(name, self._given_options(name), adamws_learning_rate(type(self)))
 
     def _check_optimizer(self, name: str) -> None:
         """Check all that can be known of the optimizer's options before there is a model."""
@@ -176,7 +171,8 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
 
     def _given_options(self, optim: str) -> dict[str, Any]:
         """Options of this optimizer that were given; those of Adam and AdamW always are."""
-        options = {name: getattr(self, name) for name in argument_names(optim) if getattr(self, name) is not None}
+        given = {name: getattr(self, argument_of(name)) for name in options_with_arguments(optim)}
+        options = {name: value for name, value in given.items() if value is not None}
         if optim in _ADAM:
             options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
         return {**options, **parse_options(self.optim_args, "optim_args")}
@@ -226,7 +222,7 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
 
     def _warn_ignored(self) -> None:
         """Warn of optimizer settings that were changed from their defaults but belong to another optimizer."""
-        own = argument_names(optimizer_name(self))
+        own = [argument_of(name) for name in options_with_arguments(optimizer_name(self))]
         ignored = tuple(f.name for f in fields(OptionArguments) if f.name not in own)
         if self.optim in available_optimizers() and self.optim not in _ADAM:
             ignored = (*ignored, *_ADAM_OPTIONS)
@@ -235,7 +231,9 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments):
         if changed:
             name = optimizer_name(self)
             known = optimizer_record(name).options() if name in available_optimizers() else []
-            hint = ", ".join(f"{option}={getattr(self, option)}" for option in changed if option in known)
+            hint = ", ".join(
+                f"{option}={getattr(self, argument_of(option))}" for option in known if argument_of(option) in changed
+            )
             logger.warning(
                 "optim=%s does not use %s: these settings have no effect%s.",
                 name,
@@ -249,49 +247,46 @@ def optimizer_name(args: TrainingArguments) -> str:
     return str(getattr(args.optim, "value", args.optim))
 
 
-def default_learning_rate(optim: str, options: Mapping[str, Any] | None = None) -> float:
-    """Return the learning rate of ``optim`` with these options where none is given."""
-    if optim not in available_optimizers():
-        return TRAINER_LEARNING_RATE
-    record = optimizer_record(optim)
-    record.check_names(options or {})
-    return record.default_learning_rate(options or {})
+def chosen_optimizer(args: TrainingArguments) -> str | None:
+    """Return the optimizer of this package that ``args`` stand for under AdaFisherMixin; None for Trainer's own.
+
+    Arguments that know nothing of the package, at the default of their ``optim``, stand for AdaFisherW.
+    """
+    name = optimizer_name(args)
+    if isinstance(args, AdaFisherTrainingArguments):
+        return name if name in available_optimizers() else None
+    default = next(f.default for f in fields(args) if f.name == "optim")
+    return "adafisherw" if name == getattr(default, "value", default) else None
+
+
+def adamws_learning_rate(arguments: type) -> float:
+    """Learning rate for AdamW that a class of arguments stands for: that of what it joins with this package's.
+
+    TRL's configurations have rates of their own; for all others it is Trainer's default.
+    """
+    ours = issubclass(arguments, AdaFisherTrainingArguments)
+    classes = other_classes(arguments, AdaFisherTrainingArguments) if ours else [arguments]
+    rates = [f.default for one in classes for f in fields(one) if f.name == "learning_rate"]
+    return next((rate for rate in rates if isinstance(rate, float)), TRAINER_LEARNING_RATE)
+
+
+def _refuse_stock_trainer(context: Any) -> NoReturn:
+    """Raise ValueError where a Trainer without AdaFisherMixin is to build an optimizer of this package."""
+    name = optimizer_name(context.args)
+    raise ValueError(
+        f"optim={name!r} is an optimizer of hf_adafisher, which this Trainer cannot build: use AdaFisherTrainer or "
+        "AdaFisherMixin (class MyTrainer(AdaFisherMixin, Trainer)), or give Trainer "
+        f"optimizer_cls_and_kwargs=(OptimizerFactory, {{'name': {name!r}}})"
+    )
+
+
+# Trainer looks optimizers up by name, and says of all others only that they are unsupported.
+_trainers_own = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", {})
+for _name in available_optimizers():
+    _trainers_own.setdefault(_name, _refuse_stock_trainer)
 
 
 def _check_name(name: str) -> None:
     known = list(dict.fromkeys([*available_optimizers(), *(member.value for member in OptimizerNames)]))
     if name not in known:
         raise ValueError(f"unknown optim {name!r}{did_you_mean(name, known)}; available: {', '.join(known)}")
-
-
-def parse_options(text: str | None, argument: str) -> dict[str, Any]:
-    """Parse ``"a=1,b=(0.9, 0.99),c=true"`` into a dictionary of Python values.
-
-    Args:
-        text: The options; None or empty for none.
-        argument: Name of the argument that holds them, for the message.
-
-    Raises:
-        ValueError: It is not of this form.
-    """
-    if not text:
-        return {}
-    try:
-        call = ast.parse(f"f({text})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError("not of the form key=value")
-        names = [keyword.arg for keyword in call.keywords]
-        if None in names or len(set(names)) < len(names):
-            raise ValueError("not of the form key=value, or one key twice")
-        return {str(keyword.arg): _literal(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
-        raise ValueError(
-            f'{argument} must look like "key=value,key=value", each key once, with numbers, words, true, false, none '
-            f"or (tuples), got {text!r}"
-        ) from None
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # a shell has eaten the quotes
-        return {"true": True, "false": False, "none": None}.get(node.id.lower(), node.id)
-    return ast.literal_eval(node)

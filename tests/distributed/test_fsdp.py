@@ -43,6 +43,15 @@ def test_fsdp_updates_by_gradient_factors_equal_one_process(two: Results, name: 
 
 
 @KINDS
+def test_fsdp_steps_of_a_diagnosis_are_those_of_the_whole_parameters(two: Results, kind: str) -> None:
+    alone = worker.data_parallel("gpt2", kind=kind)["steps"]
+    for result in two:
+        both = result[f"{kind}_fully_sharded_gpt2"]["steps"]
+        for number in ("smallest", "median", "largest"):
+            assert both[number] == pytest.approx(alone[number], rel=1e-6)
+
+
+@KINDS
 def test_fsdp_uneven_and_empty_shards_equal_one_process(two: Results, four: Results, kind: str) -> None:
     """In two processes, and in two replicas of two shards."""
     alone = worker.uneven(kind)

@@ -138,6 +138,7 @@ def data_parallel(name: str = "gpt2", kind: str = "paper") -> dict[str, Any]:
         "state": state_of(model, optimizer),
         "diagonals": diagonals_of(model, optimizer),
         "reductions": reductions.count,
+        "steps": optimizer.diagnose().numbers["step_relative_to_weights"],
         "refreshes": optimizer.param_groups[0]["refreshes"],
     }
 
@@ -293,6 +294,7 @@ def fully_sharded(name: str, replicas: int = 1, kind: str = "paper") -> dict[str
         "reductions": reductions.count,
         "sharded": all(kinds.values()) and all(momentum.values()),
         "summary": optimizer.curvature_summary(),
+        "steps": optimizer.diagnose().numbers["step_relative_to_weights"],
         "rules": {row.name: row.rule for row in optimizer.coverage()},
     }
 

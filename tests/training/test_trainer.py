@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from hf_adafisher import (
     AdaFisher,
@@ -19,7 +20,9 @@ from hf_adafisher import (
     AdaFisherW,
     OptimizerFactory,
     SpectralAdaFisher,
+    available_optimizers,
 )
+from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.model_zoo import family
 from tests.training_helper import FORMS, logged_losses, make_trainer, of_form, optimizer_of
 
@@ -199,25 +202,6 @@ def test_spectral_curvature_has_adafishers_name_in_logs_and_its_own_options_on_t
     assert "Trained with SpectralAdaFisher" in card
 
 
-def test_stock_arguments_and_another_optimizers_default_learning_rate_are_pointed_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_trainer(tmp_path, RECORD, AdaFisherTrainer, TrainingArguments).create_optimizer()
-    assert "got TrainingArguments" in caplog.text and "pass AdaFisherTrainingArguments" in caplog.text
-    caplog.clear()
-    our_trainer(tmp_path, learning_rate=5e-5).create_optimizer()  # a rate of AdamW's, which is one of AdaFisherW's too
-    assert not caplog.text
-    our_trainer(tmp_path, optim="spectral-adafisher", learning_rate=5e-5).create_optimizer()
-    assert "optim=spectral-adafisher runs with learning_rate=5e-05" in caplog.text and "its own is 0.02" in caplog.text
-    caplog.clear()
-    our_trainer(tmp_path, optim="adamw_torch", learning_rate=0.004).create_optimizer()
-    assert "optim=adamw_torch runs with learning_rate=0.004" in caplog.text and "its own is 5e-05" in caplog.text
-    caplog.clear()
-    our_trainer(tmp_path).create_optimizer()
-    our_trainer(tmp_path, step_size="paper").create_optimizer()
-    assert not caplog.text
-
-
 @pytest.mark.parametrize(
     ("optim", "start"), [("adafisherw", 5e-5), ("adafisher", 5e-5), ("spectral-adafisher", 3e-4), ("adamw", None)]
 )
@@ -255,9 +239,64 @@ def test_resuming_with_other_options_is_pointed_out_and_the_card_tells_the_truth
     assert "damping=0.01" in (tmp_path / "b" / "README.md").read_text()
 
 
-def test_a_stock_trainer_with_our_arguments_says_that_it_cannot(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unsupported optimizer: adafisherw"):
-        make_trainer(tmp_path, RECORD, Trainer, AdaFisherTrainingArguments).train()
+@pytest.mark.parametrize("name", available_optimizers())
+def test_a_stock_trainer_with_our_arguments_says_what_to_use(name: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, RECORD, Trainer, AdaFisherTrainingArguments, optim=name)
+    if name in [known.value for known in OptimizerNames]:
+        assert type(trainer.create_optimizer()).__module__ != "hf_adafisher"  # Trainer's own of that name, as ever
+        return
+    message = (
+        f"optim='{name}' is an optimizer of hf_adafisher.*: use AdaFisherTrainer or AdaFisherMixin .class MyTrainer"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.create_optimizer()
+    kwargs = {"name": name}
+    factory = make_trainer(tmp_path, RECORD, Trainer, optimizer_cls_and_kwargs=(OptimizerFactory, kwargs))
+    assert isinstance(factory.create_optimizer(), optimizer_record(name).cls)
+
+
+class Wrapped(OptimizerFactory):
+    """A factory of a user's own, which is not called by Trainer itself."""
+
+    def __call__(self, model: Any, **kwargs: Any) -> Any:
+        return OptimizerFactory()(model, **kwargs)
+
+
+@pytest.mark.parametrize("factory", [OptimizerFactory, Wrapped])
+def test_the_factory_takes_what_its_dictionary_lacks_from_trainers_arguments(
+    factory: type[Any], tmp_path: Path
+) -> None:
+    def groups(given: dict[str, Any], **options: Any) -> list[tuple[float, float]]:
+        trainer = make_trainer(tmp_path, RECORD, Trainer, optimizer_cls_and_kwargs=(factory, given), **options)
+        return [(group["lr"], group["weight_decay"]) for group in trainer.create_optimizer().param_groups]
+
+    theirs = {"learning_rate": 0.01, "weight_decay": 0.1}
+    assert groups({}) == groups({"name": "adafisherw"}) == [(5e-5, 0.0), (5e-5, 0.0)]
+    for name in ("adafisherw", "spectral-adafisher", "adamw", "lion"):
+        assert groups({"name": name}, **theirs) == [(0.01, 0.1), (0.01, 0.0)]
+        assert groups({"name": name, "lr": 0.02}, **theirs) == [(0.02, 0.1), (0.02, 0.0)]
+        assert groups({"name": name, "weight_decay": 0.3}, **theirs) == [(0.01, 0.3), (0.01, 0.0)]
+    given = {"name": "adafisherw", "damping": 0.3}
+    groups(given, **theirs)
+    assert given == {"name": "adafisherw", "damping": 0.3}  # the next training finds it as it was
+
+
+def test_trainers_rates_that_do_not_suit_the_factorys_optimizer_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said(kwargs: dict[str, Any], **options: Any) -> str:
+        caplog.clear()
+        factory = (OptimizerFactory, kwargs)
+        make_trainer(tmp_path, RECORD, Trainer, optimizer_cls_and_kwargs=factory, **options).create_optimizer()
+        return caplog.text
+
+    assert not said({}) and not said({"name": "spectral-adafisher"})
+    assert "optim=muon runs with learning_rate=5e-05, more than 20 times below" in said({"name": "muon"})
+    assert "learning_rate=0.2, more than 20 times above" in said({"lr": 0.2})
+    paper = {"step_size": "paper", "lr": 1e-3}
+    assert not said(paper) and "set max_grad_norm" in said(paper, max_grad_norm=0.0)
+    OptimizerFactory()(RECORD.build(), lr=0.2)
+    assert caplog.text.count("runs with") == 0  # in a loop of one's own nothing is taken for a mistake
 
 
 def test_model_init_builds_a_new_optimizer_on_the_new_model(tmp_path: Path) -> None:
@@ -281,7 +320,7 @@ def test_evaluation_between_steps_changes_nothing(form: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("given", ["none", "callback", "optimizers", "optimizer_cls_and_kwargs"])
-def test_every_trainer_of_ours_has_one_callback(given: str, tmp_path: Path) -> None:
+def test_every_trainer_of_ours_trains_with_one_callback(given: str, tmp_path: Path) -> None:
     model, kwargs = RECORD.build(), {}
     if given == "callback":
         kwargs = {"callbacks": [AdaFisherCallback]}
@@ -289,7 +328,7 @@ def test_every_trainer_of_ours_has_one_callback(given: str, tmp_path: Path) -> N
         kwargs = {"optimizers": (AdaFisherW(model), None)}
     elif given == "optimizer_cls_and_kwargs":
         kwargs = {"optimizer_cls_and_kwargs": (OptimizerFactory, {"lr": 0.02})}
-    trainer = our_trainer(tmp_path, model=model, **kwargs)
+    trainer = our_trainer(tmp_path, model=model, max_steps=1, **kwargs)
     for _ in range(2):
+        trainer.train()
         assert sum(isinstance(found, AdaFisherCallback) for found in trainer.callback_handler.callbacks) == 1
-        trainer.create_optimizer()

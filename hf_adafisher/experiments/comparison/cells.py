@@ -116,10 +116,11 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
         if seeds and "seed" in entry:
             raise ValueError(f'seeds stand in "seeds" or in an entry, not in both: {entry}')
         settings = {key: value for key, value in entry.items() if key != "seeds"} | ({"seed": seeds} if seeds else {})
+        settings = _with_short_names(settings)
         lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            cell = Cell(chosen, config.get("common", {}), task=config.get("task", "clm"))
+            cell = Cell(chosen, _with_short_names(config.get("common", {})), task=config.get("task", "clm"))
             if cells.setdefault(cell.folder_name, cell) is not cell and "seeds" not in entry:
                 twice.append(cell.name)
     names = [cell.name for cell in cells.values()]
@@ -127,6 +128,19 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
     if twice:
         raise ValueError(f"these cells stand in the configuration twice: {sorted(set(twice))}")
     return list(cells.values())
+
+
+def _with_short_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with ``damping`` for ``adafisher_damping``, so that a cell is the same by either name.
+
+    Raises:
+        ValueError: One is given by both names.
+    """
+    short = {key.removeprefix("adafisher_"): value for key, value in settings.items()}
+    if len(short) < len(settings):
+        twice = next(key for key in short if f"adafisher_{key}" in settings and key in settings)
+        raise ValueError(f"{twice} and adafisher_{twice} are one argument: give one of them only")
+    return short
 
 
 def task_of(config: Mapping[str, Any]) -> Task:
@@ -148,10 +162,10 @@ def set_arguments(config: Mapping[str, Any], pairs: Sequence[str]) -> dict[str, 
     Raises:
         ValueError: Not of this form, or an argument that belongs to the cells or to the comparison.
     """
-    common = dict(config.get("common", {}))
+    common = _with_short_names(config.get("common", {}))
     for pair in pairs:
         key, equals, text = pair.partition("=")
-        key = key.removeprefix("--").strip()
+        key = key.removeprefix("--").strip().removeprefix("adafisher_")
         if not key or not equals:
             raise ValueError(f"--set takes key=value, got {pair!r}")
         _check_settable(key, config)
@@ -171,7 +185,7 @@ def _check_settable(key: str, config: Mapping[str, Any]) -> None:
         own |= dict.fromkeys(("max_steps", "num_train_epochs"), "--budget")
     if own.get(key):
         raise ValueError(f"--set {key}: use {own[key]}")
-    if any(key in entry for entry in config.get("cells", [])):
+    if any(key in _with_short_names(entry) for entry in config.get("cells", [])):
         raise ValueError(f"--set {key}: cells of the configuration have a {key} of their own, change it there")
 
 

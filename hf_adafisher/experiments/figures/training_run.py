@@ -20,6 +20,7 @@ from hf_adafisher.experiments.figures.reserved_arguments import refuse_reserved
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.optimizers.validation.environment import unwrapped
+from hf_adafisher.training.option_fields import argument_of
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 DIGITS_LEARNING_RATES = {
@@ -71,7 +72,8 @@ def words(settings: Mapping[str, Any]) -> list[str]:
 
 def gives(arguments: Sequence[str], name: str) -> bool:
     """True where words of a command line set this argument."""
-    return any(word.partition("=")[0] == f"--{name}" for word in arguments)
+    spellings = [f"--{word}" for full in (name, argument_of(name)) for word in (full, full.replace("_", "-"))]
+    return any(word.partition("=")[0] in spellings for word in arguments)
 
 
 def prepare_papers_run(

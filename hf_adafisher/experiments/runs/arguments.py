@@ -154,7 +154,7 @@ def _read_arguments(path: str, types: tuple[type, ...], parser: RunParser) -> di
         raise ValueError(f"{path}: {describe_unknown_keys(unknown, known)}")
     twice = [key for key in given if known[key] != key and known[key] in given]
     if twice:
-        raise ValueError(f"{path}: {twice[0]!r} and {known[twice[0]]!r} are two names of one argument; give one")
+        raise ValueError(f"{path}: {twice[0]} and {known[twice[0]]} are one argument: give {known[twice[0]]} only")
     words, others = {}, {}
     for key, value in given.items():
         name, other_kinds = known[key], _OTHER_KINDS.get(type(value))

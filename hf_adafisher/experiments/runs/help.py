@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hf_adafisher.experiments.command_line import RunParser
-from hf_adafisher.training.arguments import OptionArguments
+from hf_adafisher.training.option_fields import PREFIX, OptionArguments
 
 _USUAL = (
     "max_steps", "weight_decay", "gradient_accumulation_steps", "seed", "bf16", "gradient_checkpointing",
@@ -57,6 +57,7 @@ def _lines(program: str, about: str, groups: Mapping[str, type]) -> Iterator[str
     yield f"usage: {program} [--ARGUMENT VALUE ...]   or   {program} FILE   with them as JSON or YAML"
     yield from ["", about.strip()]
     options = [one.name for one in fields(OptionArguments)]
+    short = [name.removeprefix(PREFIX) for name in options]  # as every command takes them
     others = [one.name for one in fields(TrainingArguments) if one.name not in _KNOWN]
     changed: dict[str, Any] = {}
     for title, type_ in groups.items():
@@ -68,7 +69,7 @@ def _lines(program: str, about: str, groups: Mapping[str, type]) -> Iterator[str
                 yield from _argument(one)
     defaults = ", ".join(f"--{name} {value}" for name, value in changed.items())
     yield from ["", *_wrapped(f"Defaults that are not Trainer's: {defaults}.")]
-    yield from _wrapped(f"Options of the optimizers (`hf-adafisher list` explains them): {_names(options)}.")
+    yield from _wrapped(f"Options of the optimizers (`hf-adafisher list` explains them): {_names(short)}.")
     yield from _wrapped(
         f"Trainer's own arguments work too, such as {_names(_USUAL)}. --help_all lists and explains all of them."
     )
@@ -86,7 +87,8 @@ def _own_fields(type_: type) -> list[Field[Any]]:
 
 def _argument(one: Field[Any]) -> list[str]:
     """Names, default, and the first sentence of the help of an argument."""
-    names = ", ".join([f"--{one.name}", *one.metadata.get("aliases", [])])
+    further = [name for name in one.metadata.get("aliases", []) if "-" not in name.removeprefix("--")]
+    names = ", ".join([f"--{one.name}", *further])
     first, *rest = str(one.metadata.get("help", "")).split(". ")
     default = "" if one.default in (None, False) or isinstance(one.default, type) else f" (default {one.default})"
     if not default:  # it may stand in words

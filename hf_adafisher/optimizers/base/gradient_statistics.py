@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
 from hf_adafisher.fisher.diagonals import DiagonalTerm
-from hf_adafisher.fisher.parameter_uses import estimated_terms
+from hf_adafisher.fisher.gradient import FactorAxes, GradientDiagonal, gradient_factors
+from hf_adafisher.fisher.parameter_uses import ParameterUse, estimated_terms
 from hf_adafisher.fisher.recorder import FactorRecorder
 from hf_adafisher.optimizers.base.statistics import FactorStatistics
 from hf_adafisher.optimizers.factory.param_groups import log_roles, roles
-from hf_adafisher.optimizers.sharding import full_tensor, is_sharded
+from hf_adafisher.optimizers.sharding import full_tensor
 from hf_adafisher.optimizers.update import FULL_RMS, LEAST_DAMPING, SMALL_RMS, DirectionSize, damping_terms
 
 _MATRICES = ("hidden matrix", "input")
@@ -44,6 +46,7 @@ class GradientStatistics(FactorStatistics):
         """Look everything up in the model again, the roles too."""
         super().map_parameters()
         self._roles = roles(self.model)
+        self._kept: dict[int, _Kept] = {}
         for p in self._params:
             if self._roles.get(id(p)) in _MATRICES and not self._hidden_factors:
                 self._entries[id(p)].uses = ()
@@ -61,18 +64,14 @@ class GradientStatistics(FactorStatistics):
         """True for the weight of an output layer."""
         return self._roles.get(id(p)) in ("head", "table and head")
 
-    def direction_size(self, p: Tensor, known: bool) -> DirectionSize:
+    def direction_size(self, p: Tensor) -> DirectionSize:
         """Largest root mean square of a parameter's direction by the root of its diagonal.
 
         1 for hidden matrices, embeddings and output layers; 0.2 for everything else: vectors, and what reads pixels or
-        is added to features as it is (patch embeddings, first convolutions, position tables, class tokens).
-
-        Args:
-            p: The parameter.
-            known: It has factors. Those of a single value never say anything, and it moves by the sign of its momentum.
+        is added to features as it is (patch embeddings, first convolutions, position tables, class tokens). The factors
+        of a single value never say anything, and it moves by the sign of its momentum.
         """
-        rms = SMALL_RMS if self._roles.get(id(p), "input") == "input" else FULL_RMS
-        return DirectionSize(rms, exact=not known, bounded=p.dim() > 1)
+        return self._kept_of(p).size
 
     def average_(self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor, Mapping[str, Tensor]]]) -> None:
         """Take the factors of every gradient into the averages of the states, all in a few calls.
@@ -83,20 +82,44 @@ class GradientStatistics(FactorStatistics):
             with_gradient: Parameter group, parameter, gradient and state.
         """
         averages: dict[tuple[float, torch.device], tuple[list[Tensor], list[Tensor]]] = {}
+        squares: dict[tuple[float, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         weights: dict[float, list[Tensor]] = {}
         for group, p, grad, state in with_gradient:
-            for use in self.entry_of(p).uses:
-                values, samples = averages.setdefault((group["ema_decay"], p.device), ([], []))
-                for name, factor in _factors(use.diagonal, grad).items():
-                    values.append(state[name])
-                    samples.append(factor.reshape(state[name].shape))
-                weights.setdefault(group["ema_decay"], []).append(state[use.weight_key])
+            kept = self._kept_of(p)
+            if not kept.weight_key:
+                continue
+            decay = group["ema_decay"]
+            weights.setdefault(decay, []).append(state[kept.weight_key])
+            if not kept.keys:
+                continue
+            if kept.whole and not kept.sharded:
+                values, samples = squares.setdefault((decay, p.device, grad.dtype), ([], []))
+                value = state[kept.keys[0]]
+                values.append(value)
+                samples.append(grad if grad.dim() == value.dim() else grad.reshape(value.shape))
+            else:
+                values, samples = averages.setdefault((decay, p.device), ([], []))
+                for key, factor in zip(kept.keys, _factors(kept, grad), strict=True):
+                    values.append(state[key])
+                    samples.append(factor)
+        for (decay, _, dtype), (values, samples) in squares.items():
+            if dtype != values[0].dtype:
+                samples = [sample.to(values[0].dtype) for sample in samples]
+            torch._foreach_lerp_(values, torch._foreach_mul(samples, samples), 1.0 - decay)
         for (decay, _), (values, samples) in averages.items():
-            if values:
-                torch._foreach_lerp_(values, samples, 1.0 - decay)
+            torch._foreach_lerp_(values, samples, 1.0 - decay)
         for decay, found in weights.items():
             torch._foreach_mul_(found, decay)
             torch._foreach_add_(found, 1.0 - decay)
+
+    def _kept_of(self, p: Tensor) -> _Kept:
+        """What a parameter keeps, looked up once."""
+        kept = self._kept.get(id(p))
+        if kept is None:
+            entry = self.entry_of(p)
+            rms = SMALL_RMS if self._roles.get(id(p), "input") == "input" else FULL_RMS
+            kept = self._kept[id(p)] = _kept(entry.uses, p, entry.sharded, rms)
+        return kept
 
     def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
         """None yet: ``damped_terms`` makes those of all parameters together."""
@@ -111,15 +134,16 @@ class GradientStatistics(FactorStatistics):
         found: list[list[DiagonalTerm]] = []
         plain: dict[tuple[torch.device, torch.dtype], list[_Averages]] = {}
         for p, state, rho in members:
-            use = self.entry_of(p).uses[0]
-            term = use.diagonal.expand({name: state[name] for name in use.factor_keys(p.shape)}, p.shape, False)
-            terms: list[DiagonalTerm] = [()]
-            if len(term) == 2 and term[0].numel() + term[1].numel() > sum(p.shape):  # a stack of matrices
-                terms = estimated_terms((use,), state, p.shape)
+            kept, terms = self._kept_of(p), list[DiagonalTerm]()
+            if not kept.keys:
+                terms.append(())
+            elif kept.stacked:
+                terms += estimated_terms(self.entry_of(p).uses, state, p.shape)
                 terms += damping_terms(terms, rho, p.dim())
-            elif term:
-                kind = term[0].device, term[0].dtype
-                plain.setdefault(kind, []).append(_Averages(terms, term, state[use.weight_key].item(), rho))
+            else:
+                factors = tuple([state[key].view(shape) for key, shape in zip(kept.keys, kept.shapes, strict=True)])
+                weight = state[kept.weight_key].item()
+                plain.setdefault((p.device, factors[0].dtype), []).append(_Averages(terms, factors, weight, rho))
             found.append(terms)
         for alike in plain.values():
             _damp_(alike)
@@ -135,6 +159,44 @@ class GradientStatistics(FactorStatistics):
 
     def _averaged_terms(self, p: Tensor, state: Mapping[str, Tensor], normalize: bool) -> list[DiagonalTerm]:
         return estimated_terms(self.entry_of(p).uses, state, p.shape)
+
+
+class _Kept(NamedTuple):
+    """What a parameter keeps of its gradient.
+
+    Attributes:
+        weight_key: State key of the averages' weight; empty where nothing is kept.
+        keys: State keys of the factors, none of a single value.
+        axes: Their axes.
+        shapes: Their shapes in the diagonal.
+        whole: The one factor is the square of the gradient.
+        stacked: There is a mean for every matrix of a stack.
+        sharded: FSDP2 has sharded the parameter.
+        size: Size of its direction.
+    """
+
+    weight_key: str
+    keys: tuple[str, ...]
+    axes: tuple[FactorAxes, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    whole: bool
+    stacked: bool
+    sharded: bool
+    size: DirectionSize
+
+
+def _kept(uses: Sequence[ParameterUse], p: Tensor, sharded: bool, rms: float) -> _Kept:
+    """What a parameter with these uses, one at most, keeps."""
+    if not uses:
+        return _Kept("", (), (), (), False, False, sharded, DirectionSize(rms, True, p.dim() > 1))
+    (use,) = uses
+    assert isinstance(use.diagonal, GradientDiagonal)  # nothing is tracked
+    axes, keys = use.diagonal.axes(p.shape), use.factor_keys(p.shape)
+    shapes = tuple(tuple(n if axis in a.all else 1 for axis, n in enumerate(p.shape)) for a in axes)
+    whole = len(axes) == 1 and math.prod(shapes[0]) == p.numel()
+    stacked = any(a.stack for a in axes)
+    size = DirectionSize(rms, exact=not axes, bounded=p.dim() > 1)
+    return _Kept(use.weight_key, tuple(keys[a.name] for a in axes), axes, shapes, whole, stacked, sharded, size)
 
 
 class _Averages(NamedTuple):
@@ -164,13 +226,14 @@ def _damp_(averages: Sequence[_Averages]) -> None:
         average.terms[:] = [term, (damping[i].reshape([1] * row.dim()),)]
 
 
-def _factors(diagonal: Any, grad: Any) -> dict[str, Tensor]:
-    """The gradient's factors, whole on every process, also where FSDP2 has sharded the gradient."""
-    if not is_sharded(grad):
-        return diagonal.from_gradient(grad)
-    squares, factors = grad.to(statistics_dtype(grad.dtype)).square(), {}
-    for axes in diagonal.axes(grad.shape):
+def _factors(kept: _Kept, grad: Any) -> Sequence[Tensor]:
+    """The gradient's factors in the order of their keys, whole on every process, also of a gradient in shards."""
+    if not kept.sharded:
+        return gradient_factors(grad, kept.axes)
+    squares = grad.to(statistics_dtype(grad.dtype)).square()
+    factors = []
+    for axes in kept.axes:
         rest = [axis for axis in range(grad.dim()) if axis not in axes.all]
         count = max(torch.Size(grad.shape[axis] for axis in rest).numel(), 1)
-        factors[axes.name] = full_tensor(squares.sum(rest) if rest else squares) / count
-    return factors
+        factors.append(full_tensor(squares.sum(rest) if rest else squares) / count)
+    return [factor.reshape(axes.sizes(grad.shape)) for factor, axes in zip(factors, kept.axes, strict=True)]

@@ -23,6 +23,7 @@ from hf_adafisher.optimizers.validation.checkpoints import (
     check_shapes,
     warn_changed_options,
 )
+from hf_adafisher.optimizers.validation.keywords import check_keywords
 from hf_adafisher.optimizers.validation.models import check_model, check_parameters
 from hf_adafisher.optimizers.validation.training_modes import Needs
 
@@ -64,6 +65,11 @@ class HookedOptimizer(Optimizer, ABC):
 
     _statistics: StatisticsTracker
     _closed = _armed = False
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Make the object that ``__init__`` fills. Raises TypeError for a keyword that the class does not have."""
+        check_keywords(cls, kwargs)
+        return super().__new__(cls)
 
     def __init__(self, model: nn.Module, params: ParamsT | None, options: OptimizerOptions) -> None:
         kind = type(self).__name__

@@ -18,6 +18,7 @@ from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.blocks import RootParameter, RootSteps, root_update_in_blocks
 from hf_adafisher.optimizers.compiled import CompiledUpdate
 from hf_adafisher.optimizers.diagnostics.coverage import ParameterCoverage, coverage_of, curvature_summary
+from hf_adafisher.optimizers.diagnostics.diagnosis import Diagnosis
 from hf_adafisher.optimizers.sharding import local_part, local_terms
 from hf_adafisher.optimizers.update import (
     Block,
@@ -130,10 +131,11 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             if key not in batches:
                 batches[key] = root_coefficients(member.group, member.step, bool(self.decoupled)), []
             p = member.param
-            size = self._statistics.direction_size(p, known=any(terms))
-            terms = local_terms(terms, p) if member.sharded else terms
-            block = Block(local_part(p), local_part(member.grad), local_part(member.exp_avg), terms)
-            parameter = RootParameter(block, size, p)
+            block = Block(p, member.grad, member.exp_avg, terms)
+            if member.sharded:
+                local = [local_part(tensor) for tensor in block[:3]]
+                block = Block(local[0], local[1], local[2], local_terms(terms, p))
+            parameter = RootParameter(block, self._statistics.direction_size(p), p)
             if compiled is not None and not member.sharded and compiled.supports(block):
                 moved += compiled.root_update_(parameter, batches[key][0])
             else:
@@ -238,8 +240,36 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         """
         return curvature_summary(self.model, self.trained_parameters(), self.damping_of)
 
+    def diagnose(
+        self, *, grad_norms: Sequence[float] = (), max_grad_norm: float | None = None, skipped_steps: int = 0
+    ) -> Diagnosis:
+        """Say in sentences what is wrong with this run for this optimizer, after a few of its steps.
+
+        It looks at the learning rate, the size of the last step in each layer, the damping, layers without a rule and
+        what was taken for an output layer. An optimizer sees gradients after clipping, and no step that was skipped: a
+        loop that knows more passes it on. ``DoctorCallback`` does so under a Trainer. Training is not changed, and
+        costs nothing more until it is called.
+
+        Under FSDP2 every process must call it.
+
+        Args:
+            grad_norms: Norms of the gradient before clipping, such as ``clip_grad_norm_`` returns. Default: not known.
+            max_grad_norm: What they were clipped to; 0 for no clipping. Default None: not known.
+            skipped_steps: Number of steps that a loss scaler skipped. Default 0.
+
+        Returns:
+            Findings, each of which names the argument to change, and the numbers they come from: ``print(...)`` shows
+            them, ``as_dict()`` is for JSON.
+
+        Raises:
+            RuntimeError: Before the first step.
+        """
+        from hf_adafisher.optimizers.diagnostics.doctor import diagnose  # it knows all optimizers, this one too
+
+        return diagnose(self, grad_norms, max_grad_norm, skipped_steps)
+
     def root_steps(self) -> dict[int, float]:
-        """Sums of squares of the last step of each parameter that moves by the root of its diagonal, by its ``id``.
+        """Sums of squares of the last step of each parameter, by its ``id``; none with ``step_size="paper"``.
 
         Of the whole parameter, decay left out. Those that have not moved yet are missing.
         """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 
 from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
 from hf_adafisher.optimizers.factory.catalog import available_optimizers, optimizer_record
+from hf_adafisher.optimizers.factory.learning_rates import warn_of_learning_rate, warn_without_clipping
 from hf_adafisher.optimizers.factory.param_groups import decay_groups
 from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
 from hf_adafisher.optimizers.validation.checkpoints import warn_changed_options
@@ -130,30 +133,59 @@ def _check_checkpoint(record: OptimizerRecord, optimizer: Optimizer, state: dict
 class OptimizerFactory:
     """Optimizer factory for a stock ``Trainer(optimizer_cls_and_kwargs=(OptimizerFactory, {...}))``.
 
-    Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place. It
-    does not pass its own ``learning_rate`` and ``weight_decay``: ``lr`` must be among the arguments, and
-    ``weight_decay`` is 0 unless it is.
+    Trainer calls ``OptimizerFactory()(model, **kwargs)`` when it is about to train, with the model in its place.
+    ``learning_rate`` and ``weight_decay`` are those of its training arguments, unless ``lr`` and ``weight_decay`` are
+    among the ``kwargs``.
 
     Example:
-        >>> kwargs = {"name": "adafisherw", "lr": 0.004}
+        >>> kwargs = {"name": "adafisherw", "damping": 0.1}
         >>> optimizer_cls_and_kwargs = (OptimizerFactory, kwargs)
     """
 
-    def __call__(self, model: nn.Module, *, lr: float, name: str = "adafisherw", **kwargs: Any) -> Optimizer:
+    def __call__(
+        self, model: nn.Module, *, lr: float | None = None, name: str = "adafisherw", **kwargs: Any
+    ) -> Optimizer:
         """Call ``create_optimizer`` with the model first.
 
+        Args:
+            model: The model to train.
+            lr: Learning rate. Default: that of the Trainer that calls; in your own loop the optimizer's own.
+            name: One of ``available_optimizers``. Default ``adafisherw``.
+            **kwargs: ``weight_decay`` (default: likewise, or 0), ``decay_names`` and options of the optimizer.
+
         Raises:
-            TypeError: Without ``lr``.
             ValueError: As ``create_optimizer``, and where Trainer is to compile the model: for optimizers that need
                 second derivatives, and under a stock Trainer for those with hooks (AdaFisher(W) with
                 ``step_size="paper"``, K-FAC).
         """
         record = optimizer_record(name)
         record.check_names({key for key in kwargs if key not in ("weight_decay", "decay_names")})
-        needs = record.needs_with({key: value for key, value in kwargs.items() if key in record.options()})
+        options = {key: value for key, value in kwargs.items() if key in record.options()}
+        needs = record.needs_with(options)
         if COMPILE_BY_A_STOCK_TRAINER.refused_by(needs):
             refuse_compilation(name, second_derivatives=COMPILE.refused_by(needs))
+        trainer = _calling_trainer()
+        if trainer is not None:
+            lr = trainer.args.learning_rate if lr is None else lr
+            kwargs.setdefault("weight_decay", trainer.args.weight_decay)
+            warn_of_learning_rate(name, options, lr, weights=getattr(model, "name_or_path", ""))
+            warn_without_clipping(name, options, trainer.args.max_grad_norm)
         return create_optimizer(name, model, lr=lr, **kwargs)
+
+
+def _calling_trainer() -> Any:
+    """The Trainer whose ``create_optimizer`` is running, or None.
+
+    Trainer hands a factory the model alone, so that its arguments are found among its callers.
+    """
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", ())
+    frame = inspect.currentframe()
+    while frame is not None:
+        found = frame.f_locals.get("self") if frame.f_code.co_name == "create_optimizer" else None
+        if isinstance(found, trainer):
+            return found
+        frame = frame.f_back
+    return None
 
 
 def optimizer_state_bytes(optimizer: Any) -> int:

@@ -146,7 +146,8 @@ class OptimizerRecord:
         for name in options:
             if name in _OWN_ARGUMENTS:
                 raise ValueError(
-                    f"{name} is an argument of its own (learning_rate, weight_decay), not one of the options"
+                    f"{name} is an argument of its own (weight_decay and lr, or learning_rate in training arguments), "
+                    "not one of the options"
                 )
             if name not in known:
                 raise ValueError(

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.experiments.comparison.budget import timing_cell
+from hf_adafisher.experiments.comparison.budget import timing_cell, work_period
 from hf_adafisher.experiments.comparison.cell_process import available_cores
-from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers
+from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers, set_arguments
 from hf_adafisher.experiments.comparison.configuration import PRESETS as PRESET_FOLDER
 from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
@@ -48,6 +48,23 @@ def test_lists_of_an_entry_are_combined() -> None:
     assert [cell.name for cell in cells] == ["a,x=1,y=3", "a,x=1,y=4", "a,x=2,y=3", "a,x=2,y=4", "b"]
     arguments = Cell({"optim": "a"}, {"flag": True, "files": ["p", "q"]}).arguments()
     assert arguments == ["--flag", "true", "--files", "p", "q", "--optim", "a"]
+
+
+def test_an_option_is_the_same_by_either_of_its_names() -> None:
+    """So are its cell, its folder and its cost, whatever the argument's name on a command line."""
+    short = {"common": {"step_size": "paper"}, "cells": [{"optim": "adafisherw", "damping": [0.1, 0.3]}]}
+    cells = [{"optim": "adafisherw", "adafisher_damping": [0.1, 0.3]}]
+    full = {"common": {"adafisher_step_size": "paper"}, "cells": cells}
+    assert expand_cells(short) == expand_cells(full)
+    assert expand_cells(full)[0].all_settings == {"step_size": "paper", "optim": "adafisherw", "damping": 0.1}
+    assert work_period(expand_cells(full)[0]) == 100
+    for key in ("step_size", "adafisher_step_size"):
+        assert set_arguments(full, [f"{key}=root"])["common"] == {"step_size": "root"}
+        with pytest.raises(ValueError, match="--set damping: cells of the configuration have a damping of their own"):
+            set_arguments(full, ["adafisher_damping=0.2"])
+    twice = {"cells": [{"optim": "adafisherw", "damping": 0.1, "adafisher_damping": 0.3}]}
+    with pytest.raises(ValueError, match="damping and adafisher_damping are one argument"):
+        expand_cells(twice)
 
 
 def test_seeds_are_combined_with_every_entry() -> None:

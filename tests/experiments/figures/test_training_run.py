@@ -16,6 +16,7 @@ from hf_adafisher.experiments.figures.training_run import (
     DIGITS_LEARNING_RATES,
     check_same_start,
     fixed_batches,
+    gives,
     prepare_run,
 )
 from hf_adafisher.experiments.runs import clm_setup, image_setup
@@ -45,6 +46,12 @@ def test_given_arguments_are_those_of_every_spelling() -> None:
         "use_cpu": True,
     }
     assert given_arguments("clm", ["--block-size=8"]) == {"block_size": 8}
+
+
+def test_an_option_is_given_by_either_of_its_names() -> None:
+    for word in ("--step_size=paper", "--step-size", "--adafisher_step_size", "--adafisher-step-size=root"):
+        assert gives(["--seed=1", word, "root"], "step_size")
+    assert not gives(["--seed=1", "--step", "step_size", "--adafisher_beta=0.1"], "step_size")
 
 
 NOT_FREE = [

@@ -215,7 +215,7 @@ def test_a_yaml_file_a_json_file_and_a_command_line_are_one(tmp_path: Path) -> N
         ("a: [", "is no valid YAML"),
         ("max_steps: 1\nmax_steps: 2", "'max_steps' stands there twice"),
         ("max_step: 1", "unknown key 'max_step', did you mean 'max_steps'"),
-        ("dataset: a\ndataset_name: b", "are two names of one argument"),
+        ("dataset: a\ndataset_name: b", "dataset_name and dataset are one argument: give dataset only"),
         ("- 1", "must hold an object"),
     ):
         (tmp_path / "b.yml").write_text(text)

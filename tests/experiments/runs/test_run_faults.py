@@ -212,7 +212,7 @@ def test_a_resume_after_changed_data_keeps_the_tokenizer_and_says_so(
 @pytest.mark.parametrize(
     ("optim", "asked", "used"),
     [
-        ("adafisherw", ["--damping", "0.3", "--weight_decay", "0.1"], {"damping": 0.1, "weight_decay": 0.0}),
+        ("adafisherw", ["--damping", "0.3", "--weight_decay", "0.1"], {"adafisher_damping": 0.1, "weight_decay": 0.0}),
         ("adamw", ["--adam_beta1", "0.5"], {"adam_beta1": 0.9}),
         ("kfac", ["--optim_args", "damping=0.5"], {"optim_args": "damping=0.01"}),
     ],

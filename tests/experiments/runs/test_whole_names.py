@@ -50,6 +50,19 @@ def test_keys_of_a_file_are_whole_names_too(tmp_path: Path) -> None:
         parse_clm_arguments([str(path)])
 
 
+def test_an_option_of_a_file_has_two_names(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for name in ("step_size", "adafisher_step_size"):
+        path.write_text(json.dumps({name: "paper", "damping": 0.2, "output_dir": str(tmp_path)}))
+        assert parse_clm_arguments([str(path)])[2].optimizer_options() == {"damping": 0.2, "step_size": "paper"}
+    path.write_text('{"damping": 0.1, "adafisher_damping": 0.2}')
+    with pytest.raises(ValueError, match="damping and adafisher_damping are one argument: give adafisher_damping only"):
+        parse_clm_arguments([str(path)])
+    path.write_text('{"damping": "x"}')
+    with pytest.raises(ValueError, match=r"damping.*: invalid float value: 'x'"):
+        parse_clm_arguments([str(path)])
+
+
 @pytest.mark.parametrize(
     ("command", "words", "near"),
     [
