@@ -64,7 +64,7 @@ def test_the_list_of_commands_imports_no_transformers() -> None:
 def test_every_script_is_a_command_and_nothing_else() -> None:
     targets = {entry.partition(":")[0] for entry, _ in [*COMMANDS.values(), *FIGURES.values()]}
     for path in (ROOT / "scripts").glob("*.py"):
-        if path.stem == "trace_step" or path.stem.startswith("try_"):  # of this repository's documentation and research
+        if path.stem == "trace_step" or path.stem.startswith("try_"):  # of this repository's documentation
             continue
         tree = ast.parse(path.read_text())
         (module,) = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]

@@ -290,7 +290,7 @@ def test_steps_that_are_usual_from_scratch_spoil_pretrained_weights(form: str, r
     assert of_run(form, lr=rate).healthy
     (finding,) = of_run(form, lr=rate, source="gpt2").findings
     assert finding.ailment == "large-steps" and "% of the pretrained weights (gpt2) in one step" in finding.sentence
-    assert 0.03 < finding.numbers["largest"] < 0.05 and finding.sentence.endswith("lower learning_rate.")
+    assert 0.03 < finding.numbers["largest"] < 0.051 and finding.sentence.endswith("lower learning_rate.")
 
 
 def test_steps_that_change_nothing() -> None:
