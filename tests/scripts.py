@@ -20,3 +20,20 @@ def read_results(output: Path) -> dict[str, Any]:
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads((output / "results.json").read_text(), parse_constant=refuse)
+
+
+SCRIPTS = {
+    "compare_fisher": "figures fisher-accuracy",
+    "plot_curvature": "figures curvature",
+    "plot_factors": "figures factors",
+    "plot_fisher_histogram": "figures fisher-histogram",
+    "run_image_classification": "image",
+}
+"""The scripts of earlier versions, and the subcommands that they became."""
+
+
+def as_command(line: str) -> str:
+    """A command line of an earlier version, as committed results have it, as it is written now."""
+    for script, command in SCRIPTS.items():
+        line = line.replace(f"python scripts/{script}.py ", f"hf-adafisher {command} ")
+    return line

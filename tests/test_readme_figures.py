@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import as_command
+
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
 TEXT = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -22,7 +24,7 @@ def numbers(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["factors", "factors_layers", "histogram", "curvature"])
 def test_the_commands_behind_the_numbers_are_the_readmes(name: str) -> None:
     for command in numbers(name)["command"].split("; "):
-        assert f"`{command}`" in TEXT
+        assert f"`{as_command(command)}`" in TEXT
 
 
 def test_energy_on_the_diagonals() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_adafisher.experiments.fisher_accuracy.agreement import HALVES, TOGETHER
+from tests.scripts import as_command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "fisher"
@@ -74,7 +75,7 @@ def test_the_files_are_of_the_readmes_commands() -> None:
         result = found(name)
         assert (result["kfac_damping"], result["seeds"], result["steps"]) == (0.01, [0, 1, 2], 200)
         assert result["kind"] == name.partition("-")[2]
-        assert result["command"].partition(" --output")[0].replace(" --kind true", "") in text
+        assert as_command(result["command"]).partition(" --output")[0].replace(" --kind true", "") in text
         layers = result["complete_layers"]
         assert all(entry["layers"] == layers for each in result["mean"].values() for entry in each.values())
 

@@ -16,12 +16,25 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is no file' if path.exists() else 'does not exist'}; give a JSON file")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(content: bytes, place: str) -> Any:
+    """Parse JSON as ``read_json`` does.
+
+    Args:
+        content: The text, encoded.
+        place: Where it stands, for the error.
+
+    Raises:
+        ValueError: See ``read_json``.
+    """
     try:
-        return json.loads(path.read_bytes(), parse_constant=_no_number, object_pairs_hook=_unique)
+        return json.loads(content, parse_constant=_no_number, object_pairs_hook=_unique)
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+        raise ValueError(f"{place} is nested too deeply") from None
     except ValueError as error:  # of the decoder, of the text encoding, or of the two functions below
-        raise ValueError(f"{path} is no valid JSON: {error}") from None
+        raise ValueError(f"{place} is no valid JSON: {error}") from None
 
 
 def _no_number(text: str) -> float:

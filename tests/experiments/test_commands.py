@@ -107,4 +107,4 @@ def test_a_comparison_by_name_and_its_report_again(
     )
     assert folder_of(out, "adafisherw").is_dir()
     assert main(["report", str(tmp_path)]) == 2
-    assert "has no configuration.json" in capsys.readouterr().err
+    assert "has no configuration.json and no runs.jsonl.gz" in capsys.readouterr().err

@@ -22,6 +22,7 @@ COMMAND_FILE = "command.json"
 _DATA = ("train_file", "validation_file", "test_file", "data_dir", "train_dir")
 _DATA_SETS = ("dataset", "dataset_name")
 _MODELS = ("model_name_or_path", "config_name", "tokenizer_name", "embeddings_from")
+_INPUTS = (*_DATA, *_DATA_SETS, *_MODELS)
 _SCHEDULE = ("max_steps", "num_train_epochs")
 _HASHED_BYTES = 1 << 30
 """Size from which the files of a folder are told apart by name and size, not by content: ImageNet has 150 GB."""
@@ -31,6 +32,7 @@ _RECORD = mapping(
         "arguments": mapping(others=anything),
         "data": mapping(others=optional(text)),
         "software": mapping(others=text),
+        "archived": anything,
     },
     required=("arguments", "data", "software"),
 )
@@ -81,12 +83,13 @@ def difference(cell: Cell, record: Mapping[str, Any], planned: bool = True) -> s
         record: Of the result.
         planned: The steps of the cell are known.
     """
-    data, recorded = data_fingerprints(cell), record["data"]
+    archived = record.get("archived", False)  # compared when it was archived: the data may be gone by now
+    data, recorded = {} if archived else data_fingerprints(cell), record["data"]
     both = [name for name in data if data[name] is not None and recorded.get(name) is not None]
     changed = [name for name in both if data[name] != recorded[name]]
     if changed:
         return f"other data ({', '.join(changed)} changed)"
-    left_out = {*both, *(() if planned else _SCHEDULE)}
+    left_out = {*both, *(() if planned else _SCHEDULE), *(_INPUTS if archived else ())}
     if "dataset" in both:  # that of none is the default's
         left_out |= set(_DATA_SETS)
     own, theirs = canonical(cell.all_settings), canonical(record["arguments"])

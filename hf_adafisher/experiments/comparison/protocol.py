@@ -23,7 +23,7 @@ from hf_adafisher.experiments.comparison.configuration import check_configuratio
 from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.identity import cell_folder
 from hf_adafisher.experiments.comparison.published import read_published_results
-from hf_adafisher.experiments.comparison.stored import is_done, stored_result
+from hf_adafisher.experiments.comparison.stored import is_done, load_result, stored_result
 from hf_adafisher.experiments.comparison.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Comparison:
         for cell in self._timing_cells():
             copies = self._copies(cell)
             try:
-                found = [stored_result(copy, cell_folder(self._times, copy), archive=True) for copy in copies]
+                found = [stored_result(copy, cell_folder(self.times_folder, copy), archive=True) for copy in copies]
             except ValueError as error:  # measured with other arguments or data
                 times[cell.name] = StepTime(None, reason=str(error))
                 continue
@@ -85,10 +85,10 @@ class Comparison:
         failures = []
         for cell in self._timing_cells():
             copies = self._copies(cell)
-            if not all(is_done(copy, cell_folder(self._times, copy), retry_failed) for copy in copies):
+            if not all(is_done(copy, cell_folder(self.times_folder, copy), retry_failed) for copy in copies):
                 print(f"measuring the step time of {cell.name}")
                 failures += run_cells(
-                    copies, self.program, self._times, self.jobs, backend=self.backend, retry_failed=retry_failed
+                    copies, self.program, self.times_folder, self.jobs, backend=self.backend, retry_failed=retry_failed
                 )
         return failures
 
@@ -158,7 +158,8 @@ class Comparison:
         return [cell.shell_line(self.program, self.folder(cell), threads) for cell in cells]
 
     @property
-    def _times(self) -> Path:
+    def times_folder(self) -> Path:
+        """Folder of the measured step times."""
         return self.output_dir / TIMES_FOLDER
 
     def _timing_cells(self) -> list[Cell]:
@@ -167,6 +168,18 @@ class Comparison:
 
     def _copies(self, cell: Cell) -> list[Cell]:
         return [cell, *(replace(cell, copy=n) for n in range(2, self.jobs + 1))]
+
+
+def with_measured_jobs(comparison: Comparison) -> Comparison:
+    """Return the comparison with as many jobs as its step times were measured with, if they were.
+
+    A report needs all copies of a measurement, and does not know the ``--jobs`` of the run.
+    """
+    cell = timing_cell(comparison.reference or comparison.cells[0])
+    jobs = 1
+    while load_result(cell_folder(comparison.times_folder, replace(cell, copy=jobs + 1))) is not None:
+        jobs += 1
+    return replace(comparison, jobs=jobs)
 
 
 def failed_measurements(unplanned: Mapping[str, str]) -> dict[str, str]:

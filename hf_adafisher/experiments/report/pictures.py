@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,16 @@ Sweep = dict[str, pd.DataFrame]
 _Read = Callable[[Task, Mapping[str, Any]], float | None]
 
 
-def draw_pictures(folder: Path, settings: Sequence[SettingResults], best: Sequence[SettingResults]) -> dict[Path, str]:
+def draw_pictures(
+    folder: Path,
+    settings: Sequence[SettingResults],
+    best: Sequence[SettingResults],
+    wanted: Container[str] | None = None,
+) -> dict[Path, str]:
     """Draw curves against steps and against seconds (the paper's Figure 5), and sweeps of the learning rate.
 
     The curves are the training loss and the cost (a validation loss or error), of each optimizer at its best setting.
-    Beside each PNG stand an SVG and a JSON file with the numbers.
+    Beside each PNG stand an SVG and a JSON file with the numbers. Of the names in ``wanted`` alone; None: all.
 
     Returns:
         The PNG files and their captions; empty, with a warning, if matplotlib is not installed.
@@ -57,12 +62,13 @@ def draw_pictures(folder: Path, settings: Sequence[SettingResults], best: Sequen
         ("curves", "steps", "optimizer steps"),
         ("curves_by_seconds", "seconds", "training seconds"),
     ):
-        if panels:
+        if panels and (wanted is None or f"{name}.png" in wanted):
             path = folder / f"{name}.png"
             _draw_curves(path, panels, styles, x, label)
             pictures[path] = _caption(panels, label)
     sweeps = _sweeps(settings)
-    if any(len(line) > 1 for lines in sweeps.values() for line in lines.values()):
+    swept = any(len(line) > 1 for lines in sweeps.values() for line in lines.values())
+    if swept and (wanted is None or "learning_rates.png" in wanted):
         path = folder / "learning_rates.png"
         _draw_sweeps(path, sweeps, styles, cost_label)
         pictures[path] = (

@@ -14,6 +14,7 @@ from hf_adafisher.experiments.report.pictures import RATE_TITLE, draw_with_range
 from hf_adafisher.experiments.report.results import EPOCH_SECONDS
 from hf_adafisher.experiments.report.stability import SIZE_TITLE, Stability
 
+STABILITY_PICTURE = "stability.png"
 _PLACES = ((6, 6), (6, -7), (-6, 6), (-6, -7))
 """Offsets of a number from its point, in points, so that those of several optimizers are apart."""
 _DOTTED: Style = {"linestyle": ":", "linewidth": 1.2}
@@ -69,7 +70,7 @@ def draw_stability(folder: Path, stability: Stability, styles: Mapping[str, Styl
     if again:
         shown["learning rate tuned again at each size"] = a.plot([], [], **_DOTTED, color="0.3")[0]
     figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9)
-    path = folder / "stability.png"
+    path = folder / STABILITY_PICTURE
     save_figure(figure, path, stability.numbers())
     return {path: _caption(stability)}
 

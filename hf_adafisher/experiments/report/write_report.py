@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from hf_adafisher.experiments.comparison.protocol import Comparison, failed_measurements
@@ -23,13 +23,14 @@ from hf_adafisher.experiments.report.results import (
     write_csv,
 )
 from hf_adafisher.experiments.report.stability import read_stability
-from hf_adafisher.experiments.report.stability_picture import draw_stability
+from hf_adafisher.experiments.report.stability_picture import STABILITY_PICTURE, draw_stability
 from hf_adafisher.experiments.report.tables import best_table, cell_table, escape_bars, failure_table
 
 _PAIRED = (
     "First minus second of two optimizers at their best settings, seed by seed: mean and 95 % interval (Student's t). "
     "Where it does not contain 0, the row stands out. Settings that were chosen by the same seeds flatter themselves."
 )
+_NO_PICTURES = "hf-adafisher report ARCHIVE --output_dir FOLDER draws them from the runs."
 TITLE = "Comparison of optimizers"
 _METHOD = (
     "Each optimizer at the setting with the {rule}, chosen among its settings with the most seeds; one with a diverged "
@@ -38,13 +39,19 @@ _METHOD = (
 )
 
 
-def write_report(comparison: Comparison, command: str = "", results: Sequence[CellResult] | None = None) -> str:
+def write_report(
+    comparison: Comparison,
+    command: str = "",
+    results: Sequence[CellResult] | None = None,
+    pictures: Container[str] | None = None,
+) -> str:
     """Write ``report.html``, ``report.md``, ``cells.csv`` and the pictures into the comparison's folder.
 
     Args:
         comparison: Some of its cells have results.
         command: The command line, for the report.
         results: Of ``read_comparison``, if they have been read.
+        pictures: Names of the pictures to draw, such as ``curves.png``; None: all.
 
     Returns:
         The tables in short and the paths, as text to print.
@@ -58,8 +65,8 @@ def write_report(comparison: Comparison, command: str = "", results: Sequence[Ce
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
     settings = group_by_setting(results)
     best = best_settings(settings)
-    curves = _curves(folder, settings, best)
-    sections = _sections(comparison, results, best, [curves, *stability_sections(folder, settings)], command)
+    drawn = [_curves(folder, settings, best, pictures), *stability_sections(folder, settings, pictures)]
+    sections = _sections(comparison, results, best, drawn, command)
     write_text(folder / "report.html", render_html(TITLE, sections))
     write_text(folder / "report.md", render_markdown(TITLE, sections))
     write_csv(folder / "cells.csv", results)
@@ -83,7 +90,9 @@ def describe_step_times(comparison: Comparison) -> str:
     return step_time_table(comparison).markdown(escape_bars)
 
 
-def stability_sections(folder: Path, settings: list[SettingResults]) -> list[Section]:
+def stability_sections(
+    folder: Path, settings: list[SettingResults], wanted: Container[str] | None = None
+) -> list[Section]:
     """Draw and tabulate a sweep over batch sizes; of any other comparison there is no section."""
     stability = read_stability(settings)
     if stability is None:
@@ -92,7 +101,8 @@ def stability_sections(folder: Path, settings: list[SettingResults]) -> list[Sec
         f"Each optimizer at its best settings of batch size {stability.batch_size} (of those run at the most batch "
         "sizes), then with other batch sizes, and with the learning rate tuned again at each."
     )
-    pictures = draw_stability(folder, stability, optimizer_styles(settings))
+    drawn = wanted is None or STABILITY_PICTURE in wanted
+    pictures = draw_stability(folder, stability, optimizer_styles(settings)) if drawn else {}
     return [Section("Batch size", text, stability.table(), pictures=pictures)]
 
 
@@ -125,9 +135,12 @@ def _sections(
     return sections
 
 
-def _curves(folder: Path, settings: list[SettingResults], best: list[SettingResults]) -> Section:
-    pictures = draw_pictures(folder, settings, best)
-    return Section("Curves and learning rates", "" if pictures else "There are no pictures.", pictures=pictures)
+def _curves(
+    folder: Path, settings: list[SettingResults], best: list[SettingResults], wanted: Container[str] | None
+) -> Section:
+    pictures = draw_pictures(folder, settings, best, wanted)
+    text = "" if pictures else "There are no pictures." if wanted is None else _NO_PICTURES
+    return Section("Curves and learning rates", text, pictures=pictures)
 
 
 def _best(comparison: Comparison, best: list[SettingResults]) -> Section:

@@ -1,0 +1,128 @@
+"""The archive of a comparison: every run as a line of one compressed file, from which the report is written again."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from hf_adafisher.experiments.comparison.identity import COMMAND_FILE, read_record
+from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison, with_measured_jobs
+from hf_adafisher.experiments.comparison.schema import anything, mapping, optional, refuse, text
+from hf_adafisher.experiments.json_files import parse_json, read_json
+from hf_adafisher.experiments.outputs import json_ready, replacing, write_json
+from hf_adafisher.experiments.report.write_report import read_comparison, write_report
+from hf_adafisher.experiments.runs.run import RESULTS_FILE
+
+ARCHIVE_FILE = "runs.jsonl.gz"
+DATA_VARIABLE = "HF_ADAFISHER_DATA"
+_KEPT = ("report.md", "cells.csv")
+_HEADER = mapping({"configuration": mapping(others=anything), "command": text}, required=("configuration", "command"))
+_RUN = mapping(
+    {"folder": text, "record": optional(mapping(others=anything)), "result": mapping(others=anything)},
+    required=("folder", "record", "result"),
+)
+
+
+def pack(comparison: Comparison, command: str, target: Path) -> None:
+    """Write the archive of a comparison: its configuration and command, then a line for each run and measurement.
+
+    A line holds the ``results.json`` and the ``command.json`` of a run. Where the environment variable
+    ``HF_ADAFISHER_DATA`` names a folder, paths below it are written with the variable's name instead.
+
+    Args:
+        comparison: With results.
+        command: The command line that made it, for the report.
+        target: Folder of the archive; it is made.
+
+    Raises:
+        ValueError: There is no result, or one is damaged, or made with other arguments or data.
+    """
+    folder = comparison.output_dir
+    for result in read_comparison(comparison):
+        path = folder / result.folder / RESULTS_FILE
+        if result.status == "failed" and path.exists() and read_json(path).get("status") != "failed":
+            raise ValueError(f"not archived: {result.reason}")
+    lines: list[Any] = [{"configuration": comparison.config, "command": command}]
+    for path in sorted(folder.rglob(RESULTS_FILE)):
+        place = path.parent.relative_to(folder).as_posix()
+        lines.append({"folder": place, "record": read_record(path.parent), "result": read_json(path)})
+    if len(lines) == 1:
+        raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
+    content = "".join(json.dumps(json_ready(line), allow_nan=False, separators=(",", ":")) + "\n" for line in lines)
+    if root := os.environ.get(DATA_VARIABLE):
+        content = content.replace(json.dumps(str(Path(root)))[1:-1], f"${DATA_VARIABLE}")
+    target.mkdir(parents=True, exist_ok=True)
+    with replacing(target / ARCHIVE_FILE) as partial:  # no time in it: the same runs are the same bytes
+        partial.write_bytes(gzip.compress(content.encode(), mtime=0))
+
+
+def unpack(archive: Path, folder: Path) -> tuple[dict[str, Any], str]:
+    """Write the runs of an archive into a folder, as the comparison had left them there.
+
+    Returns:
+        The configuration and the command of the comparison.
+
+    Raises:
+        ValueError: The archive is damaged.
+    """
+    lines = _lines(archive)
+    place, header = next(lines)
+    _HEADER(header, place)
+    for place, run in lines:
+        _RUN(run, place)
+        name = PurePosixPath(run["folder"])
+        if name.is_absolute() or ".." in name.parts:
+            refuse(f"{place}, 'folder'", run["folder"], "a path below the comparison's folder")
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        write_json(folder / name / RESULTS_FILE, run["result"])
+        if run["record"] is not None:
+            write_json(folder / name / COMMAND_FILE, {**run["record"], "archived": True})
+    return dict(header["configuration"]), str(header["command"])
+
+
+def report_archive(folder: Path, programs: Path, output_dir: Path | None = None) -> list[Path]:
+    """Write the report of an archive again.
+
+    Args:
+        folder: Of the archive.
+        programs: Folder of the programs that run cells.
+        output_dir: The whole report goes there. None: ``report.md``, ``cells.csv`` and those pictures that stand
+            beside the archive are renewed there, and no others are drawn.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: The archive is damaged, or its configuration is not valid.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        config, command = unpack(folder / ARCHIVE_FILE, Path(name))
+        comparison = with_measured_jobs(create_comparison(config, programs, Path(name)))
+        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.png")}
+        write_report(comparison, command, pictures=pictures)
+        written = sorted(path for path in Path(name).iterdir() if path.is_file())  # runs are folders
+        if pictures is not None:
+            written = [path for path in written if path.name in {*_KEPT, *pictures}]
+        target = output_dir or folder
+        target.mkdir(parents=True, exist_ok=True)
+        return [Path(shutil.copyfile(path, target / path.name)) for path in written]
+
+
+def _lines(archive: Path) -> Iterator[tuple[str, Any]]:
+    """Yield each line's place and content; there is one at least."""
+    try:
+        lines = gzip.decompress(archive.read_bytes()).splitlines()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive} is no archive of a comparison, or damaged: {error}") from None
+    if not lines:
+        raise ValueError(f"{archive} is empty")
+    for number, line in enumerate(lines, 1):
+        place = f"{archive}, line {number}"
+        yield place, parse_json(line, place)
