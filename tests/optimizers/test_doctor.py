@@ -88,13 +88,13 @@ def test_the_steps_are_those_that_the_weights_made(form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "rate", "source", "said"),
     [
-        ("root", 5e-5, "", "0.0125 times the usual 0.004 for training from scratch"),
-        ("root", 0.004, "gpt2", r"80 times the usual 5e-05 for fine-tuning \(these weights are pretrained: gpt2\)"),
-        ("spectral", 2e-5, "", "0.001 times the usual 0.02 for training from scratch"),
-        ("spectral", 0.02, "gpt2", "66.7 times the usual 0.0003 for fine-tuning"),
-        ("paper", 2e-5, "", "0.02 times the usual 0.001 for the paper's form at damping=0.001"),
+        ("root", 5e-5, "", r"0.0125 times the usual 0.004 \(from scratch\)"),
+        ("root", 0.004, "gpt2", r"80 times the usual 5e-05 \(for fine-tuning\): these weights are pretrained \(gpt2\)"),
+        ("spectral", 2e-5, "", r"0.001 times the usual 0.02 \(from scratch\)"),
+        ("spectral", 0.02, "gpt2", r"66.7 times the usual 0.0003 \(for fine-tuning\)"),
+        ("paper", 2e-5, "", r"0.02 times the usual 0.001 \(the damping\)"),
         ("paper", 0.1, "", "100 times the usual 0.001"),
-        ("root", 2e-7, "gpt2", "0.004 times the usual 5e-05 for fine-tuning"),
+        ("root", 2e-7, "gpt2", r"0.004 times the usual 5e-05 \(for fine-tuning\)"),
     ],
 )
 def test_a_learning_rate_of_another_order(form: str, rate: float, source: str, said: str) -> None:
@@ -290,7 +290,7 @@ def test_steps_that_are_usual_from_scratch_spoil_pretrained_weights(form: str, r
     assert of_run(form, lr=rate).healthy
     (finding,) = of_run(form, lr=rate, source="gpt2").findings
     assert finding.ailment == "large-steps" and "% of the pretrained weights (gpt2) in one step" in finding.sentence
-    assert 0.03 < finding.numbers["largest"] < 0.05 and finding.sentence.endswith("lower learning_rate.")
+    assert 0.03 < finding.numbers["largest"] < 0.051 and finding.sentence.endswith("lower learning_rate.")
 
 
 def test_steps_that_change_nothing() -> None:

@@ -30,7 +30,7 @@ from hf_adafisher.optimizers.base.options import (
 )
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from hf_adafisher.optimizers.factory.optimizer_table import as_json, as_text
-from hf_adafisher.training.arguments import OptionArguments, argument_names
+from hf_adafisher.training.option_fields import OptionArguments, argument_of, options_with_arguments
 from tests.cases import mlp
 
 CPU: dict[str, Any] = {"use_cpu": True, "report_to": "none"}
@@ -199,10 +199,11 @@ def test_a_checkpoint_without_an_option_that_identifies_the_optimizer_is_refused
 
 def test_training_arguments_are_those_of_the_dataclasses(tmp_path: Path) -> None:
     fields = {f.name: f for f in dataclasses.fields(OptionArguments)}
-    assert set(fields) == {name for optim in OWN for name in argument_names(optim)}
+    assert set(fields) == {argument_of(name) for optim in OWN for name in options_with_arguments(optim)}
     help_text = " ".join(HfArgumentParser(AdaFisherTrainingArguments).format_help().split())
-    for name, argument in fields.items():
-        users = [optim for optim in OWN if name in argument_names(optim)]
+    for name in {name for optim in OWN for name in options_with_arguments(optim)}:
+        argument = fields[argument_of(name)]
+        users = [optim for optim in OWN if name in options_with_arguments(optim)]
         assert argument.default is None  # which leaves it to the optimizer
         for optim in users:
             specification = options_of(optim).specifications()[name]
@@ -212,12 +213,12 @@ def test_training_arguments_are_those_of_the_dataclasses(tmp_path: Path) -> None
             assert f"Default: {optimizer_record(optim).option_defaults()[name]}" in shown
         assert " ".join(argument.metadata["help"].split()) in help_text
     for optim in OWN:
-        for name in argument_names(optim):
+        for name in options_with_arguments(optim):
             value = another_value(optim, name)
             form = {"step_size": "paper"} if name == "update_interval" else {}
             arguments = AdaFisherTrainingArguments(str(tmp_path), optim=optim, **form, **{name: value}, **CPU)
             assert arguments.optimizer_options() == {**form, name: value}
-    assert argument_names("adamw") == argument_names("adamw_torch") == ()
+    assert options_with_arguments("adamw") == options_with_arguments("adamw_torch") == ()
 
 
 @pytest.mark.parametrize("step_size", ["paper", "root"])

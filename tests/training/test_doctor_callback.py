@@ -101,10 +101,11 @@ def test_training_is_the_same_and_only_watched_steps_are_logged(form: str, tmp_p
 
 
 def test_a_second_training_is_diagnosed_anew(tmp_path: Path) -> None:
-    trainer, callback = diagnosed(tmp_path, "root")
-    first = callback.diagnosis
+    trainer, callback = diagnosed(tmp_path, "paper", max_grad_norm=0.01)
     trainer.train()
-    assert callback.diagnosis is not first and callback.diagnosis.steps == 2 * STEPS
+    assert callback.diagnosis.steps == 2 * STEPS
+    finding = next(one for one in callback.diagnosis.findings if one.ailment == "clipping")
+    assert len(finding.numbers["grad_norms"]) == STEPS
 
 
 def spoil(model: nn.Module, after: int) -> None:

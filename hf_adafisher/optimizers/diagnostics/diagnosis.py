@@ -14,7 +14,8 @@ class Finding:
     Attributes:
         ailment: What it is, one of the names of ``hf_adafisher.optimizers.diagnostics.doctor.AILMENTS``.
         sentence: What was seen, what it does and what to change.
-        argument: The argument to change, as ``AdaFisherTrainingArguments`` names it.
+        argument: The argument to change, as the optimizer or Trainer names it. AdaFisherTrainingArguments has those of
+            the optimizer with ``adafisher_`` before them.
         numbers: What the sentence is made from.
     """
 

@@ -11,12 +11,11 @@ from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOpt
 from hf_adafisher.optimizers.diagnostics.coverage import GRADIENT_FACTORS
 from hf_adafisher.optimizers.diagnostics.diagnosis import Diagnosis, Finding, listed
 from hf_adafisher.optimizers.diagnostics.observations import Observations
+from hf_adafisher.optimizers.factory.learning_rates import FAR
 from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_matrices, output_embeddings
 
-FAR = 20.0
-"""A learning rate this many times above or below the usual one is a finding."""
 FAR_BELOW_FINE_TUNING = 200.0
-"""The same below the usual rate of fine-tuning: training on preferences takes a hundredth of it."""
+"""A learning rate this many times below that of fine-tuning is a finding: training on preferences takes a hundredth."""
 RESCALED = 3.0
 """Clipping is a finding where it shortens every gradient, usually by more than this factor."""
 DOMINATED = 0.9
@@ -79,15 +78,14 @@ def skipped_steps(seen: Observations) -> Finding | None:
 
 def learning_rate(seen: Observations) -> Finding | None:
     """A learning rate of another order than the optimizer's usual ones."""
-    ratios = {purpose: seen.rate / usual for purpose, usual in seen.usual_rates.items()}
-    below = {purpose: FAR_BELOW_FINE_TUNING if purpose == "fine-tuning" else FAR for purpose in ratios}
-    if any(1 / below[purpose] <= ratio <= FAR for purpose, ratio in ratios.items()):
+    ratios = {meaning: seen.rate / usual for meaning, usual in seen.usual_rates.items()}
+    far_below = FAR if seen.is_papers or seen.source == "" else FAR_BELOW_FINE_TUNING
+    if any(1 / far_below <= ratio <= FAR for ratio in ratios.values()):
         return None
     said = " and ".join(
-        f"{ratio:.3g} times the usual {seen.usual_rates[purpose]:.3g} for {purpose}"
-        for purpose, ratio in ratios.items()
+        f"{ratio:.3g} times the usual {seen.usual_rates[meaning]:.3g} ({meaning})" for meaning, ratio in ratios.items()
     )
-    where = f" (these weights are pretrained: {seen.source})" if seen.source else ""
+    where = f": these weights are pretrained ({seen.source})" if seen.source else ""
     return Finding(
         "learning-rate",
         f"The learning rate {seen.rate:.3g} is {said}{where}. Set learning_rate (lr) near it.",

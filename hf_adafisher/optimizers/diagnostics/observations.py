@@ -16,6 +16,7 @@ from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.coverage import GRADIENT_FACTORS
 from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
+from hf_adafisher.optimizers.factory.learning_rates import usual_learning_rates
 from hf_adafisher.optimizers.factory.records import RECORDS
 from hf_adafisher.optimizers.sharding import full_tensor
 from hf_adafisher.optimizers.update import LEAST_RMS
@@ -97,26 +98,17 @@ class Observations:
 
     @cached_property
     def usual_rates(self) -> dict[str, float]:
-        """Usual learning rates by what they are for: several where the model does not say which one applies.
-
-        In the paper's form the largest step is ``lr / damping``, so the rate goes with the damping.
-        """
-        optimizer = self.optimizer
-        paths = [f"{cls.__module__}:{cls.__qualname__}" for cls in type(optimizer).__mro__]
+        """Usual learning rates by their meaning: several where the model does not say which one applies."""
+        paths = [f"{cls.__module__}:{cls.__qualname__}" for cls in type(self.optimizer).__mro__]
         names = {record.path: name for name, record in RECORDS.items()}
         record = optimizer_record(next(names[path] for path in paths if path in names))
-        form = {record.form: getattr(optimizer, record.form)} if record.form else {}
-        rate = record.default_learning_rate(form)
-        if self.is_papers:
-            damping = optimizer.param_groups[0]["damping"]
-            return {
-                f"the paper's form at damping={damping:g}": rate * damping / record.option_defaults(**form)["damping"]
-            }
-        rates = {"training from scratch": rate, "fine-tuning": record.fine_tuning_rate or rate}
-        if self.source is None:
-            return rates
-        purpose = "fine-tuning" if self.source else "training from scratch"
-        return {purpose: rates[purpose]}
+        group = self.optimizer.param_groups[0]
+        options: dict[str, Any] = {name: group[name] for name in ("step_size", "damping") if name in group}
+        usual = {meaning: rate for rate, meaning in usual_learning_rates(record.name, options).items()}
+        if self.is_papers or self.source is None:
+            return usual
+        right = record.fine_tuning_rate if self.source else record.learning_rate.value
+        return {meaning: rate for meaning, rate in usual.items() if rate == right}
 
     def _last_steps(self) -> tuple[list[LayerStep], list[str]]:
         """The last steps from the smallest to the largest, and the names of the parameters that are not finite."""
