@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 from hf_adafisher import AdaFisherW, SpectralAdaFisher
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.paired import paired_interval
 from hf_adafisher.optimizers.polar import polar_factor
@@ -95,7 +96,7 @@ def run(name: str, rate: float, rank: int, seed: int, args: argparse.Namespace, 
 
 def main() -> int:
     """Sweep, run on, compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", nargs=2, type=Path, required=True, metavar=("TRAIN", "VALID"))
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16])

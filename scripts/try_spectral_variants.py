@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from hf_adafisher import SpectralAdaFisher
 from hf_adafisher.cli.clm import prepared as prepare_clm
 from hf_adafisher.cli.image import prepared as prepare_image
+from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.comparison.cells import use_local_data
 from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.outputs import write_json
@@ -184,7 +185,7 @@ VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="text")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13, 14])

@@ -43,6 +43,14 @@ class RunParser(StrictParser, HfArgumentParser):
                 self.error(f"argument {word.removesuffix('=--')}: -- is no value")
         return super().parse_known_args(args, namespace)
 
+    def aliases(self) -> dict[str, str]:
+        """Return the arguments by their further names, which stand in ``metadata["aliases"]`` of their fields."""
+        return {
+            option.removeprefix("--"): action.dest
+            for option, action in self._option_string_actions.items()
+            if "-" not in option.removeprefix("--") and action.dest != option.removeprefix("--") and action.nargs != 0
+        }
+
     def parse_into(self, argv: Sequence[str]) -> tuple[Any, ...]:
         """Return an object of each dataclass.
 

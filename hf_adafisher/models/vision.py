@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,11 @@ def create_model(
 
 
 def load_pretrained(
-    name_or_path: str, class_names: Sequence[str], *, image_size: int | None = None
+    name_or_path: str,
+    class_names: Sequence[str],
+    *,
+    image_size: int | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """Load a pretrained model with a classification head for the given classes, in float32.
 
@@ -87,6 +91,7 @@ def load_pretrained(
         name_or_path: Model id on the Hub, ``timm/NAME`` included, or a folder.
         class_names: Names of the classes by number, at least 2.
         image_size: Side of the square images, in pixels. Default: the model's own.
+        hub: Arguments of ``from_pretrained`` for the Hub, such as ``revision`` and ``token``.
 
     Returns:
         The model, with ``image_classification_loss``, and a report of the loaded weights, which is logged too.
@@ -99,7 +104,7 @@ def load_pretrained(
     """
     if name_or_path.startswith(TIMM_PREFIX):
         require_timm(name_or_path)
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = AutoConfig.from_pretrained(name_or_path, **(hub or {}))
     if config.model_type == "timm_wrapper":
         require_timm(name_or_path)
     if type(config) not in AutoModelForImageClassification._model_mapping:
@@ -114,6 +119,7 @@ def load_pretrained(
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # the old head
         output_loading_info=True,
+        **(hub or {}),
         **_labels(class_names),
     )
     new = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})

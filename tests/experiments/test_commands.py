@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from hf_adafisher.cli.figures.main import FIGURES
 from hf_adafisher.cli.main import COMMANDS, describe, main
-from hf_adafisher.experiments.comparison.configuration import available_presets
+from hf_adafisher.experiments.comparison.configuration import PRESETS, available_presets
 from tests.experiments.cell_folders import folder_of
 from tests.scripts import load_command
 
@@ -70,6 +71,12 @@ def test_every_script_is_a_command_and_nothing_else() -> None:
         assert module in targets and callable(importlib.import_module(str(module)).main)
         targets.discard(str(module))
     assert targets == {"hf_adafisher.cli.report", "hf_adafisher.cli.doctor", "hf_adafisher.cli.figures.main"}
+
+
+def test_the_package_names_the_command() -> None:
+    (entry,) = re.findall(r'^hf-adafisher = "(.*):main"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert importlib.import_module(entry).main is main
+    assert PRESETS.is_relative_to(ROOT / "hf_adafisher")  # the folder that is packed
 
 
 def test_describe_aligns_the_lines() -> None:

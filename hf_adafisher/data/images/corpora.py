@@ -103,6 +103,8 @@ def load_images(
     name: str | None = None,
     *,
     data_dir: str | PathLike[str] | None = None,
+    config: str | None = None,
+    token: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
     validation_fraction: float = HELD_OUT_FRACTION,
@@ -112,10 +114,12 @@ def load_images(
     """Load labelled images by name or from local files.
 
     Args:
-        name: One of ``available_images()``, or the id ("owner/name") of another data set on the Hub. Default without
-            ``data_dir``: "digits", which needs no network.
+        name: One of ``available_images()``, the id ("owner/name") of another data set on the Hub, or a local folder as
+            ``data_dir``. Default without ``data_dir``: "digits", which needs no network.
         data_dir: Folder of class folders, or of train, validation and test folders with class folders; folder of
             parquet files, or one such file; or folder written by ``save_to_disk`` of ``datasets``.
+        config: Configuration of a data set on the Hub.
+        token: Of the Hub, for private data sets. Default: that of ``hf auth login``.
         image_column: Column of the images. Default: the only one of that type.
         label_column: Column of the class numbers. Default: "label", or the only column with class names.
         validation_fraction: Share of each class's training images, in (0, 1), that is held out for validation if the
@@ -137,14 +141,19 @@ def load_images(
     """
     if not 0.0 < validation_fraction < 1.0:
         raise ValueError(f"validation_fraction is {validation_fraction}; it must be more than 0 and less than 1")
+    if data_dir is not None and name is not None:
+        raise ValueError(f"give either a data set's name (got {name!r}) or data_dir, not both")
+    if data_dir is None and name is not None and name not in available_images() and Path(name).exists():
+        data_dir = name
+    on_hub = data_dir is None and name not in (None, DEFAULT_IMAGES)
+    if config is not None and not on_hub:
+        raise ValueError(f"a configuration ({config!r}) is one of a data set on the Hub: leave out dataset_config_name")
     if data_dir is not None:
-        if name is not None:
-            raise ValueError(f"give either a data set's name (got {name!r}) or data_dir, not both")
         images = read_folder(Path(data_dir), image_column, label_column)
         title, check = "local files", True
     else:
         title = DEFAULT_IMAGES if name is None else name
-        images, check = _by_name(title, image_column, label_column), False
+        images, check = _by_name(title, image_column, label_column, config, token), False
     splits = {key: ImageSplit(src, np.arange(len(labels)), labels) for key, (src, labels) in images.splits.items()}
     skipped: dict[str, str] = {}
     if check or skip_broken:
@@ -209,11 +218,14 @@ def _without_broken(splits: dict[str, ImageSplit], skip: bool) -> tuple[dict[str
     return kept, reasons
 
 
-def _by_name(name: str, image_column: str | None, label_column: str | None) -> LabelledImages:
+def _by_name(
+    name: str, image_column: str | None, label_column: str | None, config: str | None, token: str | None
+) -> LabelledImages:
     if name == DEFAULT_IMAGES:
         return _digits()
     if name in HUB_IMAGES or name.count("/") == 1:
-        return read_hub(name, HUB_IMAGES.get(name, HubImages(name)), image_column, label_column)
+        record = HUB_IMAGES.get(name, HubImages(name))
+        return read_hub(name, record, image_column, label_column, config=config, token=token)
     near = difflib.get_close_matches(name.lower(), available_images(), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +48,12 @@ class Normalization:
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def pretrained_normalization(name_or_path: str) -> Normalization:
+def pretrained_normalization(name_or_path: str, hub: Mapping[str, Any] | None = None) -> Normalization:
     """Normalisation of a pretrained model, from its image processor or timm configuration.
 
     Args:
         name_or_path: Model id on the Hub, or a folder.
+        hub: Arguments for the Hub, such as ``revision`` and ``token``.
 
     Returns:
         The model's normalisation, or with a warning that of ImageNet if the model has none.
@@ -61,9 +63,9 @@ def pretrained_normalization(name_or_path: str) -> Normalization:
 
     settings: dict[str, Any] = {}
     try:
-        settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path)
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(name_or_path, **(hub or {}))
     except (OSError, ValueError):  # no such file; timm keeps the values in the model's configuration
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        config, _ = PreTrainedConfig.get_config_dict(name_or_path, **(hub or {}))
         timm = config.get("pretrained_cfg") or {}
         settings = {"image_mean": timm.get("mean"), "image_std": timm.get("std")}
     if settings.get("do_normalize") is False:

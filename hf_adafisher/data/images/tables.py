@@ -12,17 +12,13 @@ import numpy as np
 
 from hf_adafisher.data.images.files import IMAGE_SUFFIXES, FileSource, ImageSource, TableSource
 from hf_adafisher.data.images.hub import HubImages
+from hf_adafisher.data.tables import SPLIT_WORDS, by_split, is_saved, load_saved, load_tables, split_of
 
 logger = logging.getLogger(__name__)
 
 _ENCODED = ("binary", "large_binary", "string")  # bytes of files, or their paths
 _FEW_CLASSES, _GAPS = 1000, 10
 """Class numbers without names may have gaps up to here, or up to so many times their count."""
-SPLIT_WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
-}
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,15 @@ class LabelledImages:
     source: str
 
 
-def read_hub(name: str, record: HubImages, image_column: str | None, label_column: str | None) -> LabelledImages:
+def read_hub(
+    name: str,
+    record: HubImages,
+    image_column: str | None,
+    label_column: str | None,
+    *,
+    config: str | None = None,
+    token: str | None = None,
+) -> LabelledImages:
     """Read a data set from the Hub or its local cache.
 
     Args:
@@ -48,6 +52,8 @@ def read_hub(name: str, record: HubImages, image_column: str | None, label_colum
         record: The data set.
         image_column: Column of the images, instead of the record's.
         label_column: Column of the class numbers, instead of the record's.
+        config: Configuration of the data set.
+        token: Of the Hub. Default: that of ``hf auth login``.
 
     Returns:
         The images of the splits with labels.
@@ -56,22 +62,18 @@ def read_hub(name: str, record: HubImages, image_column: str | None, label_colum
         ConnectionError: The data set is neither cached nor reachable.
         ValueError: A column is missing or has the wrong type, a label is out of range, or there is no training split.
     """
-    from datasets import load_dataset
-
-    try:
-        tables = load_dataset(record.path)
-    # datasets and its dependencies raise a dozen unrelated types here. The advice is the same for all of them.
-    except Exception as error:
-        raise ConnectionError(
-            f"could not load the data set {name!r}, which is {record.describe()} on the Hugging Face Hub: it is not in "
-            f"the local cache and the Hub gave no answer ({type(error).__name__}: {error}). Without a network, give "
-            "local files with --data_dir, or use --dataset digits. For a data set with terms, accept them on its page "
-            "and log in with `hf auth login`"
-        ) from error
+    tables = load_tables(
+        record.path,
+        config=config,
+        token=token,
+        title=f"the data set {name!r}, which is {record.describe()}",
+        advice="Without a network, give local files with --data_dir, or use --dataset digits. For a data set with "
+        "terms, accept them on its page and log in with `hf auth login`",
+    )
     if record.splits is not None:
         tables = {ours: tables[theirs] for ours, theirs in record.splits}
     columns = (image_column or record.image_column, label_column or record.label_column)
-    return _from_tables(_by_split(tables), *columns, record.describe())
+    return _from_tables(by_split(tables), *columns, record.describe())
 
 
 def read_folder(path: Path, image_column: str | None, label_column: str | None) -> LabelledImages:
@@ -83,23 +85,14 @@ def read_folder(path: Path, image_column: str | None, label_column: str | None) 
     """
     if not path.exists():
         raise FileNotFoundError(f"{str(path)!r} does not exist; give a folder of images or of parquet files")
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _from_tables(_saved(path), image_column, label_column, f"{path} (save_to_disk)")
+    if is_saved(path):
+        return _from_tables(load_saved(path), image_column, label_column, f"{path} (save_to_disk)")
     files = [path] if path.is_file() else sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")])
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"{str(path)!r} is neither a folder nor a parquet file")
     if files:
         return _from_tables(_parquet(files), image_column, label_column, f"{path} (parquet)")
     return _image_folder(path)
-
-
-def _saved(path: Path) -> dict[str, Any]:
-    from datasets import load_from_disk
-
-    try:
-        return _by_split(load_from_disk(str(path)))
-    except (OSError, ValueError, KeyError, IndexError) as error:  # the last for a table without rows
-        raise ValueError(f"{str(path)!r} cannot be read as a data set saved with save_to_disk: {error}") from error
 
 
 def _parquet(files: list[Path]) -> dict[str, Any]:
@@ -109,7 +102,7 @@ def _parquet(files: list[Path]) -> dict[str, Any]:
     for file in files:
         if not file.stat().st_size:
             raise ValueError(f"parquet file {str(file)!r} has zero bytes")
-        named.setdefault(_split_of(file.stem) or "train", []).append(str(file))
+        named.setdefault(split_of(file.stem) or "train", []).append(str(file))
     tables = {}
     for split, paths in named.items():
         try:
@@ -118,25 +111,6 @@ def _parquet(files: list[Path]) -> dict[str, Any]:
             cause = error.__cause__ or error
             raise ValueError(f"parquet files {', '.join(paths)} cannot be read: {cause}") from error
     return tables
-
-
-def _split_of(name: str) -> str | None:
-    """Split by the first word of a name, such as train, train-00000-of-00001 or validation_2; None if unknown."""
-    word = "".join(c if c.isalpha() else " " for c in name.lower()).split()[:1]
-    return next((split for split, words in SPLIT_WORDS.items() if word and word[0] in words), None)
-
-
-def _by_split(tables: Any) -> dict[str, Any]:
-    if not isinstance(tables, Mapping):
-        return {"train": tables}
-    by_split: dict[str, Any] = {}
-    for key, table in tables.items():
-        split = _split_of(str(key))
-        if split is None:
-            logger.warning("split %r is not used: it is none of train, validation and test", key)
-        else:
-            by_split.setdefault(split, table)
-    return by_split
 
 
 def _from_tables(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _CHUNK_LINES = 1000  # one string per chunk: a whole corpus as one string costs 
 _CHUNK_CHARS = 1 << 20  # of longer chunks, and of longer lines, each piece is a string of its own
 
 
-def _chunks(lines: Sequence[str]) -> Iterator[str]:
+def _chunks(lines: Iterable[str]) -> Iterator[str]:
     iterator = iter(lines)
     while chunk := list(islice(iterator, _CHUNK_LINES)):
         yield from _pieces("".join(f"{line}\n" for line in chunk))
@@ -48,16 +49,16 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _with_progress(pieces: Iterable[str], lines: Sequence[str], description: str) -> Iterator[str]:
+def _with_progress(pieces: Iterable[str], lines: Iterable[str], description: str) -> Iterator[str]:
     """Show a bar over the characters of a text that takes more than a few seconds."""
-    total = sum(map(len, lines)) + len(lines)
+    total = sum(map(len, lines)) + len(lines) if isinstance(lines, Sequence) else None
     with tqdm(total=total, desc=description, unit="char", unit_scale=True, delay=_QUIET_SECONDS, leave=False) as bar:
         for piece in pieces:
             yield piece
             bar.update(len(piece))
 
 
-def train_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(lines: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer as GPT-2 uses; deterministic.
 
     Args:
@@ -123,7 +124,7 @@ def start_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     )
 
 
-def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Tensor:
+def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str], workers: int | None = None) -> Tensor:
     """Encode lines as one stream of token ids.
 
     Every line is followed by its newline, so line ends are predicted like any other token.
@@ -131,6 +132,7 @@ def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Te
     Args:
         tokenizer: Tokenizer of transformers. No special tokens are added between lines.
         lines: Lines without their newline.
+        workers: Processes that encode; the ids do not depend on their number. Default: this one alone.
 
     Returns:
         Token ids, int64, shape (1 + tokens,): a start token, which is never predicted, then the text.
@@ -138,14 +140,52 @@ def encode_lines(tokenizer: PreTrainedTokenizerBase, lines: Sequence[str]) -> Te
     Raises:
         ValueError: The tokenizer has no start token.
     """
-    ids, line_end = array("q", [start_token_id(tokenizer)]), line_end_id(tokenizer)
-    pieces = _chunks(lines) if line_end is None else (piece for line in lines for piece in [*_pieces(line), "\n"])
-    for piece in _with_progress(pieces, lines, "tokens"):
-        if line_end is not None and piece == "\n":
-            ids.append(line_end)
-        else:
-            ids.extend(tokenizer.encode(piece, add_special_tokens=False, verbose=False))
+    ids, encoder = array("q", [start_token_id(tokenizer)]), _Encoder(tokenizer)
+    pieces = _with_progress(encoder.pieces(lines), lines, "tokens")
+    if workers is None or workers < 2:
+        for piece in pieces:
+            ids.extend(encoder(piece))
+    else:  # new processes: a forked one may hang in the threads of torch or of the tokenizer
+        with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (encoder,)) as pool:
+            for encoded in pool.imap(_encode_in_worker, pieces):
+                ids.extend(encoded)
     return torch.frombuffer(ids, dtype=torch.long)
+
+
+def encode_stream(tokenizer: PreTrainedTokenizerBase, lines: Iterable[str]) -> Iterator[list[int]]:
+    """Yield the ids of ``encode_lines`` piece by piece, the start token first."""
+    encoder = _Encoder(tokenizer)
+    yield [start_token_id(tokenizer)]
+    yield from map(encoder, encoder.pieces(lines))
+
+
+class _Encoder:
+    """Encoder of lines, piece by piece; a newline that the tokenizer drops is a piece of its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.line_end = tokenizer, line_end_id(tokenizer)
+
+    def pieces(self, lines: Iterable[str]) -> Iterator[str]:
+        if self.line_end is None:
+            return _chunks(lines)
+        return (piece for line in lines for piece in [*_pieces(line), "\n"])
+
+    def __call__(self, piece: str) -> list[int]:
+        if self.line_end is not None and piece == "\n":
+            return [self.line_end]
+        return self.tokenizer.encode(piece, add_special_tokens=False, verbose=False)
+
+
+_worker_encoder: list[_Encoder] = []
+"""Of a worker process, which gets it once and not with every piece."""
+
+
+def _start_worker(encoder: _Encoder) -> None:
+    _worker_encoder.append(encoder)
+
+
+def _encode_in_worker(piece: str) -> list[int]:
+    return _worker_encoder[0](piece)
 
 
 class TokenWindows(Dataset[dict[str, Tensor]]):
@@ -198,7 +238,48 @@ class TokenWindows(Dataset[dict[str, Tensor]]):
         if not -self.count <= index < self.count:
             raise IndexError(f"window {index} of {self.count}")
         start = (index % self.count) * (self.block_size - 1)
-        ids = self.stream[start : start + self.block_size]
-        labels = ids.clone()
-        labels[0] = -100
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return window(self.stream[start : start + self.block_size])
+
+
+class StreamedWindows(IterableDataset[dict[str, Tensor]]):
+    """The windows of ``TokenWindows`` over a text that is encoded as it is read, in its order.
+
+    Workers of a data loader read all of the text, and take turns with its windows.
+
+    Args:
+        tokenizer: Of the model.
+        lines: Read anew in every pass.
+        block_size: Ids per window, >= 2.
+        name: Name of the text in error messages.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, lines: Iterable[str], block_size: int, name: str) -> None:
+        self.tokenizer, self.lines, self.block_size, self.name = tokenizer, lines, block_size, name
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the windows of this worker.
+
+        Raises:
+            ValueError: The text does not fill one window.
+        """
+        worker, ids, count = get_worker_info(), [], 0
+        for encoded in encode_stream(self.tokenizer, self.lines):
+            ids += encoded
+            start = 0
+            while len(ids) - start >= self.block_size:
+                if worker is None or count % worker.num_workers == worker.id:
+                    yield window(torch.tensor(ids[start : start + self.block_size]))
+                start, count = start + self.block_size - 1, count + 1
+            ids = ids[start:]
+        if not count:
+            raise ValueError(
+                f"the {self.name} is too short: {len(ids) - 1} tokens where one block needs {self.block_size - 1}; "
+                f"give more text, or a smaller --block_size (now {self.block_size})"
+            )
+
+
+def window(ids: Tensor) -> dict[str, Tensor]:
+    """Example of ``TokenWindows`` with these ids, int64, shape (tokens,)."""
+    labels = ids.clone()
+    labels[0] = -100
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}

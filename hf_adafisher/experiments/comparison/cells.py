@@ -17,6 +17,7 @@ from typing import Any
 from hf_adafisher.experiments.comparison.configuration import check_configuration
 from hf_adafisher.experiments.comparison.tasks import TASKS, Task
 
+_DATA_SETS = ("dataset", "dataset_name", "dataset_config_name", "text_column_name")
 _SLUG_LENGTH, _HASH_LENGTH = 30, 10
 
 
@@ -231,5 +232,5 @@ def local_images(folder: Path) -> dict[str, str]:
 def use_local_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Replace the data set of a configuration by data from a folder."""
     read = {"clm": local_files, "image": local_images}[config.get("task", "clm")]
-    common = {key: value for key, value in config.get("common", {}).items() if key != "dataset"}
+    common = {key: value for key, value in config.get("common", {}).items() if key not in _DATA_SETS}
     return {**config, "common": {**common, **read(folder)}}

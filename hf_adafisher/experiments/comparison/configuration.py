@@ -44,6 +44,9 @@ def _arguments(values: Check, more: Mapping[str, Check] | None = None, required:
         for key in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
                 raise ValueError(f"{place}: {key!r} is no name of an argument: write it without hyphens and spaces")
+        secret = [key for key in ("token", "hub_token") if key in value]
+        if secret:
+            raise ValueError(f"{place}: {secret[0]!r} would stand in every record: log in with `hf auth login`")
         if "output_dir" in value:
             raise ValueError(f"{place}: 'output_dir' is that of the comparison: use --output_dir")
 

@@ -19,7 +19,8 @@ from hf_adafisher.experiments.runs.run import RESULTS_FILE
 from hf_adafisher.experiments.source_state import source_state
 
 COMMAND_FILE = "command.json"
-_DATA = ("train_file", "validation_file", "test_file", "data_dir")
+_DATA = ("train_file", "validation_file", "test_file", "data_dir", "train_dir")
+_DATA_SETS = ("dataset", "dataset_name")
 _MODELS = ("model_name_or_path", "config_name", "tokenizer_name", "embeddings_from")
 _SCHEDULE = ("max_steps", "num_train_epochs")
 _HASHED_BYTES = 1 << 30
@@ -87,7 +88,7 @@ def difference(cell: Cell, record: Mapping[str, Any], planned: bool = True) -> s
         return f"other data ({', '.join(changed)} changed)"
     left_out = {*both, *(() if planned else _SCHEDULE)}
     if "dataset" in both:  # that of none is the default's
-        left_out.add("dataset")
+        left_out |= set(_DATA_SETS)
     own, theirs = canonical(cell.all_settings), canonical(record["arguments"])
     keys = [key for key in {**own, **theirs} if key not in left_out and own.get(key) != theirs.get(key)]
     parts = [f"{key}: {_shown(theirs.get(key))} there, {_shown(own.get(key))} here" for key in keys]
@@ -106,11 +107,11 @@ def data_fingerprints(cell: Cell) -> dict[str, str | None]:
             given = settings[name] if isinstance(settings[name], list) else [settings[name]]
             hashes = [_fingerprint(Path(str(path))) for path in given]
             found[name] = None if None in hashes else " ".join(map(str, hashes))
-    for name in _MODELS:  # a name of the Hub is no file
+    for name in (*_MODELS, *_DATA_SETS):  # a name of the Hub is no file
         if settings.get(name) is not None and Path(str(settings[name])).exists():
             found[name] = _fingerprint(Path(str(settings[name])))
-    if not any(name in settings for name in _DATA):
-        found["dataset"] = _named(cell.task, settings.get("dataset"))
+    if not any(name in settings for name in _DATA) and not any(name in found for name in _DATA_SETS):
+        found["dataset"] = _named(cell.task, settings.get("dataset", settings.get("dataset_name")))
     return found
 
 

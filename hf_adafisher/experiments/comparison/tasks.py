@@ -67,7 +67,7 @@ class Task:
         tie_breaker: Name of the metric, lower is better, that decides between equals.
         selection_rule: The selection in words.
         cost_label: Axis label of the cost, with its unit.
-        eval_limit: Name of the argument that limits the evaluation at the end.
+        eval_limit: Name of the argument that limits the evaluation at the end, besides ``max_eval_samples``.
         eval_extent: Sentence on the data evaluated; with the limit, and without it.
     """
 
@@ -118,7 +118,7 @@ class Task:
         Args:
             arguments: Of every run.
         """
-        limits = {given.get(self.eval_limit) for given in arguments} or {None}
+        limits = {given.get(self.eval_limit, given.get("max_eval_samples")) for given in arguments} or {None}
         limited, unlimited = self.eval_extent
         if limits == {None}:
             return unlimited

@@ -37,6 +37,8 @@ _RESERVED: dict[str, tuple[str, Any]] = {
     "save_strategy": (_NOT_KEPT, "no"),
     "load_best_model_at_end": (_NOT_KEPT, False),
     "push_to_hub": (_NOT_KEPT, False),
+    "do_eval": (_NOT_KEPT, False),
+    "streaming": ("a figure looks at the same examples again and again", False),
     "curvature_log": ("only training runs write that record, for hf-adafisher figures curvature", False),
 }
 """The reason by reserved argument, and the only value, if any, that may be given for it."""

@@ -1,4 +1,4 @@
-"""Arguments of every training run, and the reader of command lines and JSON files."""
+"""Arguments of every training run, and the reader of command lines and of JSON and YAML files."""
 
 from __future__ import annotations
 
@@ -13,27 +13,53 @@ import torch
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from hf_adafisher.experiments.command_line import RunParser, describe_unknown_keys
-from hf_adafisher.experiments.json_files import read_json
+from hf_adafisher.experiments.settings_files import SUFFIXES, read_settings
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
-from hf_adafisher.training.option_fields import short_names
 
 _OTHER_KINDS: dict[type, tuple[str, ...]] = {list: ("list",), dict: ("dict",), type(None): ("None", "Optional")}
-"""Values of a JSON file that a command line cannot hold, and parts of the names of types that take them."""
+"""Values of a file that a command line cannot hold, and parts of the names of types that take them."""
+
+
+@dataclass
+class HubArguments:
+    """Access to models of the Hugging Face Hub."""
+
+    model_revision: str = field(
+        default="main",
+        metadata={"help": "Branch, tag or commit of the models on the Hub.", "aliases": ["--revision"]},
+    )
+    token: str | None = field(
+        default=None, metadata={"help": "Token for private models and data. Default: that of `hf auth login`."}
+    )
+
+    def hub(self) -> dict[str, Any]:
+        """Return the arguments of ``from_pretrained``."""
+        return {"revision": self.model_revision, "token": self.token}
 
 
 @dataclass
 class RunTrainingArguments(AdaFisherTrainingArguments):
     """AdaFisherTrainingArguments with the defaults of an experiment.
 
-    A cosine schedule with warm-up, log lines every 10 steps, ten evaluations on validation data and
-    four checkpoints per run (the last two are kept), and losses logged as they are: by default Trainer replaces a
-    non-finite loss by the average of the others, which would hide a diverged run.
+    A run trains and evaluates, unless one of ``do_train`` and ``do_eval`` is given alone. A cosine schedule with
+    warm-up, log lines every 10 steps, ten evaluations on validation data and four checkpoints per run (the last two are
+    kept), and losses logged as they are: by default Trainer replaces a non-finite loss by the average of the others,
+    which would hide a diverged run.
 
     Raises:
         ValueError: ``max_steps`` and ``num_train_epochs`` that leave nothing to train, numbers that are not finite, a
             negative learning rate, a batch without examples.
     """
 
+    do_train: bool = field(
+        default=False, metadata={"help": "Train only. Default: train and evaluate, which both together say too."}
+    )
+    do_eval: bool = field(
+        default=False, metadata={"help": "Only evaluate the model as it is, and write eval_results.json."}
+    )
+    verbose: bool = field(
+        default=False, metadata={"help": "Print each log line, and show Trainer's bars instead of one for the run."}
+    )
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Warm-up steps, or their share of all if below 1."})
     logging_steps: float = field(default=10, metadata={"help": "Steps between log lines."})
@@ -53,14 +79,21 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
 
     curvature_log: bool = field(
         default=False,
-        metadata={
-            "help": "Record every layer's curvature with AdaFisher(W): `hf-adafisher figures curvature` draws it."
-        },
+        metadata={"help": "Record each layer's curvature, for `hf-adafisher figures curvature`. AdaFisher(W)."},
     )
 
     def __post_init__(self) -> None:
         if self.timing_only:
             self.eval_strategy = self.save_strategy = "no"
+        if not (self.do_train or self.do_eval):
+            self.do_train = self.do_eval = True
+        elif not self.do_eval:
+            self.eval_strategy = "no"  # Trainer would set do_eval
+        if not self.do_train and self.resume_from_checkpoint not in (None, "false"):
+            raise ValueError(
+                "--do_eval alone evaluates the model itself: give the checkpoint as --model_name_or_path, not as "
+                "--resume_from_checkpoint"
+            )
         check_finite(self)
         if self.learning_rate is not None and self.learning_rate < 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be at least 0")
@@ -76,7 +109,7 @@ class RunTrainingArguments(AdaFisherTrainingArguments):
 
 
 def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Parse the command line; a single argument that ends in ``.json`` is a file with the same names as keys.
+    """Parse the command line; a single argument that ends in .json or .yaml is a file with the same names as keys.
 
     Args:
         types: Dataclasses whose fields are the arguments.
@@ -86,12 +119,12 @@ def parse_dataclasses(types: tuple[type, ...], argv: Sequence[str] | None = None
         An object of each type.
 
     Raises:
-        FileNotFoundError: The JSON file does not exist.
+        FileNotFoundError: The file does not exist.
         ValueError: An unknown name, a value of another type, or one out of its range.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RunParser(types)
-    if len(argv) == 1 and argv[0].endswith(".json"):
+    if len(argv) == 1 and argv[0].lower().endswith(SUFFIXES):
         objects = tuple(parser.parse_dict(_read_arguments(argv[0], types, parser)))
     else:
         objects = parser.parse_into(argv)
@@ -110,28 +143,29 @@ def check_finite(arguments: Any) -> None:
 
 def _read_arguments(path: str, types: tuple[type, ...], parser: RunParser) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"configuration file {path!r} does not exist; give the path of a JSON file")
-    given = read_json(Path(path))
+        raise FileNotFoundError(f"configuration file {path!r} does not exist; give the path of a JSON or YAML file")
+    given = read_settings(Path(path))
     if not isinstance(given, dict):
         raise ValueError(f"{path} must hold an object, the names of arguments with their values")
-    full = {short: name for type_ in types for short, name in short_names(type_).items()}
-    twice = [key for key in given if full.get(key) in given]
-    if twice:
-        raise ValueError(f"{path}: {twice[0]} and {full[twice[0]]} are one argument: give {full[twice[0]]} only")
-    given = {full.get(key, key): value for key, value in given.items()}
-    known = {one.name: str(one.type) for type_ in types for one in fields(type_) if one.init}
-    unknown = [key for key in given if key not in known]
+    kinds = {one.name: str(one.type) for type_ in types for one in fields(type_) if one.init}
+    known = {**dict(zip(kinds, kinds, strict=True)), **parser.aliases()}
+    unknown = [str(key) for key in given if key not in known]
     if unknown:
-        raise ValueError(f"{path}: {describe_unknown_keys(unknown, {**known, **full})}")
-    words = {}
+        raise ValueError(f"{path}: {describe_unknown_keys(unknown, known)}")
+    twice = [key for key in given if known[key] != key and known[key] in given]
+    if twice:
+        raise ValueError(f"{path}: {twice[0]} and {known[twice[0]]} are one argument: give {known[twice[0]]} only")
+    words, others = {}, {}
     for key, value in given.items():
-        others = _OTHER_KINDS.get(type(value))
-        if others is None:
-            words[key] = f"--{key}={str(value).lower() if isinstance(value, bool) else value}"
-        elif not any(kind in known[key] for kind in others):
+        name, other_kinds = known[key], _OTHER_KINDS.get(type(value))
+        if other_kinds is None:
+            words[name] = f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        elif not any(kind in kinds[name] for kind in other_kinds):
             raise ValueError(f"{path}: {key} must be a number, a text, true or false, got {value!r}")
+        else:
+            others[name] = value
     try:  # as on a command line, where every value has the type of its argument
         typed = vars(parser.parse_known_args(list(words.values()))[0])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return {**given, **{key: typed[key] for key in words}}
+    return {**others, **{name: typed[name] for name in words}}

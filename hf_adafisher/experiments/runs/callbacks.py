@@ -1,17 +1,32 @@
-"""Trainer callbacks of experiments: step times, and an early end of diverged runs."""
+"""Trainer callbacks of experiments: step times, one bar for the run, and an early end of diverged runs."""
 
 from __future__ import annotations
 
 import logging
 import math
 import statistics
+import sys
 import time
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import has_length
+from transformers.utils import logging as hf_logging
 
 logger = logging.getLogger(__name__)
+
+_LOG_SECONDS = 10.0
+"""Pause between two states of a bar that a file keeps."""
 
 
 class StepTimer(TrainerCallback):
@@ -76,6 +91,97 @@ class StepTimer(TrainerCallback):
             "steps": len(kept),
             "warmup_steps": warmup,
         }
+
+
+class RunBar(TrainerCallback):
+    """One bar for a run: steps, time left, the newest training and validation loss; then one for the evaluation."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[Any] | None = None
+        self._training = False
+        self._losses: dict[str, str] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self._training = True
+            self._open("training", state.max_steps, state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Count a step."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the losses."""
+        for key, name in (("loss", "loss"), ("eval_loss", "validation")):
+            if key in (logs or {}):
+                self._losses[name] = f"{logs[key]:.4g}"  # type: ignore[index]
+        if self._bar is not None:
+            self._bar.set_postfix(self._losses)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar, which stays on the screen."""
+        self._training = False
+        self._close()
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count a batch of the evaluation at the end; those during training are part of it."""
+        if self._bar is None and state.is_world_process_zero:
+            self._open("evaluation", len(eval_dataloader) if has_length(eval_dataloader) else None)
+        if self._bar is not None and not self._training:
+            self._bar.update()
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
+        """Close the bar of the evaluation."""
+        self._close()
+
+    def _open(self, name: str, total: int | None, done: int = 0) -> None:
+        unit = "step" if self._training else "batch"
+        pause = 0.1 if sys.stderr.isatty() else _LOG_SECONDS
+        self._bar = tqdm(total=total, initial=done, desc=name, unit=unit, dynamic_ncols=True, mininterval=pause)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+def show_progress(trainer: Trainer, verbose: bool) -> None:
+    """Replace transformers' bars and Trainer's printed logs by one bar, which ``disable_tqdm`` leaves out.
+
+    Args:
+        trainer: Not yet started.
+        verbose: Leave everything as it is instead.
+    """
+    if verbose:
+        hf_logging.enable_progress_bar()
+        return
+    hf_logging.disable_progress_bar()  # one for each file of weights that is written
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(RunBar())
 
 
 class StopOnDivergence(TrainerCallback):

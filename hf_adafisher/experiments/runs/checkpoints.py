@@ -83,6 +83,14 @@ def check_resumable(checkpoint: Path, training_args: RunTrainingArguments) -> No
         optimizer_record(name).check_groups(groups)
 
 
+def check_dtype(checkpoint: Path, dtype: torch.dtype) -> None:
+    """Raise ValueError if the weights of a checkpoint have another type than the model that goes on from it."""
+    config = checkpoint / "config.json"
+    saved = json.loads(config.read_text(encoding="utf-8")).get("dtype") if config.is_file() else None
+    if saved is not None and f"torch.{saved}" != str(dtype):
+        raise ValueError(f"the weights of {checkpoint} are {saved}, the model's {dtype}: give --dtype {saved}")
+
+
 def _has_results(output_dir: Path, state: TrainerState) -> bool:
     """Compare logs, which have the times of every run: results of an earlier run do not count."""
     try:

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, default_data_
 
 from hf_adafisher.data.text.corpora import TextCorpus
 from hf_adafisher.data.text.perplexity import PerplexityResult, evaluate_perplexity
-from hf_adafisher.data.text.tokens import TokenWindows
 from hf_adafisher.experiments.runs.clm_arguments import DataArguments, ModelArguments
 from hf_adafisher.experiments.runs.run import SPLITS, Evaluation, PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer
@@ -39,7 +38,8 @@ class ClmRun(PreparedRun):
     corpus: TextCorpus
     tokenizer: PreTrainedTokenizerBase
     splits: dict[str, EncodedSplit]
-    datasets: dict[str, TokenWindows]
+    datasets: dict[str, Any]
+    """``TokenWindows`` of "train" and "validation"; of a streamed text "train" is ``StreamedWindows``."""
 
     loss_label: ClassVar[str] = "loss (nats per token)"
     card_task: ClassVar[str] = "text-generation"
@@ -87,6 +87,7 @@ class ClmRun(PreparedRun):
             "model": {
                 "type": self.model.config.model_type,
                 "parameters": self.model.num_parameters(),
+                "trainable_parameters": self.model.num_parameters(only_trainable=True),
                 "vocabulary": len(self.tokenizer),
                 "block_size": self.data_args.block_size,
             },

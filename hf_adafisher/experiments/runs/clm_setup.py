@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,13 +21,23 @@ from transformers import (
 
 from hf_adafisher.data.fingerprint import text_sha256
 from hf_adafisher.data.text.corpora import TextCorpus, count_words, load_corpus
-from hf_adafisher.data.text.tokens import TokenWindows, encode_lines, train_tokenizer
-from hf_adafisher.experiments.runs.checkpoints import check_resumable, find_checkpoint, warn_of_changed_data
+from hf_adafisher.data.text.lines import LineStream
+from hf_adafisher.data.text.tokens import StreamedWindows, TokenWindows, encode_lines, train_tokenizer
+from hf_adafisher.experiments.runs.checkpoints import (
+    check_dtype,
+    check_resumable,
+    find_checkpoint,
+    warn_of_changed_data,
+)
 from hf_adafisher.experiments.runs.clm import ClmRun, EncodedSplit
 from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
+from hf_adafisher.experiments.runs.clm_lora import add_lora, check_lora
 
 logger = logging.getLogger(__name__)
+
+TOKENIZER_LINES = 100_000
+"""First lines of a streamed text that a tokenizer is trained on."""
 
 
 def prepare_clm_run(
@@ -38,38 +49,56 @@ def prepare_clm_run(
 
     Raises:
         ValueError: An unknown corpus, text that is empty or too short, a block larger than the model's
-            context, a checkpoint that is incomplete, of another optimizer or of a run that has finished.
+            context, a checkpoint that is incomplete, of another optimizer, of other adapters or of a run that has
+            finished, or a streamed text without a number of steps.
         FileNotFoundError: A text file or a checkpoint that does not exist.
         ConnectionError: A corpus of the Hub that cannot be had.
     """
     pretrained = model_args.model_name_or_path or model_args.config_name
+    if data_args.streaming and training_args.do_train and training_args.max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: the length of a streamed text is not known")
     if pretrained is not None:
-        check_context(AutoConfig.from_pretrained(pretrained), data_args.block_size)
+        check_context(AutoConfig.from_pretrained(pretrained, **model_args.hub()), data_args.block_size)
     checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
     if checkpoint is not None:
         check_resumable(Path(checkpoint), training_args)
+        check_lora(Path(checkpoint), model_args.lora())
     corpus = load_corpus(
         data_args.dataset,
+        config=data_args.dataset_config_name,
+        column=data_args.text_column_name,
+        token=model_args.token,
         train_files=data_args.train_file,
         validation_files=data_args.validation_file,
         test_files=data_args.test_file,
-    )
-    limit = data_args.max_eval_lines
-    corpus = replace(corpus, validation=corpus.validation[:limit], test=corpus.test[:limit])
-    texts = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
+        streaming=data_args.streaming,
+    ).limited(data_args.max_train_samples, data_args.max_eval_lines)
+    texts = {"validation": corpus.validation, "test": corpus.test}
+    if isinstance(corpus.train, list):
+        texts = {"train": corpus.train, **texts}
     hashes = {name: {"sha256": text_sha256(lines)} for name, lines in texts.items() if lines}
+    if isinstance(corpus.train, LineStream):  # what it holds is not known, only where it comes from
+        hashes["train"] = {"stream": f"{corpus.source}, {data_args.max_train_samples or 'all'} lines"}
     if checkpoint is not None:
         warn_of_changed_data(Path(checkpoint), hashes)
     tokenizer = load_tokenizer(model_args, corpus, checkpoint)
     set_seed(training_args.seed)
     model = load_language_model(model_args, tokenizer, data_args.block_size)
+    if checkpoint is not None:
+        check_dtype(Path(checkpoint), model.dtype)
+    workers = data_args.preprocessing_num_workers
     splits = {
-        name: EncodedSplit(encode_lines(tokenizer, lines), count_words(lines)) for name, lines in texts.items() if lines
+        name: EncodedSplit(encode_lines(tokenizer, lines, workers), count_words(lines))
+        for name, lines in texts.items()
+        if lines
     }
-    datasets = {
+    datasets: dict[str, Any] = {
         name: TokenWindows(splits[name].stream, data_args.block_size, name=f"{name} text")
         for name in ("train", "validation")
+        if name in splits
     }
+    if isinstance(corpus.train, LineStream):
+        datasets["train"] = StreamedWindows(tokenizer, corpus.train, data_args.block_size, name="train text")
     return ClmRun(training_args, checkpoint, model, model_args, data_args, hashes, corpus, tokenizer, splits, datasets)
 
 
@@ -84,8 +113,9 @@ def load_tokenizer(
         return AutoTokenizer.from_pretrained(checkpoint)
     name = model_args.tokenizer_name or model_args.model_name_or_path or model_args.embeddings_from
     if name is not None:
-        return AutoTokenizer.from_pretrained(name)
-    tokenizer = train_tokenizer(corpus.train, model_args.vocab_size)
+        return AutoTokenizer.from_pretrained(name, **model_args.hub())
+    lines = corpus.train if isinstance(corpus.train, list) else list(islice(corpus.train, TOKENIZER_LINES))
+    tokenizer = train_tokenizer(lines, model_args.vocab_size)
     if len(tokenizer) < model_args.vocab_size:
         logger.warning("the training text yields only %d of %d tokens", len(tokenizer), model_args.vocab_size)
     return tokenizer
@@ -94,7 +124,7 @@ def load_tokenizer(
 def load_language_model(
     model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int
 ) -> PreTrainedModel:
-    """Load the pretrained model, or create a new one for this tokenizer; its weights are float32.
+    """Load the pretrained model, with adapters if asked for, or create a new one for this tokenizer.
 
     Args:
         model_args: Of the run.
@@ -102,24 +132,38 @@ def load_language_model(
         block_size: Context of a new GPT-2, in tokens.
 
     Raises:
-        ValueError: A tokenizer with more tokens than the pretrained model knows.
+        ValueError: A tokenizer with more tokens than the pretrained model knows, or no such modules for adapters.
     """
+    options = _model_options(model_args)
     if model_args.model_name_or_path is not None:
         name = model_args.model_name_or_path
-        known = AutoConfig.from_pretrained(name).get_text_config().vocab_size
+        known = AutoConfig.from_pretrained(name, **model_args.hub()).get_text_config().vocab_size
         if len(tokenizer) > known:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {name!r} only {known}: "
                 "use the model's own tokenizer (leave out --tokenizer_name)"
             )
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(name, **options, **model_args.hub())
     else:
-        model = AutoModelForCausalLM.from_config(_new_config(model_args, tokenizer, block_size), dtype=torch.float32)
+        config = _new_config(model_args, tokenizer, block_size)
+        if options["dtype"] == "auto":
+            options["dtype"] = config.dtype or torch.float32
+        options["trust_remote_code"] = model_args.trust_remote_code
+        model = AutoModelForCausalLM.from_config(config, **options)
     if model_args.embeddings_from is not None:
         copy_embeddings(model_args.embeddings_from, model, freeze=model_args.freeze_embeddings)
     if getattr(model, "loss_type", "") is None:  # GPT-2's: it then falls back to this one, with a warning
         model.loss_type = "ForCausalLM"
-    return model
+    lora = model_args.lora()
+    return model if lora is None else add_lora(model, lora)
+
+
+def _model_options(model_args: ModelArguments) -> dict[str, Any]:
+    name = model_args.dtype or "float32"
+    options: dict[str, Any] = {"dtype": name if name == "auto" else getattr(torch, name)}
+    if model_args.attn_implementation is not None:
+        options["attn_implementation"] = model_args.attn_implementation
+    return options
 
 
 def _new_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedConfig:
@@ -130,7 +174,7 @@ def _new_config(model_args: ModelArguments, tokenizer: PreTrainedTokenizerBase, 
         "pad_token_id": None,
     }
     if model_args.config_name is not None:
-        return AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer), **ids)
+        return AutoConfig.from_pretrained(model_args.config_name, vocab_size=len(tokenizer), **ids, **model_args.hub())
     return GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=block_size,

@@ -1,4 +1,4 @@
-"""Arguments of an image classification run, from the command line or a JSON file."""
+"""Arguments of an image classification run, from the command line or a file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from hf_adafisher.data.images.augmentation import LIBRARIES, Augmentation, Library
 from hf_adafisher.data.images.corpora import DEFAULT_IMAGES, HELD_OUT_FRACTION, available_images
-from hf_adafisher.experiments.runs.arguments import RunTrainingArguments, parse_dataclasses
+from hf_adafisher.experiments.runs.arguments import HubArguments, RunTrainingArguments, parse_dataclasses
 from hf_adafisher.models import available_architectures
 from hf_adafisher.models.configurations import Kind
 from hf_adafisher.optimizers.factory.catalog import available_optimizers, optimizer_record
@@ -27,7 +27,7 @@ _TAKEN_OPTIONS = ("image_size", "num_labels", "id2label", "label2id")
 
 
 @dataclass
-class ImageModelArguments:
+class ImageModelArguments(HubArguments):
     """The network: from scratch by name, or pretrained.
 
     Raises:
@@ -38,24 +38,26 @@ class ImageModelArguments:
     model: str | None = field(
         default=None,
         metadata={
-            "help": f"Train this network from scratch: {', '.join(available_architectures())}, or timm/NAME. "
-            "Default: cct-2-3x2 for images up to 64 pixels, else resnet18."
+            "help": "Train this network from scratch. "
+            f"One of {', '.join(available_architectures())}, or timm/NAME. "
+            "Default: cct-2-3x2 up to 64 pixels, else resnet18."
         },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Fine-tune this model (Hub id or directory) instead."}
+        default=None, metadata={"help": "Fine-tune this model instead, a Hub id or a directory."}
+    )
+    ignore_mismatched_sizes: bool = field(
+        default=True, metadata={"help": "Replace a head for other classes. False makes it an error."}
     )
     model_options: str | None = field(
         default=None,
-        metadata={
-            "help": 'Options of a new network\'s configuration, "key=value,...": hidden_size=64,num_hidden_layers=4'
-        },
+        metadata={"help": "Options of a new network's configuration: hidden_size=64,num_hidden_layers=4"},
     )
     image_size: int | None = field(
         default=None,
         metadata={
-            "help": "Side of the square images, in pixels. Default: the pretrained model's own; from scratch that of "
-            "the images (digits: 16; images of different sizes: 224)."
+            "help": "Side of the square images, in pixels. Default: the model's own, or that of the images. "
+            "(Digits: 16; images of different sizes: 224.)"
         },
     )
     freeze_backbone: bool = field(
@@ -96,22 +98,31 @@ class ImageDataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": f"One of {', '.join(available_images())}, or OWNER/NAME of the Hub. Default: {DEFAULT_IMAGES}, "
-            "no network."
+            "help": "Images by name, OWNER/NAME of the Hub, or a folder. "
+            f"Names: {', '.join(available_images())}. Default: {DEFAULT_IMAGES}, no network.",
+            "aliases": ["--dataset_name"],
         },
     )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Your own images instead: a folder of class folders (also within train, validation, test), of "
-            "parquet files, or one written by save_to_disk."
+            "help": "Your own images instead, a folder of class folders. They may also lie within train, validation "
+            "and test, and it may hold parquet files, or be one written by save_to_disk.",
+            "aliases": ["--train_dir"],
         },
     )
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images. Default: found by type."})
-    label_column: str | None = field(default=None, metadata={"help": "Column of the class numbers. Default: label."})
+    image_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the images. Default: found by type.", "aliases": ["--image_column_name"]},
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the class numbers. Default: label.", "aliases": ["--label_column_name"]},
+    )
     validation_fraction: float = field(
         default=HELD_OUT_FRACTION,
-        metadata={"help": "Share of each class's training images to validate on, where there is no validation split."},
+        metadata={"help": "Share of each class to validate on, if no split is for that."},
     )
     skip_broken: bool = field(
         default=False, metadata={"help": "Leave out images that cannot be decoded; all are decoded once for this."}
@@ -125,7 +136,7 @@ class ImageDataArguments:
     )
     crop_ratio: float = field(
         default=1.0,
-        metadata={"help": "Share of the shorter side that the centre crop keeps, in (0, 1]; ImageNet's is 0.875."},
+        metadata={"help": "Share of the shorter side that the centre crop keeps. In (0, 1]; ImageNet's is 0.875."},
     )
     random_resized_crop: bool = field(
         default=False,
@@ -139,7 +150,7 @@ class ImageDataArguments:
     mixup: float = field(default=0.0, metadata={"help": "Alpha of Mixup's Beta distribution; 0: off."})
     cutmix: float = field(default=0.0, metadata={"help": "Alpha of CutMix's Beta distribution; 0: off."})
     augmentation_library: str = field(
-        default="auto", metadata={"help": f"Which one crops, flips and runs RandAugment: {', '.join(LIBRARIES)}."}
+        default="auto", metadata={"help": f"Library for crops, flips and RandAugment: {', '.join(LIBRARIES)}."}
     )
 
     def __post_init__(self) -> None:
@@ -177,15 +188,12 @@ class ImageTrainingArguments(RunTrainingArguments):
     output_dir: str | None = field(default="image_output", metadata={"help": "Where everything is written."})
     optim: str | None = field(  # type: ignore[assignment]  # None until the network is known
         default=None,
-        metadata={
-            "help": "adafisher, adafisherw, or any other optimizer name. Default: adafisher for convolutional "
-            "networks, adafisherw for transformers."
-        },
+        metadata={"help": "Optimizer by name. Default: adafisher for convolutional networks, else adafisherw."},
     )
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": "Default: that of `hf-adafisher list`; for pretrained weights "
+            "help": "Learning rate. Default: that of `hf-adafisher list`. For pretrained weights "
             + ", ".join(f"{rate:g} with {name}" for name, rate in FINE_TUNING_LEARNING_RATES.items())
             + " (not with step_size=paper)."
         },
@@ -218,6 +226,6 @@ class ImageTrainingArguments(RunTrainingArguments):
 def parse_image_arguments(
     argv: Sequence[str] | None = None,
 ) -> tuple[ImageModelArguments, ImageDataArguments, ImageTrainingArguments]:
-    """Parse the command line or a JSON file: see ``parse_dataclasses``."""
+    """Parse the command line or a JSON or YAML file: see ``parse_dataclasses``."""
     model, data, training = parse_dataclasses((ImageModelArguments, ImageDataArguments, ImageTrainingArguments), argv)
     return model, data, training

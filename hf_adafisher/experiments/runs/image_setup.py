@@ -64,7 +64,7 @@ def prepare_image_run(
     """
     _check_arguments(model_args, data_args, training_args)
     checkpoint = find_checkpoint(Path(training_args.output_dir or "."), training_args.resume_from_checkpoint)
-    corpus = _corpus(data_args)
+    corpus = _corpus(data_args, model_args.token)
     images = {"train": corpus.train, "validation": corpus.validation, "test": corpus.test}
     hashes = {name: {"sha256": images_sha256(split)} for name, split in images.items() if len(split)}
     if checkpoint is not None:
@@ -85,7 +85,7 @@ def prepare_image_run(
     elif model_args.model_name_or_path is None:
         normalization = corpus_normalization(corpus)
     else:
-        normalization = pretrained_normalization(model_args.model_name_or_path)
+        normalization = pretrained_normalization(model_args.model_name_or_path, model_args.hub())
     crop: dict[str, Any] = {"crop_ratio": data_args.crop_ratio}
     random_crop: dict[str, Any] = {"random_resized_crop": data_args.random_resized_crop, "seed": training_args.seed}
     datasets = {"train": ImageDataset(corpus.train, image_size, **crop, **random_crop)}
@@ -130,10 +130,12 @@ def _check_arguments(
         )
 
 
-def _corpus(data_args: ImageDataArguments) -> ImageCorpus:
+def _corpus(data_args: ImageDataArguments, token: str | None) -> ImageCorpus:
     corpus = load_images(
         data_args.dataset,
         data_dir=data_args.data_dir,
+        config=data_args.dataset_config_name,
+        token=token,
         image_column=data_args.image_column,
         label_column=data_args.label_column,
         validation_fraction=data_args.validation_fraction,
@@ -163,7 +165,7 @@ def choose_image_size(model_args: ImageModelArguments, corpus: ImageCorpus) -> i
     if model_args.image_size is not None:
         return model_args.image_size
     if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path, **model_args.hub())
         return image_side(vision_part(config)) or USUAL_SIZE
     if corpus.name in _BEST_SIZES:
         return _BEST_SIZES[corpus.name]
@@ -183,7 +185,13 @@ def load_classifier(
     """
     if model_args.model_name_or_path is not None:
         name = model_args.model_name_or_path
-        return (name, *load_pretrained(name, class_names, image_size=image_size))
+        model, report = load_pretrained(name, class_names, image_size=image_size, hub=model_args.hub())
+        if report.new and not model_args.ignore_mismatched_sizes:
+            raise ValueError(
+                f"{name!r} has no weights of these shapes: {', '.join(report.new[:6])}. Give --ignore_mismatched_sizes "
+                "to train them anew"
+            )
+        return name, model, report
     name = model_args.model or ("cct-2-3x2" if image_size <= SMALL_IMAGE else "resnet18")
     options = model_args.options()
     if options:

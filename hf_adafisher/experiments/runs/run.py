@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 
 from huggingface_hub import upload_folder
 from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
-from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence
+from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence, show_progress
 from hf_adafisher.experiments.runs.earlier_run import STAGING_FOLDER, SetAside, swap_in
 from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
 from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
@@ -31,6 +31,8 @@ from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 RESULTS_FILE = "results.json"
+EVALUATION_FILE = "eval_results.json"
+"""File of a run that only evaluates; those of an earlier one in the same folder stay as they are."""
 DATA_FILE = "data.json"
 """File of every checkpoint with the hashes of the data."""
 CURVE_FILE = "learning_curve.png"
@@ -119,10 +121,14 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         The contents of ``results.json`` in the output directory (there, numbers that are not finite are null).
         ``status`` is "completed", or "diverged" if a loss was not finite; a diverged model is neither evaluated
         nor saved. With ``timing_only`` nothing is evaluated, saved or drawn, and ``step_seconds`` has every step.
+        Without ``do_train`` the evaluation alone is written, to ``EVALUATION_FILE``.
     """
     timer, watch = StepTimer(), StopOnDivergence()
     curvature = [CurvatureCallback()] if run.training_args.curvature_log else []
     trainer = run.new_trainer([SetAside(run.checkpoint), timer, watch, *curvature])
+    show_progress(trainer, run.training_args.verbose)
+    if not run.training_args.do_train:
+        return _evaluate_only(run, trainer)
     trainer.checkpoint_files[DATA_FILE] = run.data_hashes
     outcome = trainer.train(resume_from_checkpoint=run.checkpoint)
     steps = {"steps": trainer.state.global_step, "steps_per_epoch": _steps_per_epoch(trainer)}
@@ -138,7 +144,8 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         results |= _describe(run)
         _write(trainer, run, results, {})
         return results
-    evaluation = run.evaluate(trainer, watch.diverged_at is not None)
+    evaluate = run.training_args.do_eval
+    evaluation = run.evaluate(trainer, watch.diverged_at is not None) if evaluate else Evaluation({})
     train_loss = _last_loss(trainer.state.log_history)
     losses = [train_loss, *(metrics["loss"] for metrics in evaluation.splits.values())]
     diverged = watch.diverged_at is not None or not all(math.isfinite(loss) for loss in losses if loss is not None)
@@ -160,6 +167,21 @@ def train_and_report(run: PreparedRun) -> dict[str, Any]:
         "log_history": trainer.state.log_history,
     }
     _write(trainer, run, results, evaluation.files)
+    return results
+
+
+def _evaluate_only(run: PreparedRun, trainer: AdaFisherTrainer) -> dict[str, Any]:
+    evaluation = run.evaluate(trainer, False)
+    results = {
+        "status": "completed",
+        "steps": 0,
+        **{split: evaluation.splits.get(split) for split in SPLITS},
+        **evaluation.more,
+        **_describe(run),
+    }
+    if trainer.is_world_process_zero():
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run.output_dir / EVALUATION_FILE, results)
     return results
 
 
@@ -194,7 +216,10 @@ def run_script(prepare: Callable[[Sequence[str] | None], PreparedRun], argv: Seq
 
 
 def _describe(run: PreparedRun) -> dict[str, Any]:
-    settings = {"model": asdict(run.model_args), "data": asdict(run.data_args), "training": run.training_args.to_dict()}
+    model_args = asdict(run.model_args)
+    if model_args.get("token") is not None:
+        model_args["token"] = "<TOKEN>"  # Trainer hides its own tokens in the same way
+    settings = {"model": model_args, "data": asdict(run.data_args), "training": run.training_args.to_dict()}
     versions = software_versions(run.libraries)
     described = {**run.describe(), "data": run.data_hashes}
     return {**described, "versions": versions, "hardware": hardware(), "settings": settings}
@@ -207,8 +232,10 @@ def _options_used(trainer: AdaFisherTrainer) -> dict[str, Any]:
     return {"learning_rate": group.get("initial_lr", group["lr"]), **options}
 
 
-def _steps_per_epoch(trainer: AdaFisherTrainer) -> int:
-    """Optimizer steps of an epoch on this process: each step takes a batch on every process."""
+def _steps_per_epoch(trainer: AdaFisherTrainer) -> int | None:
+    """Optimizer steps of an epoch on this process, each with a batch on every process; None for a streamed text."""
+    if not has_length(trainer.callback_handler.train_dataloader):
+        return None
     batches = len(trainer.callback_handler.train_dataloader)
     return max(math.ceil(batches / trainer.args.gradient_accumulation_steps), 1)
 

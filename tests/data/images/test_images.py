@@ -347,7 +347,7 @@ def test_hub_images_are_read_by_their_own_layout(name: str, monkeypatch: pytest.
 
 def test_any_data_set_of_the_hub_by_its_id(monkeypatch: pytest.MonkeyPatch) -> None:
     made = datasets.DatasetDict({"train": table([0, 1] * 10), "valid": table([0, 1]), "extra": table([0, 1])})
-    monkeypatch.setattr(datasets, "load_dataset", lambda path: made if path == "some/flowers" else None)
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, *_, **__: made if path == "some/flowers" else None)
     corpus = load_images("some/flowers")
     assert (len(corpus.train), len(corpus.validation), len(corpus.test)) == (20, 2, 0)
 

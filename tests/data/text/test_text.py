@@ -52,7 +52,7 @@ def test_without_validation_file_the_last_twentieth_is_held_out(
     with caplog.at_level(logging.WARNING):
         corpus = load_corpus(train_files=tmp_path / "train.txt")
     assert (corpus.train, corpus.validation, corpus.test) == (lines[:95], lines[95:], [])
-    assert "5 of 100" in caplog.text and "no test file" in caplog.text
+    assert "5 of 100" in caplog.text and "no test split" in caplog.text
     assert "last 5 lines of train" in corpus.source
 
 
@@ -129,11 +129,11 @@ def test_hub_corpora_ask_for_the_pinned_text(name: str, monkeypatch: pytest.Monk
     if name == "ptb":
         root = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank"
         files = {split: f"{root}/{split}/*.parquet" for split in ("train", "validation", "test")}
-        assert calls == [(("parquet",), {"data_files": files})]
+        assert calls == [(("parquet",), {"data_files": files, "streaming": False})]
     else:
         config = name.removesuffix("-v1") + ("-v1" if name.endswith("-v1") else "-raw-v1")
         revision = "b08601e04326c79dfdd32d625aee71d232d685c3"
-        assert calls == [(("Salesforce/wikitext", config), {"revision": revision})]
+        assert calls == [(("Salesforce/wikitext", config), {"revision": revision, "streaming": False})]
 
 
 PTB = {
@@ -154,14 +154,15 @@ def test_ptb_is_read_from_parquet_files_in_the_form_of_the_hub(monkeypatch: pyte
         datasets.Dataset.from_dict({"sentence": lines}).to_parquet(path)
     real, root = datasets.load_dataset, "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet"
 
-    def load_dataset(*args: Any, data_files: dict[str, str]) -> Any:
+    def load_dataset(*args: Any, data_files: dict[str, str], streaming: bool) -> Any:
         local = {split: pattern.replace(root, str(tmp_path)) for split, pattern in data_files.items()}
         assert local != data_files
-        return real(*args, data_files=local, cache_dir=str(tmp_path / "cache"))
+        return real(*args, data_files=local, streaming=streaming, cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     corpus = load_corpus("ptb")
     assert {"train": corpus.train, "validation": corpus.validation, "test": corpus.test} == PTB
+    assert list(load_corpus("ptb", streaming=True).train) == PTB["train"]
     assert count_words(corpus.train) == 11 + 1 + 4 + 1 and "LDC" in corpus.source
 
 

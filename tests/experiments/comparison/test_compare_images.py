@@ -145,8 +145,8 @@ def test_what_is_published_depends_on_the_data() -> None:
     [
         ("clm", {}, [{}], "per token over the whole text"),
         ("clm", {"max_eval_lines": 500}, [{}, {"seed": 1}], "over the first 500 lines of the text"),
+        ("clm", {"max_eval_samples": 500}, [{}], "over the first 500 lines of the text"),
         ("clm", {}, [{"max_eval_lines": [5, 7]}], "over the first max_eval_lines (see each run) lines"),
-        ("clm", {"max_eval_samples": 5}, [{}], "per token over the whole text"),
         ("image", {"max_eval_samples": 500}, [{}], "over at most 500 images of each split"),
         ("image", {"max_eval_lines": 500}, [{}], "over all images of each split"),
     ],

@@ -45,6 +45,7 @@ BAD: list[tuple[Any, str]] = [
     ({**GOOD, "common": []}, "'common' must be an object"),
     ({**GOOD, "common": {"max_steps": None}}, "'max_steps' must be a text"),
     ({**GOOD, "common": {"max_steps": [[3]]}}, "'max_steps'[0] must be"),
+    ({**GOOD, "common": {"token": "hf_x"}}, "'token' would stand in every record: log in with `hf auth login`"),
     ({**GOOD, "commom": {}}, "unknown key 'commom', did you mean 'common'"),
     ({**GOOD, "seeds": 3}, "'seeds' must be a list"),
     ({**GOOD, "seeds": []}, "a list with something in it"),

@@ -103,6 +103,18 @@ def test_fingerprints(tmp_path: Path, common: dict[str, Any], monkeypatch: pytes
         assert re.fullmatch(text, str(found["dataset"]))
 
 
+@pytest.mark.parametrize("name", ["dataset", "dataset_name"])
+@pytest.mark.parametrize("task", ["clm", "image"])
+def test_a_local_data_set_is_told_by_its_content(task: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    cell = Cell({"optim": "a"}, {name: str(tmp_path / "d")}, task=task)
+    (tmp_path / "d" / "train.jsonl").write_text("1")
+    first = data_fingerprints(cell)
+    (tmp_path / "d" / "train.jsonl").write_text("22")
+    assert set(first) == {name} and first != data_fingerprints(cell)
+    assert data_fingerprints(Cell({"optim": "a"}, {name: "owner/name"}, task=task)) == {"dataset": "owner/name"}
+
+
 def test_the_source_code_stands_in_every_record(compare: Compare) -> None:
     """E9: version, commit and uncommitted changes, in the record, in a run's own results and in the report."""
     state = source_state()

@@ -1,0 +1,59 @@
+"""LoRA adapters of a language model, by peft."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+ADAPTER_FILE = "adapter_config.json"
+
+
+def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> Any:
+    """Freeze a model and give it new adapters.
+
+    Args:
+        model: A causal language model.
+        settings: Arguments of ``LoraConfig``.
+
+    Returns:
+        The ``PeftModel``.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: No module has such a name, or peft knows none for this kind of model.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--use_lora needs peft: pip install peft") from error
+    try:
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    except ValueError as error:
+        raise ValueError(f"--lora_target_modules: {error}") from error
+
+
+def check_lora(checkpoint: Path, settings: Mapping[str, Any] | None) -> None:
+    """Check that a checkpoint has adapters of these settings, or has none where there are none.
+
+    Raises:
+        ValueError: It was made with other settings; the message names the argument.
+    """
+    path = checkpoint / ADAPTER_FILE
+    saved: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if (saved is None) != (settings is None):
+        have = "no LoRA adapters" if saved is None else "LoRA adapters"
+        way = "leave out" if saved is None else "give"
+        raise ValueError(f"{checkpoint} has {have}: to go on from it, {way} --use_lora")
+    if saved is None or settings is None:
+        return
+    for name, value in settings.items():
+        given = sorted(value) if isinstance(value, list) else value
+        there = saved[name]
+        there = sorted(there) if isinstance(there, list) else there
+        if given is not None and given != "all-linear" and given != there:  # peft writes the names that it chose
+            argument = name if name.startswith("lora_") else f"lora_{name}"
+            raise ValueError(f"{checkpoint} was made with --{argument} {there}, and now it is {given}")
