@@ -376,7 +376,9 @@ def sums_over_shards() -> dict[str, Any]:
                 grad = distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(axis)])
             local = sharding.local_part(grad)
             total = sharding.sum_over_shards(torch.stack([local.sum(), local.square().sum()]), grad)
-            found[f"{shape} along {axis}"] = {"sums": total, **_factors(GradientDiagonal(), grad)}
+            kept: Any = SimpleNamespace(sharded=dist.is_initialized(), axes=GradientDiagonal().axes(whole.shape))
+            factors = zip((axes.name for axes in kept.axes), _factors(kept, grad), strict=True)
+            found[f"{shape} along {axis}"] = {"sums": total, **dict(factors)}
     return found
 
 
