@@ -207,12 +207,12 @@ class Attention(nn.Module):
 class Experts(nn.Module):
     """Experts fused into one 3-D parameter, and a router that applies its own weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4, hidden: int = 5) -> None:
         super().__init__()
-        self.router = nn.Parameter(torch.randn(3, 4))
-        self.up = nn.Parameter(torch.randn(3, 4, 5) / 2)
-        self.down = nn.Parameter(torch.randn(3, 5, 4) / 2)
-        self.head = nn.Linear(4, 2)
+        self.router = nn.Parameter(torch.randn(3, width))
+        self.up = nn.Parameter(torch.randn(3, width, hidden) / 2)
+        self.down = nn.Parameter(torch.randn(3, hidden, width) / 2)
+        self.head = nn.Linear(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         gates = F.linear(x, self.router).softmax(-1)

@@ -121,7 +121,5 @@ def needs_gradient_factors(uses: Sequence[ParameterUse], state: Mapping[str, Ten
 
 
 def estimated_terms(uses: Sequence[ParameterUse], state: Mapping[str, Tensor], shape: torch.Size) -> list[DiagonalTerm]:
-    """Terms that are not normalised; those of gradient factors multiply to an estimate of ``grad^2``."""
-    terms = terms_of(uses, state, shape, normalize=False)
-    on_gradient = bool(uses) and (uses[0].tracked is None or bool(state[ON_GRADIENT].item()))
-    return [on_gradient_scale(term) for term in terms] if on_gradient else terms
+    """Terms of gradient factors, which multiply to an estimate of ``grad^2``."""
+    return [on_gradient_scale(term) for term in terms_of(uses, state, shape, normalize=False)]

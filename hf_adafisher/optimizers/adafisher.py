@@ -102,17 +102,20 @@ class AdaFisher(KroneckerDiagonalOptimizer):
     from AdamW: its learning rates carry over, and nothing is read but gradients, at every step and without hooks.
 
         ``R, C``: averages (``ema_decay``) of the mean squares of the gradient's rows and columns
-        ``F = R (x) C / mean(R) + max(damping * mean(R), 1e-16)``     (of a vector the average of ``grad^2`` for R C)
+        ``F = R (x) C / mean(R) + max(damping * mean(R), 1e-16)``     (of vectors the average of ``grad^2`` for R C)
         ``u = m^ / sqrt(F)``                                          (``m^`` bias-corrected, a step ahead: Nesterov)
-        ``theta <- theta - lr * s u / max(s, rms(u))``
+        ``theta <- theta - lr * s u / max(s, rms(u))``               (weight decay as in the class; never in F)
 
     with ``s = 1`` for hidden matrices, embeddings and output layers and 0.2 for everything else (vectors, the first
-    convolution, position tables and tokens that are no embeddings, grouped convolutions). A parameter with more than
-    one axis moves by at most 5 % of its norm (a root mean square below 0.02 counts as 0.02), a single value by the sign
-    of its momentum. The factors are Adafactor's (Shazeer and Stern, 2018, arXiv 1804.04235); docs/step_sizes.md says
-    what they, the sizes and the bound are worth, and why the hooks' are not used here.
+    convolution, position tables and tokens that are no embeddings, grouped convolutions, and weights of no Linear,
+    Conv1D, convolution or embedding, as ``in_proj_weight`` of nn.MultiheadAttention). Matrices with at most 8 rows or
+    columns count as vectors, kernels of at most 8 as inputs, and matrices of a stack have R and C of their own, but one
+    mean and one size in common. A parameter with more than one axis moves by at most 5 % of its norm (a root mean
+    square below 0.02 counts as 0.02), a single value by the sign of its momentum. The factors are Adafactor's (Shazeer
+    and Stern, 2018, arXiv 1804.04235); docs/step_sizes.md says what they, the sizes and the bound are worth, and why
+    the hooks' are not used here.
 
-    ``F`` is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
+    ``F`` of a matrix is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
 
     ``torch.optim.lr_scheduler.OneCycleLR`` needs ``cycle_momentum=False``: there are no ``betas`` to cycle.
 
@@ -120,8 +123,8 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         model: The module to train. In the paper's form forward hooks are put on its layers for the steps that refresh
             the factors.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
-            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval`` and
-            ``step_size``.
+            ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``,
+            ``step_size`` and ``compiled``.
         lr: Learning rate alpha, >= 0. Default 1e-3, with "root" 4e-3 (for fine-tuning AdamW's: 3e-5 to 1e-4).
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         damping: lambda, > 0. Default 1e-3, with "root" 0.1, in units of the diagonal's mean.

@@ -1,4 +1,4 @@
-"""The AdaFisher update of many parameters, in blocks that stay in a core's cache and in few calls."""
+"""The updates of many parameters, in blocks that stay in a core's cache and in few calls."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _root_update_(parameters: Sequence[RootParameter], c: RootCoefficients) -> R
         squares = sum_over_shards(squares, whole)
     factors = root_factors(squares, [p.whole.numel() for p in parameters], [p.size for p in parameters], c)
     for blocks, found in zip(together, directions, strict=True):
-        root_move_(blocks, found, factors.unbind(), c)
+        root_move_([block.param for block in blocks], found, factors.unbind(), c)
     return RootSteps([parameter.whole for parameter in parameters], squares[0] * factors.square())
 
 

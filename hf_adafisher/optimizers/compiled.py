@@ -1,4 +1,4 @@
-"""The AdaFisher update as one kernel that torch.compile makes: C++ on a CPU, Triton on a GPU."""
+"""The updates of AdaFisher(W) as kernels that torch.compile makes: C++ on a CPU, Triton on a GPU."""
 
 from __future__ import annotations
 

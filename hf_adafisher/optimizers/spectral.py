@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.averages import statistics_dtype
+from hf_adafisher.fisher.parameter_uses import ParameterUse
 from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
 from hf_adafisher.optimizers.base.hooked import ParamsT
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer, Member
@@ -31,7 +32,6 @@ from hf_adafisher.optimizers.base.options import (
 from hf_adafisher.optimizers.sharding import full_tensor, local_part, local_values
 from hf_adafisher.optimizers.update import (
     UPDATE_RMS,
-    Block,
     DirectionSize,
     root_coefficients,
     root_factors,
@@ -103,7 +103,8 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
     mean square of 0.2, about that of Adam's, as in Moonlight (Liu et al., 2025, arXiv 2502.16982).
 
     Everything else (embeddings, heads, norms, biases) moves as under ``AdaFisherW(step_size="root")``: by the same
-    momentum over the root of the second moment of its gradient, which every step averages (``ema_decay``):
+    momentum over the root of the second moment of its gradient, which every step averages (``ema_decay``; of a matrix
+    with at most 8 rows or columns, as of a vector, whole):
 
         ``u = m^ / sqrt(F + rho * mean(F)) ,  F = row means (x) column means / mean of grad^2;  of a vector grad^2``
         ``theta <- theta - lr * s u / max(s, rms(u)) - lr * weight_decay * theta``
@@ -120,8 +121,8 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
 
     Nothing is read but gradients, so that any Trainer, ``torch.compile`` and functional transforms work as they do with
     AdamW; the model is needed to tell hidden matrices, embeddings and output layers apart (``coverage()`` lists them).
-    Scaling or clipping all gradients alike changes nothing. An update of a hidden matrix has its full size whatever the
-    size of the momentum, also where gradients have become exactly zero: freeze what should rest.
+    Scaling the gradients of all steps alike changes nothing. An update of a hidden matrix has its full size whatever
+    the size of the momentum, also where gradients have become exactly zero: freeze what should rest.
 
     Under FSDP2 every process gathers the momentum of one batch of hidden matrices at a time and makes the whole update,
     of which it keeps its part; of other parameters it communicates row and column sums and norms.
@@ -140,7 +141,8 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         nesterov: Look one step ahead with the momentum. Default True.
         max_relative_step: The largest step of a parameter with more than one axis, in units of its norm, > 0; None for
             no bound. Default 0.05.
-        spectral_heads: Treat output layers, and embeddings tied to them, as hidden matrices. Default False.
+        spectral_heads: Treat output layers, and embeddings tied to them, as hidden matrices. Default False. (Their
+            factors stay in the state, unused.)
         momentum_dtype: Dtype of the first moment, as a torch dtype or its name. Default None: the parameter's own.
         polar_dtype: Dtype of the Newton-Schulz iterations. Default None: bfloat16, on a CPU that of the statistics.
 
@@ -204,6 +206,9 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
             self._warned_of_heads = True
             logger.warning("spectral_heads=True changes nothing: no output layer is in the groups that set it.")
 
+    def _uses_of(self, group: Mapping[str, Any], p: Tensor) -> Sequence[ParameterUse]:
+        return () if self._statistics.is_matrix(p, group["spectral_heads"]) else super()._uses_of(group, p)
+
     def _update_parameters(self) -> None:
         matrices: dict[Any, list[Member]] = {}
         others = []
@@ -248,8 +253,7 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         squares = torch.stack([torch.linalg.vector_norm(directions, dim=(1, 2)), torch.stack(norms)]).square()
         sizes = [SPECTRAL_SIZE] * len(params)
         factors = root_factors(squares, [p.numel() for p in params], sizes, c)
-        blocks = [Block(local_part(m.param), m.grad, m.exp_avg, m.terms) for m in members]
         local = [local_values(d.reshape(p.shape), p) for d, p in zip(directions, params, strict=True)]
-        root_move_(blocks, local, factors.unbind(), c)
+        root_move_([local_part(p) for p in params], local, factors.unbind(), c)
         squares = squares[0] * factors.square()
         self._last_steps.update((id(p), (squares, i)) for i, p in enumerate(params))

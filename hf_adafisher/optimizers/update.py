@@ -161,7 +161,7 @@ def root_coefficients(group: Mapping[str, Any], step: int, decoupled: bool) -> R
     """Coefficients of a parameter group at its parameters' update number ``step`` (1 for the first)."""
     lr, beta, weight_decay = float(group["lr"]), group["beta"], group["weight_decay"]
     shrink, l2 = (1.0 - lr * weight_decay, 0.0) if decoupled else (1.0, weight_decay)
-    most = group.get("max_relative_step", MAX_RELATIVE_STEP)
+    most = group.get("max_relative_step", MAX_RELATIVE_STEP)  # AdaFisher(W) has no such option
     most = math.inf if most is None else most
     return RootCoefficients(1.0 - beta, l2, shrink, lr, 1.0 / (1.0 - beta**step), most, group.get("nesterov", True))
 
@@ -237,11 +237,9 @@ def root_factors(squares: Tensor, counts: Sequence[int], sizes: Sequence[Directi
     return factor * bound * -c.lr * c.correction
 
 
-def root_move_(
-    blocks: Sequence[Block], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients
-) -> None:
+def root_move_(params: list[Tensor], directions: list[Tensor], factors: Sequence[Tensor], c: RootCoefficients) -> None:
     """``theta <- shrink theta + factor * direction``, in place."""
-    params, dtype = [block.param for block in blocks], directions[0].dtype
+    dtype = directions[0].dtype
     p = params if params[0].dtype == dtype else _cast(params, dtype)
     if isinstance(c.shrink, Tensor) or c.shrink != 1.0:
         torch._foreach_mul_(p, c.shrink)
@@ -260,7 +258,7 @@ def root_update_(block: Block, size: DirectionSize, c: RootCoefficients) -> Tens
     norms = [torch.linalg.vector_norm(tensor, dtype=directions[0].dtype) for tensor in (directions[0], block.param)]
     squares = torch.stack(norms).square()[:, None]
     factors = root_factors(squares, [block.param.numel()], [size], c)
-    root_move_([block], directions, factors.unbind(), c)
+    root_move_([block.param], directions, factors.unbind(), c)
     return squares[0] * factors.square()
 
 

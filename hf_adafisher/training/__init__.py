@@ -5,6 +5,7 @@ from hf_adafisher.training.callbacks import AdaFisherCallback
 from hf_adafisher.training.curvature_callback import CurvatureCallback
 from hf_adafisher.training.doctor_callback import DoctorCallback
 from hf_adafisher.training.mixin import AdaFisherMixin
+from hf_adafisher.training.stock_trainer import explain_to_stock_trainers
 from hf_adafisher.training.trainer import AdaFisherTrainer
 
 __all__ = [
@@ -15,3 +16,5 @@ __all__ = [
     "CurvatureCallback",
     "DoctorCallback",
 ]
+
+explain_to_stock_trainers()

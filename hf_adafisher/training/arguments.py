@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any
 
-from transformers import TrainingArguments, trainer_optimizer
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from hf_adafisher.optimizers.factory.catalog import TRAINER_LEARNING_RATE, available_optimizers, optimizer_record
@@ -268,22 +268,6 @@ def adamws_learning_rate(arguments: type) -> float:
     classes = other_classes(arguments, AdaFisherTrainingArguments) if ours else [arguments]
     rates = [f.default for one in classes for f in fields(one) if f.name == "learning_rate"]
     return next((rate for rate in rates if isinstance(rate, float)), TRAINER_LEARNING_RATE)
-
-
-def _refuse_stock_trainer(context: Any) -> NoReturn:
-    """Raise ValueError where a Trainer without AdaFisherMixin is to build an optimizer of this package."""
-    name = optimizer_name(context.args)
-    raise ValueError(
-        f"optim={name!r} is an optimizer of hf_adafisher, which this Trainer cannot build: use AdaFisherTrainer or "
-        "AdaFisherMixin (class MyTrainer(AdaFisherMixin, Trainer)), or give Trainer "
-        f"optimizer_cls_and_kwargs=(OptimizerFactory, {{'name': {name!r}}})"
-    )
-
-
-# Trainer looks optimizers up by name, and says of all others only that they are unsupported.
-_trainers_own = getattr(trainer_optimizer, "_OPTIMIZER_HANDLERS", {})
-for _name in available_optimizers():
-    _trainers_own.setdefault(_name, _refuse_stock_trainer)
 
 
 def _check_name(name: str) -> None:

@@ -43,7 +43,8 @@ class AdaFisherMixin(ResumableTraining):
     """AdaFisher(W), and every other optimizer by name, in any Trainer: ``class MyTrainer(AdaFisherMixin, SFTTrainer)``.
 
     It goes with ``transformers.Trainer``, ``Seq2SeqTrainer``, the trainers of TRL and subclasses of your own, and
-    stands before them; the constructor is theirs. The arguments are AdaFisherTrainingArguments, or a class of both::
+    stands before them; the constructor is theirs. The arguments are AdaFisherTrainingArguments; where the trainer needs
+    a class of its own, as those of TRL do, a class of both::
 
         @dataclass
         class MyConfig(AdaFisherTrainingArguments, DPOConfig): ...
@@ -175,7 +176,9 @@ class AdaFisherMixin(ResumableTraining):
     def _loss_terms(self, num_items: torch.Tensor | int | None) -> float | None:
         """Number of items that the loss is the mean of, over all processes; None where Trainer counts none."""
         items = 0.0 if num_items is None else float(num_items)
-        if self.loss_is_scaled_for_ga is False:  # a loss of the trainer's own, which is a mean over the batch
+        if (
+            getattr(self, "loss_is_scaled_for_ga", None) is False
+        ):  # a loss of the trainer's own, which is a mean over the batch
             return None
         if items <= 0 or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return None

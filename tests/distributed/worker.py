@@ -364,7 +364,8 @@ def sums_over_shards() -> dict[str, Any]:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from hf_adafisher.fisher.gradient import GradientDiagonal
-    from hf_adafisher.optimizers.base.gradient_statistics import _factors
+    from hf_adafisher.fisher.parameter_uses import ParameterUse
+    from hf_adafisher.optimizers.base.gradient_statistics import _factors, _new_layout
 
     _, world = rank_and_world()
     found: dict[str, Any] = {}
@@ -376,7 +377,11 @@ def sums_over_shards() -> dict[str, Any]:
                 grad = distribute_tensor(whole, init_device_mesh("cpu", (world,)), [Shard(axis)])
             local = sharding.local_part(grad)
             total = sharding.sum_over_shards(torch.stack([local.sum(), local.square().sum()]), grad)
-            found[f"{shape} along {axis}"] = {"sums": total, **_factors(GradientDiagonal(), grad)}
+            layout = _new_layout([ParameterUse(GradientDiagonal(), None)], grad, sharding.is_sharded(grad), 1.0)
+            found[f"{shape} along {axis}"] = {
+                "sums": total,
+                **dict(zip(layout.keys, _factors(layout, grad), strict=True)),
+            }
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hf_adafisher import AdaFisher, AdaFisherW, SpectralAdaFisher
-from tests.cases import CASES, Case, Head, mlp, regression
+from tests.cases import CASES, Case, Experts, Head, convnet, mlp, regression
 from tests.model_zoo import FAMILIES, Family, family
 from tests.optimizers.test_lockstep import Pair, float64_model, run
 from tests.reference import ReferenceRoot, kind_of
@@ -141,6 +141,27 @@ class RootPair(Pair):
 def test_cases_by_the_root(case: Case, optimizer_class: Any) -> None:
     """Five steps of every awkward model."""
     run(RootPair(case.build().double(), optimizer_class), of_case(case.loss), steps=5, check_every=1, **CLOSE)
+
+
+WIDE = {
+    "mlp": (lambda: mlp(12, 16, 10), regression(7, 12), {2}),
+    "experts": (lambda: Experts(10, 12), regression(7, 10), {1, 2}),
+    "conv": (lambda: convnet(nn.Conv2d(2, 9, 2), nn.Conv2d(9, 12, 2), channels=12), regression(2, 2, 4, 4), {1, 2}),
+    "patches": (lambda: convnet(nn.Conv2d(3, 10, 9), channels=10), regression(2, 3, 10, 10), {1, 2}),
+}
+"""Models with axes that are long enough for a factor of their own, and the numbers of factors of their matrices."""
+
+
+@EVERY
+@pytest.mark.parametrize("name", WIDE)
+def test_rows_and_columns_by_the_root(name: str, optimizer_class: Any) -> None:
+    """Five steps of models in which rows and columns have factors: of a layer, a stack, a kernel, a large kernel."""
+    build, loss, numbers = WIDE[name]
+    pair = RootPair(build().double(), optimizer_class)
+    run(pair, of_case(loss), steps=5, check_every=1, **CLOSE)
+    if optimizer_class is not SpectralAdaFisher:
+        states = [pair.optimizer.state[p] for p in pair.model.parameters() if p.dim() > 1]
+        assert {sum(key.startswith("axis") for key in state) for state in states} == numbers
 
 
 class TwoUses(nn.Module):

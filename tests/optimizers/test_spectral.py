@@ -5,7 +5,6 @@ Models are float64 where a test does not say otherwise.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -476,30 +475,6 @@ def test_spectral_steps_over_parameters_without_values() -> None:
 
 
 # ------------------------------------------------------------------------------------ dtypes
-
-
-def test_spectral_momentum_in_float32_updates_bfloat16_weights_as_float32_ones() -> None:
-    """The step itself is rounded once, at the end: to the bfloat16 nearest to the float32 result."""
-    case = BY_NAME["mlp"]
-    low, high = case.build().to(torch.bfloat16), case.build()
-    high.load_state_dict({key: value.float() for key, value in low.state_dict().items()})
-    options = {"lr": 0.05, "momentum_dtype": "float32", "weight_decay": 0.1}
-    optimizers = [SpectralAdaFisher(model, **options) for model in (low, high)]
-    for step in range(3):
-        copied = copy.deepcopy(low)  # without hooks that record: both sides take the curvature from one gradient
-        copied.zero_grad()
-        case.loss(copied, torch.Generator().manual_seed(step)).backward()
-        for p, q, source in zip(low.parameters(), high.parameters(), copied.parameters(), strict=True):
-            with torch.no_grad():
-                q.copy_(p)
-            assert source.grad is not None
-            p.grad, q.grad = source.grad, source.grad.float()
-        for optimizer in optimizers:
-            optimizer.step()
-        for p, q in zip(low.parameters(), high.parameters(), strict=True):
-            assert_close(p, q.to(torch.bfloat16), rtol=0, atol=0)
-            assert optimizers[0].state[p]["exp_avg"].dtype == torch.float32
-            assert_close(optimizers[0].state[p]["exp_avg"], optimizers[1].state[q]["exp_avg"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -320,3 +320,21 @@ def test_spectral_heads_without_an_output_layer_is_one_warning(kind: str, caplog
             optimizer = SpectralAdaFisher(model, hidden[:2], spectral_heads=True)
             optimizer.add_param_group({"params": hidden[2:]})
         assert caplog.text.count("spectral_heads=True changes nothing") == 1
+
+
+def test_spectral_heads_are_reported_as_they_move() -> None:
+    """A head that moves as a matrix has no diagonal, and its rule is that of hidden matrices."""
+    model = mlp(9, 10, 11)
+    for heads, rule in ((False, "gradient factors"), (True, "momentum's rows and columns")):
+        optimizer = SpectralAdaFisher(model, spectral_heads=heads)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        row = next(row for row in optimizer.coverage() if row.role == "head")
+        assert row.rule == rule
+        head = dict(model.named_parameters())[row.name]
+        if heads:
+            with pytest.raises(RuntimeError, match="has no factors"):
+                optimizer.fisher_diagonal(head)
+        else:
+            assert optimizer.fisher_diagonal(head).shape == head.shape

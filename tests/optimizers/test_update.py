@@ -280,11 +280,13 @@ def test_root_of_parameters_of_all_shapes_and_dtypes_together_is_that_of_each(
 
 
 def test_root_of_a_parameter_without_values_is_nothing() -> None:
+    """An empty shard: it makes no step, and its square is that of the other shards alone."""
     tensors = [torch.zeros(0, 3) for _ in range(3)]
-    root_update_in_blocks(
-        [root_parameter(*tensors, [(torch.zeros(0, 1), torch.ones(1, 3))], 0.2)], root_numbers(step=1, decoupled=True)
-    )
-    root_update_in_blocks([], root_numbers(step=1, decoupled=True))
+    empty = root_parameter(*tensors, [(torch.zeros(0, 1), torch.ones(1, 3))], 0.2)
+    empty = empty._replace(whole=torch.ones(6, 3))
+    (steps,) = root_update_in_blocks([empty], root_numbers(step=1, decoupled=True))
+    assert steps.squares.tolist() == [0.0]
+    assert root_update_in_blocks([], root_numbers(step=1, decoupled=True)) == []
 
 
 @pytest.mark.parametrize("limit", [1 << 18, 50])

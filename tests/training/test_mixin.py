@@ -128,3 +128,16 @@ def test_a_trainer_before_the_mixin_is_an_error() -> None:
 def test_the_constructor_is_the_trainers() -> None:
     for mixed, stock in ((Mixed, Trainer), (MixedSeq2Seq, Seq2SeqTrainer), (AdaFisherTrainer, Trainer)):
         assert inspect.signature(mixed) == inspect.signature(stock)
+
+
+@pytest.mark.parametrize(("scaled", "scale"), [(None, 1 / 48), (True, 1 / 48), (False, 1.0)])
+def test_a_loss_that_the_trainer_averages_itself_has_no_terms_to_undo(
+    scaled: bool | None, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As DPO's: Trainer counts the tokens of its batches, and its loss is a mean over pairs."""
+    trainer = make_trainer(tmp_path, CAUSAL, Mixed, AdaFisherTrainingArguments, adafisher_step_size="paper")
+    trainer.loss_is_scaled_for_ga = scaled
+    optimizer = trainer.create_optimizer()
+    monkeypatch.setattr(Trainer, "training_step", lambda *args: torch.zeros(()))
+    trainer.training_step(trainer.model, {}, torch.tensor(48))
+    assert optimizer.gradient_scale == scale

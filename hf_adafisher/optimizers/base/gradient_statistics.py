@@ -46,7 +46,7 @@ class GradientStatistics(FactorStatistics):
         """Look everything up in the model again, the roles too."""
         super().map_parameters()
         self._roles = roles(self.model)
-        self._kept: dict[int, _Kept] = {}
+        self._layouts: dict[int, FactorLayout] = {}
         for p in self._params:
             if self._roles.get(id(p)) in _MATRICES and not self._hidden_factors:
                 self._entries[id(p)].uses = ()
@@ -65,18 +65,20 @@ class GradientStatistics(FactorStatistics):
         return self._roles.get(id(p)) in ("head", "table and head")
 
     def direction_size(self, p: Tensor) -> DirectionSize:
-        """Largest root mean square of a parameter's direction by the root of its diagonal.
+        """Size of a parameter's direction by the root of its diagonal.
 
-        1 for hidden matrices, embeddings and output layers; 0.2 for everything else: vectors, and what reads pixels or
-        is added to features as it is (patch embeddings, first convolutions, position tables, class tokens). The factors
-        of a single value never say anything, and it moves by the sign of its momentum.
+        1 for hidden matrices, embeddings and output layers; 0.2 for everything else: vectors, what reads pixels or is
+        added to features as it is (patch embeddings, first convolutions, position tables, class tokens), and what
+        belongs to no Linear, Conv1D, convolution or embedding (``in_proj_weight`` of nn.MultiheadAttention, nn.LSTM).
+        The factors of a single value never say anything, and it moves by the sign of its momentum.
         """
-        return self._kept_of(p).size
+        return self._layout_of(p).size
 
     def average_(self, with_gradient: Iterable[tuple[Mapping[str, Any], Tensor, Tensor, Mapping[str, Tensor]]]) -> None:
         """Take the factors of every gradient into the averages of the states, all in a few calls.
 
-        Those of a gradient that is not finite too: its momentum is not finite by then, as under AdamW.
+        Those of a gradient that is not finite too: its momentum is not finite by then, as under AdamW. Rows and columns
+        share factors, so that one such value spoils the whole matrix.
 
         Args:
             with_gradient: Parameter group, parameter, gradient and state.
@@ -85,21 +87,21 @@ class GradientStatistics(FactorStatistics):
         squares: dict[tuple[float, torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         weights: dict[float, list[Tensor]] = {}
         for group, p, grad, state in with_gradient:
-            kept = self._kept_of(p)
-            if not kept.weight_key:
+            layout = self._layout_of(p)
+            if not layout.weight_key:
                 continue
             decay = group["ema_decay"]
-            weights.setdefault(decay, []).append(state[kept.weight_key])
-            if not kept.keys:
+            weights.setdefault(decay, []).append(state[layout.weight_key])
+            if not layout.keys:
                 continue
-            if kept.whole and not kept.sharded:
+            if layout.is_square and not layout.sharded:
                 values, samples = squares.setdefault((decay, p.device, grad.dtype), ([], []))
-                value = state[kept.keys[0]]
+                value = state[layout.keys[0]]
                 values.append(value)
                 samples.append(grad if grad.dim() == value.dim() else grad.reshape(value.shape))
             else:
                 values, samples = averages.setdefault((decay, p.device), ([], []))
-                for key, factor in zip(kept.keys, _factors(kept, grad), strict=True):
+                for key, factor in zip(layout.keys, _factors(layout, grad), strict=True):
                     values.append(state[key])
                     samples.append(factor)
         for (decay, _, dtype), (values, samples) in squares.items():
@@ -112,14 +114,14 @@ class GradientStatistics(FactorStatistics):
             torch._foreach_mul_(found, decay)
             torch._foreach_add_(found, 1.0 - decay)
 
-    def _kept_of(self, p: Tensor) -> _Kept:
-        """What a parameter keeps, looked up once."""
-        kept = self._kept.get(id(p))
-        if kept is None:
+    def _layout_of(self, p: Tensor) -> FactorLayout:
+        """Layout of a parameter's factors, looked up once."""
+        layout = self._layouts.get(id(p))
+        if layout is None:
             entry = self.entry_of(p)
             rms = SMALL_RMS if self._roles.get(id(p), "input") == "input" else FULL_RMS
-            kept = self._kept[id(p)] = _kept(entry.uses, p, entry.sharded, rms)
-        return kept
+            layout = self._layouts[id(p)] = _new_layout(entry.uses, p, entry.sharded, rms)
+        return layout
 
     def terms(self, p: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> list[DiagonalTerm]:
         """None yet: ``damped_terms`` makes those of all parameters together."""
@@ -134,15 +136,15 @@ class GradientStatistics(FactorStatistics):
         found: list[list[DiagonalTerm]] = []
         plain: dict[tuple[torch.device, torch.dtype], list[_Averages]] = {}
         for p, state, rho in members:
-            kept, terms = self._kept_of(p), list[DiagonalTerm]()
-            if not kept.keys:
+            layout, terms = self._layout_of(p), list[DiagonalTerm]()
+            if not layout.keys:
                 terms.append(())
-            elif kept.stacked:
+            elif layout.stacked:
                 terms += estimated_terms(self.entry_of(p).uses, state, p.shape)
                 terms += damping_terms(terms, rho, p.dim())
             else:
-                factors = tuple([state[key].view(shape) for key, shape in zip(kept.keys, kept.shapes, strict=True)])
-                weight = state[kept.weight_key].item()
+                factors = tuple([state[key].view(shape) for key, shape in zip(layout.keys, layout.shapes, strict=True)])
+                weight = state[layout.weight_key].item()
                 plain.setdefault((p.device, factors[0].dtype), []).append(_Averages(terms, factors, weight, rho))
             found.append(terms)
         for alike in plain.values():
@@ -161,15 +163,15 @@ class GradientStatistics(FactorStatistics):
         return estimated_terms(self.entry_of(p).uses, state, p.shape)
 
 
-class _Kept(NamedTuple):
-    """What a parameter keeps of its gradient.
+class FactorLayout(NamedTuple):
+    """Factors of a parameter's gradient, and the size of its direction.
 
     Attributes:
-        weight_key: State key of the averages' weight; empty where nothing is kept.
+        weight_key: State key of the averages' weight; empty where nothing is layout.
         keys: State keys of the factors, none of a single value.
         axes: Their axes.
         shapes: Their shapes in the diagonal.
-        whole: The one factor is the square of the gradient.
+        is_square: The one factor is the square of the gradient.
         stacked: There is a mean for every matrix of a stack.
         sharded: FSDP2 has sharded the parameter.
         size: Size of its direction.
@@ -179,24 +181,26 @@ class _Kept(NamedTuple):
     keys: tuple[str, ...]
     axes: tuple[FactorAxes, ...]
     shapes: tuple[tuple[int, ...], ...]
-    whole: bool
+    is_square: bool
     stacked: bool
     sharded: bool
     size: DirectionSize
 
 
-def _kept(uses: Sequence[ParameterUse], p: Tensor, sharded: bool, rms: float) -> _Kept:
-    """What a parameter with these uses, one at most, keeps."""
+def _new_layout(uses: Sequence[ParameterUse], p: Tensor, sharded: bool, rms: float) -> FactorLayout:
+    """Layout of a parameter with these uses, one at most."""
     if not uses:
-        return _Kept("", (), (), (), False, False, sharded, DirectionSize(rms, True, p.dim() > 1))
+        return FactorLayout("", (), (), (), False, False, sharded, DirectionSize(rms, True, p.dim() > 1))
     (use,) = uses
     assert isinstance(use.diagonal, GradientDiagonal)  # nothing is tracked
     axes, keys = use.diagonal.axes(p.shape), use.factor_keys(p.shape)
     shapes = tuple(tuple(n if axis in a.all else 1 for axis, n in enumerate(p.shape)) for a in axes)
-    whole = len(axes) == 1 and math.prod(shapes[0]) == p.numel()
+    is_square = len(axes) == 1 and math.prod(shapes[0]) == p.numel()
     stacked = any(a.stack for a in axes)
     size = DirectionSize(rms, exact=not axes, bounded=p.dim() > 1)
-    return _Kept(use.weight_key, tuple(keys[a.name] for a in axes), axes, shapes, whole, stacked, sharded, size)
+    return FactorLayout(
+        use.weight_key, tuple(keys[a.name] for a in axes), axes, shapes, is_square, stacked, sharded, size
+    )
 
 
 class _Averages(NamedTuple):
@@ -226,14 +230,14 @@ def _damp_(averages: Sequence[_Averages]) -> None:
         average.terms[:] = [term, (damping[i].reshape([1] * row.dim()),)]
 
 
-def _factors(kept: _Kept, grad: Any) -> Sequence[Tensor]:
+def _factors(layout: FactorLayout, grad: Any) -> Sequence[Tensor]:
     """The gradient's factors in the order of their keys, whole on every process, also of a gradient in shards."""
-    if not kept.sharded:
-        return gradient_factors(grad, kept.axes)
+    if not layout.sharded:
+        return gradient_factors(grad, layout.axes)
     squares = grad.to(statistics_dtype(grad.dtype)).square()
     factors = []
-    for axes in kept.axes:
+    for axes in layout.axes:
         rest = [axis for axis in range(grad.dim()) if axis not in axes.all]
         count = max(torch.Size(grad.shape[axis] for axis in rest).numel(), 1)
         factors.append(full_tensor(squares.sum(rest) if rest else squares) / count)
-    return [factor.reshape(axes.sizes(grad.shape)) for factor, axes in zip(factors, kept.axes, strict=True)]
+    return [factor.reshape(axes.sizes(grad.shape)) for factor, axes in zip(factors, layout.axes, strict=True)]

@@ -29,7 +29,7 @@ from hf_adafisher.optimizers.validation.training_modes import Needs
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-CLOSED = "this optimizer was closed and has no hooks any more: build a new one to train on"
+CLOSED = "this optimizer was closed: build a new one to train on"
 
 COUNTERS = ("steps", "next_refresh", "refreshes", "dropped_refreshes")
 """Counters that every parameter group carries, so that they travel with a checkpoint."""
@@ -75,7 +75,7 @@ class HookedOptimizer(Optimizer, ABC):
         kind = type(self).__name__
         if not isinstance(model, nn.Module):
             raise TypeError(
-                f"{kind} needs the model, not only its parameters, because it reads layer inputs and output gradients: "
+                f"{kind} needs the model, not only its parameters, because it looks at what each of them does there: "
                 f"write {kind}(model, lr=...) or {kind}(model, groups, lr=...), and for a Trainer "
                 f"optimizer_cls_and_kwargs=(OptimizerFactory, {{...}}); got {type(model).__name__}"
             )
@@ -303,6 +303,8 @@ class HookedOptimizer(Optimizer, ABC):
                     )
         except ValueError:
             self.param_groups.pop()
+            if self._statistics.is_tracking:  # the states follow what the model has become
+                self._track()
             raise
         group["steps"], group["next_refresh"] = (self.param_groups[0][key] for key in ("steps", "next_refresh"))
         if self._statistics.is_tracking:  # not while the constructor adds its groups
@@ -357,7 +359,7 @@ class HookedOptimizer(Optimizer, ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
-            f"{type(self).__name__} cannot be copied or pickled, since its hooks belong to one model: save "
+            f"{type(self).__name__} cannot be copied or pickled, since it belongs to one model: save "
             "state_dict(), and load it into a new optimizer built on the copy of the model"
         )
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.fisher.diagonals import DiagonalTerm, diagonal_of
-from hf_adafisher.fisher.parameter_uses import new_state
+from hf_adafisher.fisher.parameter_uses import ParameterUse, new_state
 from hf_adafisher.optimizers.base.gradient_statistics import GradientStatistics
 from hf_adafisher.optimizers.base.hooked import HookedOptimizer, ParamsT
 from hf_adafisher.optimizers.base.options import OptimizerOptions, dtype_option
@@ -26,6 +26,9 @@ from hf_adafisher.optimizers.update import (
     damping_terms,
     root_coefficients,
 )
+
+_SHARED_OPTIONS = ("lr", "beta", "weight_decay")
+"""Options of every rule that divides by the root."""
 
 
 class Member(NamedTuple):
@@ -62,6 +65,12 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     """Parameters with factors move by the root of their diagonal, which is not normalised (``_move_by_root``)."""
     damping_option: ClassVar[str] = "damping"
     _statistics: FactorStatistics
+
+    @property
+    def refresh_due(self) -> bool:
+        """Due-ness of the next ``step()``; statistics of gradients are taken at every step, also after a failed one."""
+        first = self.param_groups[0]
+        return isinstance(self._statistics, GradientStatistics) or bool(first["steps"] >= first["next_refresh"])
 
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """Damping of the diagonal that these terms of a parameter in ``group`` make.
@@ -129,7 +138,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         for member, terms in zip(members, damped, strict=True):
             key = id(member.group), member.step
             if key not in batches:
-                batches[key] = root_coefficients(member.group, member.step, bool(self.decoupled)), []
+                batches[key] = self._root_coefficients(member), []
             p = member.param
             block = Block(p, member.grad, member.exp_avg, terms)
             if member.sharded:
@@ -145,6 +154,15 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         for steps in moved:
             self._last_steps.update((id(p), (steps.squares, i)) for i, p in enumerate(steps.params))
 
+    def _root_coefficients(self, member: Member) -> RootCoefficients:
+        """Coefficients of a member's group, in which AdaFisher(W) has no say about Nesterov's step and the bound."""
+        group = member.group if "nesterov" in self.defaults else {key: member.group[key] for key in _SHARED_OPTIONS}
+        return root_coefficients(group, member.step, bool(self.decoupled))
+
+    def _uses_of(self, group: Mapping[str, Any], p: Tensor) -> Sequence[ParameterUse]:
+        """Uses of a parameter whose factors make the diagonal that it moves by."""
+        return self._statistics.entry_of(p).uses
+
     def _state_of(self, group: Mapping[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, created at its first gradient: wrappers (FSDP2) replace parameters before that."""
         state = self.state[p]
@@ -158,6 +176,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     def _track(self) -> None:
         """Follow the model and the groups as they are now, also in the states that exist."""
         super()._track()
+        self._last_steps.clear()
         for p in self._params():
             state = self.state.get(p)
             if state:
@@ -173,6 +192,11 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
         """Keys and shapes of a parameter's state; they depend on the model alone."""
         factors = new_state(self._statistics.entry_of(p).uses, p)
         return {"step": (), "exp_avg": tuple(p.shape)} | {k: tuple(v.shape) for k, v in factors.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a state, as ``HookedOptimizer.load_state_dict``; the steps of before are forgotten."""
+        super().load_state_dict(state_dict)
+        self._last_steps.clear()
 
     def _restored_dtype(self, group: Any, p: Tensor, key: str, saved: torch.dtype) -> Any:
         """Momentum has the dtype that its group names; statistics keep their own."""
@@ -207,7 +231,7 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
             raise ValueError(f"{name} is not trained by this optimizer: it is in none of its parameter groups")
         state = self.state.get(param)
         terms = self._statistics.known_terms(param, state, normalized) if state else []
-        if not self._statistics.has_factors(param):
+        if not (self._uses_of(group, param) and self._statistics.has_factors(param)):
             raise RuntimeError(f"{name} has no factors, and so no diagonal: {type(self).__name__} moves it without")
         if not terms:
             raise RuntimeError(f"no curvature of {name} is known yet: call step() after a backward first")
@@ -221,8 +245,8 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
                 p,
                 group,
                 self.state.get(p, {}),
-                self._statistics.entry_of(p).uses,
-                self._statistics.known_terms(p, self.state[p]) if self.state.get(p) else [],
+                self._uses_of(group, p),
+                self._statistics.known_terms(p, self.state[p]) if self.state.get(p) and self._uses_of(group, p) else [],
                 self._statistics.entry_of(p).provisional,
             )
             for group in self.param_groups

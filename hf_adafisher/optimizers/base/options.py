@@ -157,7 +157,7 @@ class Option:
         symbol: The paper's symbol.
         on_resume: A checkpoint's value replaces the given one: "silent", or "warned" of where they differ; "fixed":
             a checkpoint with another value is refused.
-        shared: All parameter groups need one value, since the hooks serve them all at once.
+        shared: All parameter groups need one value.
         identifies: Every checkpoint of the optimizer has it; those that do so together tell whose a checkpoint is.
         in_groups: Parameter groups, and with them checkpoints, hold it; otherwise it belongs to the optimizer object.
         argument: ``AdaFisherTrainingArguments`` has a field of this name; other options go through ``optim_args``.
@@ -256,7 +256,7 @@ class OptimizerOptions:
             cls.specifications()[name].range.check(name, group[name])
             if group[name] != first[name]:
                 raise ValueError(
-                    f"{name} must be the same in all parameter groups, since the hooks serve them all at once: "
+                    f"{name} must be the same in all parameter groups, since it holds for all of them at once: "
                     f"got {group[name]} beside {first[name]}"
                 )
         options = cls(**{name: group[name] for name in names})
