@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(name, ", ".join(f"{key} {value:.4g}" for key, value in point.items()))
     for name, fit in result.get("fits", {}).items():
         print(f"{name}, all points:", ", ".join(f"{key} {value:.4g}" for key, value in fit.items()))
+    for key, ratio in result.get("ratio_to_foreach", {}).items():
+        print(f"{key}: {ratio:.3g} times AdamW's foreach form")
     print(", ".join(f"{key}: {value:.4g}" for key, value in result.items() if isinstance(value, float | int)))
     print(f"load average before the run: {load:.2f}; threads: {torch.get_num_threads()}; device: {device}")
     result |= {"rounds": rounds, "load": load, "hardware": hardware(), "software": software_versions()}

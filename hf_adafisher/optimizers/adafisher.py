@@ -111,8 +111,9 @@ class AdaFisher(KroneckerDiagonalOptimizer):
     Conv1D, convolution or embedding, as ``in_proj_weight`` of nn.MultiheadAttention). Matrices with at most 8 rows or
     columns count as vectors, kernels of at most 8 as inputs, and matrices of a stack have R and C of their own, but one
     mean and one size in common. A parameter with more than one axis moves by at most 5 % of its norm (a root mean
-    square below 0.02 counts as 0.02), a single value by the sign of its momentum. The factors are Adafactor's (Shazeer and Stern, 2018, arXiv 1804.04235); docs/step_sizes.md says
-    what they, the sizes and the bound are worth, and why the hooks' are not used here.
+    square below 0.02 counts as 0.02), a single value by the sign of its momentum. The factors are Adafactor's (Shazeer
+    and Stern, 2018, arXiv 1804.04235); docs/step_sizes.md says what they, the sizes and the bound are worth, and why
+    the hooks' are not used here.
 
     ``F`` of a matrix is never stored: the state is one tensor of the parameter's size (``exp_avg``) and a few vectors.
 

@@ -23,7 +23,7 @@ from hf_adafisher.optimizers.update import (
 )
 
 # Values that are updated by one call. On a CPU they stay in a core's cache between the operations of the update: 1.5
-# times torch's fused AdamW instead of 3.8 (``scripts/benchmark_step.py``). Elsewhere they bound the temporary.
+# times torch's fused AdamW instead of 3.8 (``hf-adafisher benchmark``). Elsewhere they bound the temporary.
 CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 24
 

@@ -64,10 +64,10 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
 
     Args:
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
-            (``scripts/list_optimizers.py`` describes them), or of ``transformers.training_args.OptimizerNames``.
+            (``hf-adafisher list`` describes them), or of ``transformers.training_args.OptimizerNames``.
             ``sgd``, ``adafactor`` and ``schedule_free_adamw`` are in both: they are those of this package.
         learning_rate: Default 0.004 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
-            ``scripts/list_optimizers.py`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
+            ``hf-adafisher list`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
             ``adamw``), and Trainer's 5e-5 for Trainer's own. The defaults of AdaFisher(W) and SpectralAdaFisher are for
             training from scratch: fine-tuning wants AdamW's rates (5e-5) and 3e-4. Joined with a class that has a
             default of its own (``DPOConfig``: 1e-6), it is that one, six times that one for SpectralAdaFisher. The
@@ -93,7 +93,7 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None,
         metadata={
-            "help": f"Default: {DEFAULT_LEARNING_RATE} for AdaFisher(W), from scratch; scripts/list_optimizers.py has "
+            "help": f"Default: {DEFAULT_LEARNING_RATE} for AdaFisher(W), from scratch; `hf-adafisher list` has "
             "the others'."
         },
     )

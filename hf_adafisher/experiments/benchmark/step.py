@@ -13,9 +13,10 @@ from hf_adafisher.experiments.benchmark.measurement import alternate, compare_ti
 from hf_adafisher.experiments.benchmark.workloads import MODELS, Workload
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_state_bytes
+from hf_adafisher.optimizers.spectral import SpectralAdaFisher
 
-OURS, ROOT = "adafisherw", "adafisherw root"
-"""Rows of AdaFisherW: the paper's form, and that by the root."""
+OURS, ROOT, SPECTRAL = "adafisherw", "adafisherw root", "spectral-adafisher"
+"""Rows of AdaFisherW: the paper's form, and that by the root; and of SpectralAdaFisher."""
 
 
 def _fill_gradients(params: Sequence[nn.Parameter]) -> None:
@@ -25,17 +26,18 @@ def _fill_gradients(params: Sequence[nn.Parameter]) -> None:
 
 
 def measure_step(name: str, rounds: int, device: str = "cpu", compiled: bool = False) -> dict[str, Any]:
-    """Measure time, state and extra memory of ``step()`` of AdaFisherW in both forms, and of AdamW fused and foreach.
+    """Measure time and memory of ``step()`` of AdaFisherW in both forms, SpectralAdaFisher, AdamW fused and foreach.
 
     "adafisherw" is an idle step of the paper's form, "adafisherw root" one that divides by the root, and takes factors.
     """
-    names = (OURS, ROOT, "adamw fused", "adamw foreach", *(("compiled", "compiled root") if compiled else ()))
+    names = (OURS, ROOT, SPECTRAL, "adamw fused", "adamw foreach", *(("compiled", "compiled root") if compiled else ()))
     work = {key: MODELS[name](device) for key in names}
     params = {key: [p for p in w.model.parameters() if p.requires_grad] for key, w in work.items()}
     common: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
     optimizers: dict[str, Optimizer] = {
         OURS: AdaFisherW(work[OURS].model, update_interval=10**9, **common),
         ROOT: AdaFisherW(work[ROOT].model, step_size="root", **common),
+        SPECTRAL: SpectralAdaFisher(work[SPECTRAL].model, **common),
         "adamw fused": torch.optim.AdamW(params["adamw fused"], fused=True, **common),
         "adamw foreach": torch.optim.AdamW(params["adamw foreach"], foreach=True, **common),
     }
@@ -63,7 +65,7 @@ def measure_step(name: str, rounds: int, device: str = "cpu", compiled: bool = F
     for key in ("compiled", "compiled root") if compiled else ():
         rows[key]["first_step_seconds"] = first[key]
     largest = max(p.numel() * p.element_size() for p in params[OURS])
-    foreach = compare_times(times[OURS], times["adamw foreach"])["ratio"]
+    foreach = {key: compare_times(times[key], times["adamw foreach"])["ratio"] for key in (OURS, ROOT, SPECTRAL)}
     return {
         "model": name,
         "parameters": sum(p.numel() for p in params[OURS]),

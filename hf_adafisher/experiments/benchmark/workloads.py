@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,6 +64,25 @@ def _llama(device: str) -> Workload:
     return _language_model(config, device, 2, 32)
 
 
+class SmallTensors(nn.Module):
+    """Thousands of layers of eight channels: 10,000 tensors, whose step costs calls and nothing else."""
+
+    def __init__(self, layers: int = 5000) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Any:
+        """Return an object with a loss."""
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return SimpleNamespace(loss=x.square().mean())
+
+
+def _small_tensors(device: str) -> Workload:
+    torch.manual_seed(0)
+    return Workload(SmallTensors().to(device), {"x": torch.randn(2, 8, device=device)})
+
+
 MODELS: dict[str, Callable[[str], Workload]] = {
     "gpt2-20m": lambda device: gpt2(device, width=384, depth=8, vocabulary=16000, batch=2, length=32),
     "llama": _llama,
@@ -70,5 +90,6 @@ MODELS: dict[str, Callable[[str], Workload]] = {
         ViTConfig(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=1536, image_size=64),
         device,
     ),
+    "small-tensors": _small_tensors,
     "resnet": lambda device: _classifier(ResNetConfig(embedding_size=64, hidden_sizes=[128, 256, 512, 1024]), device),
 }

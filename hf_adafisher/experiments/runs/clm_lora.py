@@ -36,6 +36,12 @@ def add_lora(model: PreTrainedModel, settings: Mapping[str, Any]) -> Any:
         raise ValueError(f"--lora_target_modules: {error}") from error
 
 
+def base_model(name: str) -> str:
+    """Name of the model that the adapters in a folder belong to; any other name as it is."""
+    path = Path(name) / ADAPTER_FILE
+    return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]) if path.is_file() else name
+
+
 def check_lora(checkpoint: Path, settings: Mapping[str, Any] | None) -> None:
     """Check that a checkpoint has adapters of these settings, or has none where there are none.
 

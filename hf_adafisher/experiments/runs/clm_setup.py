@@ -32,7 +32,7 @@ from hf_adafisher.experiments.runs.checkpoints import (
 from hf_adafisher.experiments.runs.clm import ClmRun, EncodedSplit
 from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
 from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
-from hf_adafisher.experiments.runs.clm_lora import add_lora, check_lora
+from hf_adafisher.experiments.runs.clm_lora import add_lora, base_model, check_lora
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,12 @@ def prepare_clm_run(
         FileNotFoundError: A text file or a checkpoint that does not exist.
         ConnectionError: A corpus of the Hub that cannot be had.
     """
-    pretrained = model_args.model_name_or_path or model_args.config_name
+    pretrained = base_model(model_args.model_name_or_path or model_args.config_name or "") or None
+    if training_args.do_train and model_args.model_name_or_path not in (None, pretrained):
+        raise ValueError(
+            f"{model_args.model_name_or_path!r} holds LoRA adapters, which --do_eval can evaluate: to train on, merge "
+            "them into the model first (merge_and_unload of peft), or resume their run"
+        )
     if data_args.streaming and training_args.do_train and training_args.max_steps < 1:
         raise ValueError("--streaming needs --max_steps: the length of a streamed text is not known")
     if pretrained is not None:
@@ -137,7 +142,7 @@ def load_language_model(
     options = _model_options(model_args)
     if model_args.model_name_or_path is not None:
         name = model_args.model_name_or_path
-        known = AutoConfig.from_pretrained(name, **model_args.hub()).get_text_config().vocab_size
+        known = AutoConfig.from_pretrained(base_model(name), **model_args.hub()).get_text_config().vocab_size
         if len(tokenizer) > known:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} tokens, the model {name!r} only {known}: "

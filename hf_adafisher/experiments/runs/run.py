@@ -282,10 +282,10 @@ def _write_card(trainer: AdaFisherTrainer, run: PreparedRun, corpus: str, folder
     if run.pretrained is None:
         # A model without a name of its own would be called "a fine-tuned version of" nothing.
         run.model.config._name_or_path = str(run.output_dir)
-    final = trainer.args.output_dir
+    final, name = trainer.args.output_dir, run.output_dir.resolve().name
     trainer.args.output_dir = str(folder)  # Trainer writes the card there
     try:
-        trainer.create_model_card(model_name=run.output_dir.resolve().name, tasks=run.card_task, dataset=corpus)
+        trainer.create_model_card(model_name=name, tasks=run.card_task, dataset=corpus)
     finally:
         trainer.args.output_dir = final
     card = folder / CARD_FILE

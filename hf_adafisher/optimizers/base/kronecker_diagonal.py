@@ -69,7 +69,8 @@ class KroneckerDiagonalOptimizer(HookedOptimizer):
     @property
     def refresh_due(self) -> bool:
         """Due-ness of the next ``step()``; statistics of gradients are taken at every step, also after a failed one."""
-        return isinstance(self._statistics, GradientStatistics) or super().refresh_due
+        first = self.param_groups[0]
+        return isinstance(self._statistics, GradientStatistics) or bool(first["steps"] >= first["next_refresh"])
 
     def damping_of(self, group: Mapping[str, Any], terms: Sequence[DiagonalTerm]) -> float:
         """Damping of the diagonal that these terms of a parameter in ``group`` make.

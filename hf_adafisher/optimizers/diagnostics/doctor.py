@@ -16,7 +16,7 @@ from hf_adafisher.optimizers.factory.param_groups import head_matrices, hidden_m
 
 FAR_BELOW_FINE_TUNING = 200.0
 """A learning rate this many times below that of fine-tuning is a finding: training on preferences takes a hundredth."""
-RESCALED = 3.0
+RESCALED = 5.0
 """Clipping is a finding where it shortens every gradient, usually by more than this factor."""
 DOMINATED = 0.9
 """Damping is a finding where this share of the values of matrices is at the floor. Good runs have up to 0.8."""
@@ -55,7 +55,8 @@ def not_finite(seen: Observations) -> Finding | None:
         return None
     return Finding(
         "not-finite",
-        f"{len(seen.broken)} parameters or their steps are no longer finite ({listed(seen.broken)}): the run has "
+        f"{len(seen.broken)} of {len(seen.parameters)} parameters, or their steps, are no longer finite "
+        f"({listed(seen.broken)}): the run has "
         "diverged and cannot recover. Lower learning_rate, and train in bf16 or float32 where it is fp16.",
         "learning_rate",
         {"parameters": list(seen.broken)},
@@ -109,7 +110,8 @@ def clipping(seen: Observations) -> Finding | None:
         f"Clipping rescales every step by {1 / factor:.3g}: all {len(seen.clipping)} gradients are longer than "
         f"max_grad_norm={seen.max_grad_norm:g} (median norm {statistics.median(seen.grad_norms):.3g}), and in the "
         f"paper's form a step is as long as its gradient, so the learning rate is in effect "
-        f"{seen.rate / factor:.3g}. Raise max_grad_norm, or take step_size='root', which clipping does not shorten.",
+        f"{seen.rate / factor:.3g}. If training is slow, raise max_grad_norm, or take step_size='root', which clipping "
+        "does not shorten.",
         "max_grad_norm",
         {"factor": factor, "max_grad_norm": seen.max_grad_norm, "grad_norms": seen.grad_norms},
     )
@@ -139,7 +141,8 @@ def damping(seen: Observations) -> Finding | None:
     value = seen.optimizer.param_groups[0]["damping"]
     return Finding(
         "damping",
-        f"Damping dominates {len(shares)} layers ({listed(list(shares))}): {100 * seen.floor_share:.0f} % of the "
+        f"Damping dominates {len(shares)} of {len(seen.layers)} layers ({listed(list(shares))}): "
+        f"{100 * seen.floor_share:.0f} % of the "
         f"values of all matrices have a Fisher below damping={value:g}, and move as under momentum SGD with a learning "
         "rate of lr / damping. Lower damping, and learning_rate with it.",
         "damping",
@@ -219,7 +222,8 @@ def large_steps(seen: Observations) -> Finding | None:
     relative = max(large.values())
     return Finding(
         "large-steps",
-        f"{len(large)} layers move by up to {100 * relative:.3g} % of {kind} in one step ({listed(list(large))}): "
+        f"{len(large)} of {len(seen.layers)} layers move by up to {100 * relative:.3g} % of {kind} in one step "
+        f"({listed(list(large))}): "
         "lower learning_rate" + (", or take step_size='root', which bounds each step." if seen.is_papers else "."),
         "learning_rate",
         {"largest": relative, "layers": large, "limit": most},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from hf_adafisher.optimizers.base.kronecker_diagonal import KroneckerDiagonalOptimizer
-from hf_adafisher.optimizers.base.trained_parameter import TrainedParameter
 from hf_adafisher.optimizers.diagnostics.coverage import GRADIENT_FACTORS
 from hf_adafisher.optimizers.diagnostics.layer_curvature import layer_curvature
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
@@ -71,7 +70,7 @@ class Observations:
         self.made = int(optimizer.param_groups[0]["steps"])
         self.parameters = [t for t in optimizer.trained_parameters() if t.param.requires_grad]
         self.coverage = optimizer.coverage()
-        self.rate = max(_full_rate(t) for t in self.parameters)
+        self.rate = max(_full_rate(group) for group in optimizer.param_groups)
         self.layers, self.broken = self._last_steps()
 
     @property
@@ -131,7 +130,7 @@ class Observations:
             elif t.param.dim() > 1:
                 relative = step / max(norm, LEAST_RMS * math.sqrt(t.param.numel()))
                 now = float(t.group["lr"])
-                peak = relative * _full_rate(t) / now if now else None
+                peak = relative * _full_rate(t.group) / now if now else None
                 counts = t.name in curvature and t.name in linear and t.param.dim() == 2
                 share = curvature[t.name]["floor_share"] if counts else None
                 layers.append(LayerStep(t.name, relative, peak, share, t.param.numel()))
@@ -171,6 +170,6 @@ class Observations:
         }
 
 
-def _full_rate(t: TrainedParameter) -> float:
+def _full_rate(group: Mapping[str, Any]) -> float:
     """The learning rate of which a schedule gives a share."""
-    return max(float(t.group[key]) for key in ("lr", "initial_lr", "max_lr") if key in t.group)
+    return max(float(group[key]) for key in ("lr", "initial_lr", "max_lr") if key in group)

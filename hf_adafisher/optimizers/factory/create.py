@@ -60,7 +60,7 @@ def create_optimizer(
     Args:
         name: One of ``available_optimizers``.
         model: The model to train; its trainable parameters are used.
-        lr: Learning rate. Default: that of ``scripts/list_optimizers.py``, as all other defaults; they are those of
+        lr: Learning rate. Default: that of ``hf-adafisher list``, as all other defaults; they are those of
             ``AdaFisherTrainingArguments(optim=name)``.
         weight_decay: For the parameters that are decayed. Default 0.
         decay_names: Names of the parameters to decay, instead of Trainer's rule.

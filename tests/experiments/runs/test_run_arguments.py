@@ -105,6 +105,13 @@ def test_lora_trains_adapters_alone_and_resumes(
     ids = torch.arange(1, 9)[None]
     assert not torch.equal(adapted(ids).logits, base(ids).logits)
     assert 0 < results["test"]["loss"] < read_results(finished)["test"]["loss"]
+    card = (whole / "README.md").read_text(encoding="utf-8")
+    assert "# whole\n" in card and f"fine-tuned version of `{finished}`" in card and "library_name: peft" in card
+    evaluated = ["--model_name_or_path", str(whole), "--block_size", "16", *QUICK, *data(files)]
+    assert main([*evaluated, "--do_eval", "--output_dir", str(parts)]) == 0
+    assert json.loads((parts / "eval_results.json").read_text())["test"] == pytest.approx(results["test"])
+    assert main([*evaluated, "--output_dir", str(parts)]) == 2
+    assert "holds LoRA adapters, which --do_eval can evaluate" in caplog.text
     resume = ["--resume_from_checkpoint", str(whole / "checkpoint-2"), "--lora_target_modules", "c_attn", "c_fc"]
     assert main(lora(finished, files, parts, *resume, "--lora_r", "4")) == 0
     assert same_tensors(whole / "adapter_model.safetensors", parts / "adapter_model.safetensors")
