@@ -26,6 +26,7 @@ SCRIPTS = {
     "compare_fisher": "figures fisher-accuracy",
     "plot_curvature": "figures curvature",
     "plot_factors": "figures factors",
+    "plot_loss_landscape": "figures landscape",
     "plot_fisher_histogram": "figures fisher-histogram",
     "run_image_classification": "image",
 }

@@ -1,4 +1,4 @@
-"""The programs in ``examples/``: each trains for two steps with ``--smoke``, is short, and is named in the README."""
+"""The programs in ``examples/``: each trains two steps with ``--smoke``, is short, is named in docs/start.md."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
 def test_programs_are_short_and_named_in_the_readme(program: Path) -> None:
     assert len(program.read_text(encoding="utf-8").splitlines()) < 60
-    assert f"(examples/{program.name})" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"(../examples/{program.name})" in (ROOT / "docs" / "start.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

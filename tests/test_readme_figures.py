@@ -1,4 +1,4 @@
-"""What the README says about its pictures stands in the numbers beside them."""
+"""What docs/results.md says about its pictures stands in the numbers beside them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.scripts import as_command
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
-TEXT = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+TEXT = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
 
 def numbers(name: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def test_the_commands_behind_the_numbers_are_the_readmes(name: str) -> None:
 
 
 def test_energy_on_the_diagonals() -> None:
-    """Of a layer with one output, S is a number, which the README leaves out, as it does the classifier's."""
+    """Of a layer with one output, S is a number, which the page leaves out, as it does the classifier's."""
     study = numbers("factors_layers")
     assert study["step"] == 200
     shares: dict[str, list[float]] = {"H": [], "linear S": [], "conv S": []}

@@ -1,4 +1,4 @@
-"""The README's tables of the exact Fisher hold what the committed files say."""
+"""The tables of the exact Fisher in docs/results.md hold what the committed files say."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def table(columns: dict[str, str]) -> str:
 
 def test_the_tables_are_those_of_the_files() -> None:
     """To renew them: `python -m tests.test_readme_fisher`."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for columns in (ESTIMATES, CONTROLS):
         assert table(columns) in text, table(columns)
 
 
 def test_the_text_below_has_no_other_numbers() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     below = text.partition(table(CONTROLS))[2].partition("\n## ")[0]
     numbers = set(re.findall(r"\b0\.\d\d\b", below))
     shown = set(re.findall(r"\b0\.\d\d\b", table(ESTIMATES) + table(CONTROLS)))
@@ -70,7 +70,7 @@ def test_the_text_below_has_no_other_numbers() -> None:
 
 
 def test_the_files_are_of_the_readmes_commands() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for name in FILES.values():
         result = found(name)
         assert (result["kfac_damping"], result["seeds"], result["steps"]) == (0.01, [0, 1, 2], 200)

@@ -1,9 +1,9 @@
 """List the optimizers that --optim, AdaFisherTrainingArguments and create_optimizer accept, with their properties.
 
 hf-adafisher list
-hf-adafisher list --markdown        # the README's table
+hf-adafisher list --markdown        # the table of docs/reference.md
 hf-adafisher list --json
-hf-adafisher list --modes           # the README's table of training modes, with who refuses them
+hf-adafisher list --modes           # its table of training modes, with who refuses them
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ TRAINER_LEARNING_RATE = 5e-5
 
 _TORCH, _PO, _SCHEDULEFREE = "torch 2.13.0", "pytorch-optimizer 4.1.0", "schedulefree 1.4.1"
 _TINY = "measured on tiny GPT-2, ViT and ResNet"
-_WIKITEXT = "the README's WikiText-2 sweep"
+_WIKITEXT = "the WikiText-2 sweep of docs/results.md"
 _ADAM_LIKE = frozenset({"betas", "weight_decouple", "fixed_decay"})
 _WHOLE = Needs.SHAPES | Needs.WHOLE_PARAMETERS
 _SECOND_ORDER = _WHOLE | Needs.SECOND_DERIVATIVES

@@ -68,7 +68,7 @@ def mode_rows() -> list[tuple[str, ...]]:
                 ", ".join(eager),
                 mode.reason,
                 mode.remedy(Needs.NOTHING),
-                ", ".join(f"[`{name}`]({path})" for path, name in tests),
+                ", ".join(f"[`{name}`](../{path})" for path, name in tests),
             )
         )
     return table

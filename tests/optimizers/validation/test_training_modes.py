@@ -1,4 +1,4 @@
-"""The table of training modes decides every refusal, and the README shows it."""
+"""The table of training modes decides every refusal, and docs/reference.md shows it."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_the_readme_holds_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_command("list_optimizers").main(["--modes"]) == 0
     table = capsys.readouterr().out.strip()
     assert table.count("\n") == len(TRAINING_MODES) + 1
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 
 
 def test_the_table_names_refusing_and_eager_optimizers() -> None:

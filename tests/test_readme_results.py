@@ -1,0 +1,170 @@
+"""The numbers of comparisons and benchmarks in the README and in docs/results.md are those of the committed files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+DIGITS = {
+    "validation loss": 4, "test loss": 4, "token perplexity": 1, "word perplexity": 1, "test word perplexity": 1,
+    "validation accuracy %": 2, "test accuracy %": 2,
+}  # fmt: skip
+PLAIN = {"steps": ("steps", 1, 0), "ms per step": ("ms per step", 1, 0), "used s": ("seconds", 1, 1)}
+PLAIN |= {"optimizer MiB": ("optimizer bytes", 2**20, 1)}
+
+
+def cells(name: str) -> pd.DataFrame:
+    return pd.read_csv(RESULTS / name / "cells.csv", dtype={"optim_args": str})
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    """The first table of a text; bold is taken off."""
+    lines = re.search(r"(?:^\|.*\n)+", text, re.M)
+    assert lines is not None
+    table = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in lines[0].splitlines()]
+    return [dict(zip(table[0], row, strict=True)) for row in table[2:]]
+
+
+def spread(values: pd.Series, digits: int) -> str:
+    mean = f"{values.mean():.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std():.{digits}f}"
+
+
+def select(table: pd.DataFrame, settings: str) -> pd.DataFrame:
+    for setting in settings.split(", "):
+        key, _, value = setting.partition("=")
+        table = table[table[key] == (value if key == "optim_args" else float(value))]
+    return table
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- (\S+-small\S*) -->", PAGE))
+def test_a_table_of_the_best_settings(name: str) -> None:
+    found, table = cells(name), rows(PAGE.partition(f"<!-- {name} -->")[2])
+    assert sorted(row["optimizer"] for row in table) == sorted(found["optim"].unique())
+    for row in table:
+        best = select(found[found["optim"] == row["optimizer"]], row["best setting"])
+        names = found[found["optim"] == row["optimizer"]]["cell"].str.replace(r",seed=\d+", "", regex=True)
+        assert len(best) == names.value_counts().max()
+        for column, text in row.items():
+            if column in DIGITS:
+                assert text == spread(best[column], DIGITS[column]), (row["optimizer"], column)
+            elif column in PLAIN:
+                source, unit, digits = PLAIN[column]
+                assert text == f"{best[source].mean() / unit:.{digits}f}", (row["optimizer"], column)
+
+
+def test_every_cell_of_the_sweep() -> None:
+    found, table = cells("wikitext2-sweep"), rows(PAGE.partition("<!-- wikitext2-sweep -->")[2])
+    assert len(table) == len(found)
+    for row in table:
+        optim, _, settings = row["run"].partition(", ")
+        cell = select(found[found["optim"] == optim], settings)
+        assert [spread(cell[name], DIGITS[name]) for name in list(row)[1:]] == list(row.values())[1:]
+
+
+def test_rates_at_the_ends_of_the_grids() -> None:
+    """Of the digits; the page says in words how many, and which not."""
+    words = {"10": "Ten", "11": "Eleven", "12": "Twelve"}
+    found = cells("digits-small")
+    inside = set()
+    for optim, runs in found.groupby("optim"):
+        best = runs.groupby("learning_rate").size().idxmax()
+        if best not in (runs["learning_rate"].min(), runs["learning_rate"].max()):
+            inside.add(optim)
+    assert f"{words[str(17 - len(inside))]} of the seventeen rates shown lie at an end" in " ".join(PAGE.split())
+    assert inside == {"adam", "kfac", "lamb", "lion", "soap", "spectral-adafisher"}
+    assert "all but those of Adam, K-FAC, LAMB, Lion, SOAP and the spectral AdaFisher" in " ".join(PAGE.split())
+
+
+def test_floor_shares_and_gradient_norms() -> None:
+    ends = {}
+    with gzip.open(RESULTS / "wikitext2-small" / "runs.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for run in map(json.loads, list(lines)[1:]):
+            if run["folder"].startswith("adafisherw,damping=0.003"):
+                ends[run["folder"]] = [entry for entry in run["result"]["log_history"] if "grad_norm" in entry][-1]
+    text = " ".join(PAGE.split())
+    shares = [ends[f"adafisherw,damping=0.003,learning_rate={rate},seed=0"] for rate in (0.02, 0.03, 0.04, 0.06)]
+    said = ", ".join(f"{entry['adafisher/floor_share']:.2f}" for entry in shares)
+    assert f"(`adafisher/floor_share` at the end {said} at rates 0.02, 0.03, 0.04, 0.06 and damping 0.003)" in text
+    norms = [entry["grad_norm"] for entry in ends.values()]
+    assert f"({min(norms):.2f} to {max(norms):.2f})" in text
+
+
+def benchmark(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / "benchmark" / "benchmarks.json").read_text(encoding="utf-8"))[name]
+    assert f"`{found['command']}`" in PAGE or name in ("step-vit", "step-resnet")
+    return dict(found["results"]["rows"])
+
+
+def ratio(row: dict[str, float]) -> str:
+    return f"{row['ratio']:.2f} ({row['ratio_q1']:.2f} to {row['ratio_q3']:.2f})"
+
+
+def test_the_tables_of_times() -> None:
+    one, two = benchmark("step-threads1"), benchmark("step-threads2")
+    for rows_ in (one, two):
+        assert f"| {ratio(rows_['adafisherw'])} | {ratio(rows_['compiled'])} |" in PAGE
+    shapes = [benchmark(f"step-{shape}") for shape in ("llama", "vit", "resnet")]
+    for kind in ("adafisherw", "compiled"):
+        assert f"| {', '.join(format(rows_[kind]['ratio'], '.2f') for rows_ in shapes)} |" in PAGE
+    whole = benchmark("whole-iteration")
+    for kind in ("whole iteration, adafisherw", "Trainer step, adafisherw", "forward+backward, due"):
+        assert f"| {ratio(whole[kind])} |" in PAGE
+    assert "; ".join(ratio(whole[f"whole iteration, {name}"]) for name in ("spectral-adafisher", "muon")) in PAGE
+    steps = benchmark("all-optimizers")
+    columns = rows(PAGE.partition("Every optimizer's `step()`")[2])[0]
+    del columns["optimizer"]
+    assert set(columns) == set(steps)
+    for name, text in columns.items():
+        assert text in (f"{steps[name]['ratio']:.2f}", f"{steps[name]['ratio']:.1f}"), name
+
+
+NAMES = {
+    "AdamW": "adamw",
+    "AdaFisherW": "adafisherw",
+    "spectral AdaFisher": "spectral-adafisher",
+    "Muon": "muon",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "digits"), [("step-sizes-text", "test loss", 3), ("step-sizes-vit", "test accuracy %", 1)]
+)
+def test_the_readmes_table_of_results(name: str, metric: str, digits: int) -> None:
+    """Seeds 10 to 14, which chose nothing; intervals are Student's t of the differences seed by seed."""
+    found = cells(name)
+    runs = {str(optim): group.set_index("seed") for optim, group in found[found["seed"] >= 10].groupby("optim")}
+    table = rows(README.partition("## What it gains")[2])
+    first = 0 if name == "step-sizes-text" else 2
+    for title, optim in NAMES.items():
+        if optim not in runs:
+            assert not table[first][title]
+            continue
+        assert table[first][title] == spread(runs[optim][metric], digits)
+        if optim == "adamw":
+            continue
+        difference = runs[optim][metric] - runs["adamw"][metric]
+        assert len(difference) == 5
+        low, high = stats.ttest_1samp(difference, 0.0).confidence_interval(0.95)
+        assert table[first + 1][title] == f"{difference.mean():+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})"
+
+
+def test_the_readmes_table_of_costs() -> None:
+    found = cells("step-sizes-text")
+    runs = found[found["seed"] >= 10].groupby("optim")
+    state, times = rows(README.partition("## What it costs")[2])
+    for title, optim in NAMES.items():
+        group = runs.get_group(optim)
+        assert state[title] == f"{group['optimizer bytes'].mean() / 2**20:.1f}"
+        assert times[title] == spread(group["ms per step"], 0)
