@@ -30,8 +30,12 @@ ENTRIES = [{"optim": "adamw", "learning_rate": [0.05, 0.1]}, {"optim": "sgd", "l
 
 @pytest.fixture
 def finished(compare: Compare) -> Comparison:
-    """Planned from step times of two copies each, with a run that diverged."""
+    """Planned from step times of two copies each, of which one is slower, with a run that diverged."""
     comparison = compare(ENTRIES, seeds=[0, 1], budget="seconds=30", jobs=2)
+    comparison.measure()
+    slow = folder_of(comparison.times_folder, "adamw,copy=2") / "results.json"
+    result = json.loads(slow.read_text())
+    write_json(slow, {**result, "step_seconds": [3 * seconds for seconds in result["step_seconds"]]})
     comparison.run()
     write_json(comparison.output_dir / "configuration.json", comparison.config)
     return comparison
@@ -74,7 +78,8 @@ def test_the_committed_results_stay_small_and_every_picture_is_shown() -> None:
 def test_what_comes_out_is_what_went_in(finished: Comparison, tmp_path: Path) -> None:
     pack(finished, "the command", tmp_path / "a")
     pack(finished, "the command", tmp_path / "b")
-    assert (tmp_path / "a" / ARCHIVE_FILE).read_bytes() == (tmp_path / "b" / ARCHIVE_FILE).read_bytes()
+    content = (tmp_path / "a" / ARCHIVE_FILE).read_bytes()
+    assert content == (tmp_path / "b" / ARCHIVE_FILE).read_bytes() and content[4:8] == bytes(4)  # no time in it
     config, command = unpack(tmp_path / "a" / ARCHIVE_FILE, tmp_path / "c")
     assert (config, command) == (finished.config, "the command")
     before, after = json_files(finished.output_dir), json_files(tmp_path / "c")
@@ -103,8 +108,13 @@ def test_data_are_compared_when_it_is_written_and_not_when_it_is_read(
     data = tmp_path / "data"
     data.mkdir()
     (data / "train.txt").write_text("a text")
-    comparison = compare([{"optim": "adamw"}], config={"common": {"train_file": str(data / "train.txt")}})
+    entry = {"optim": "adamw"}
+    comparison = compare([entry], config={"common": {"train_file": str(data / "train.txt")}})
     comparison.run()
+    (tmp_path / "moved.txt").write_text("a text")  # the same data at another place
+    pack(compare([entry], config={"common": {"train_file": str(tmp_path / "moved.txt")}}), "", tmp_path / "moved")
+    report_archive(tmp_path / "moved", PROGRAMS)
+    assert "did not end well" not in (tmp_path / "moved" / "report.md").read_text()
     monkeypatch.setenv("HF_ADAFISHER_DATA", str(data))
     pack(comparison, f"compare {data}/train.txt", tmp_path / "archive")
     assert str(data) not in gzip.decompress((tmp_path / "archive" / ARCHIVE_FILE).read_bytes()).decode()
@@ -182,10 +192,11 @@ def test_the_command_archives_and_reports(
     assert {path.name for path in archive.iterdir()} == {ARCHIVE_FILE, "report.md", "cells.csv"}
     assert "hf-adafisher compare `mine`" in (archive / "report.md").read_text()
     assert "](curves.png)" not in (archive / "report.md").read_text()
-    shutil.copy(finished.output_dir / "curves.png", archive)
+    (archive / "curves.png").write_text("stale")
     (archive / "cells.csv").unlink()
     assert command.main([str(archive)]) == 0
     assert {path.name for path in archive.iterdir()} == {ARCHIVE_FILE, "report.md", "cells.csv", "curves.png"}
     assert "](curves.png)" in (archive / "report.md").read_text()
+    assert (archive / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert command.main([str(archive), "--archive", str(tmp_path / "x")]) == 2
     assert "is an archive already" in capsys.readouterr().err
