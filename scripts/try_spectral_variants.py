@@ -33,7 +33,7 @@ from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.paired import paired_interval
 from hf_adafisher.experiments.runs.run import run_script
-from hf_adafisher.optimizers import polar, spectral, update
+from hf_adafisher.optimizers import polar, spectral
 from hf_adafisher.optimizers.polar import polar_factor
 
 TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
@@ -137,19 +137,6 @@ def relative_step(size: float) -> Callable[[], None]:
     return patch
 
 
-def following_decay() -> None:
-    """Weight decay that falls with the square of the schedule: in proportion to lr / 0.02, besides lr."""
-    root_coefficients = update.root_coefficients
-
-    def coefficients(group: Any, step: int, decoupled: bool) -> Any:
-        followed = group["weight_decay"] * group["lr"] / group["initial_lr"]
-        return root_coefficients({**group, "weight_decay": followed}, step, decoupled)
-
-    from hf_adafisher.optimizers.base import kronecker_diagonal
-
-    spectral.root_coefficients = kronecker_diagonal.root_coefficients = coefficients  # type: ignore[attr-defined]
-
-
 def constant(module: Any, name: str, value: Any) -> Callable[[], None]:
     """Patch of a number."""
     return lambda: setattr(module, name, value)
@@ -163,23 +150,14 @@ VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     AS_IT_IS: (no_patch, {}),
     "no metric (Muon's polar factor)": (use_directions(rows=0.0, columns=0.0), {}),
     "metric of the rows alone": (use_directions(columns=0.0), {}),
-    "metric of the columns alone": (use_directions(rows=0.0), {}),
     "metric without the way back (MuonEq)": (use_directions(back=False), {}),
     "rows normalised after it (NorMuon), with the metric": (normalised_rows(), {}),
     "rows normalised after it (NorMuon), no metric": (normalised_rows(rows=0.0, columns=0.0), {}),
     "cautious masking of hidden matrices": (cautious, {}),
     "momentum from 0.85 to 0.95 in 100 steps, hidden matrices": (momentum_warm_up, {}),
-    "without Nesterov's step": (no_patch, {"optim_args": "nesterov=false"}),
-    "query, key, value apart": (split_projections(3), {}),
     "every head of them apart": (split_projections(3 * 4), {}),
-    "rho 0.03": (no_patch, {"relative_damping": 0.03}),
-    "rho 0.3": (no_patch, {"relative_damping": 0.3}),
     "three polar iterations": (constant(polar, "COEFFICIENTS", polar.COEFFICIENTS[:3]), {}),
-    "bound 0.1": (no_patch, {"optim_args": "max_relative_step=0.1"}),
     "relative steps of lr (Hyperball)": (relative_step(1.0), {}),
-    "weight decay 0.1": (no_patch, {"weight_decay": 0.1}),
-    "weight decay 0.1, squared schedule": (following_decay, {"weight_decay": 0.1}),
-    "output layers as hidden matrices": (no_patch, {"optim_args": "spectral_heads=true"}),
 }
 
 

@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, words = parser.parse_known_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
+        if args.json is not None:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
         diagnosis = diagnose_run(args.task, words, args.steps)
         if args.json is not None:
             text = json.dumps(diagnosis.as_dict(), indent=2, allow_nan=False)
@@ -77,6 +79,8 @@ def diagnose_run(task: str, words: Sequence[str], steps: int) -> Diagnosis:
     parse, prepare = TASKS[task]
     callback = DoctorCallback(steps, stop=True)
     *others, training = parse(list(words))
+    if training.timing_only or (training.do_eval and not training.do_train):
+        raise ValueError("the doctor watches training: leave --do_eval and --timing_only out")
     if training.resume_from_checkpoint:
         folder = Path(training.output_dir or ".")
         training.resume_from_checkpoint = find_checkpoint(folder, training.resume_from_checkpoint)

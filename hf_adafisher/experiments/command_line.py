@@ -74,7 +74,10 @@ def describe_unknown(words: Sequence[str], known: Iterable[str]) -> str:
     """
     names = [word.split("=")[0] for word in words if re.match(r"--?[A-Za-z]", word)]
     if not names:
-        return f"these words belong to no argument: {' '.join(words)}"
+        hint = ""
+        if any(word.endswith((".json", ".yaml", ".yml")) for word in words):
+            hint = " (a file of arguments stands alone: put all others into it)"
+        return f"these words belong to no argument: {' '.join(words)}{hint}"
     choices = list(known)
     return "unknown argument " + "; ".join(name + did_you_mean(name, choices) for name in dict.fromkeys(names))
 

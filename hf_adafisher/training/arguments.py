@@ -175,7 +175,13 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
         options = {name: value for name, value in given.items() if value is not None}
         if optim in _ADAM:
             options = {"betas": (self.adam_beta1, self.adam_beta2), "eps": self.adam_epsilon}
-        return {**options, **parse_options(self.optim_args, "optim_args")}
+        further = parse_options(self.optim_args, "optim_args")
+        for name in options.keys() & further.keys() - {"betas", "eps"}:
+            if options[name] != further[name]:
+                raise ValueError(
+                    f"{name} is {options[name]!r} as an argument and {further[name]!r} in optim_args: give one of them"
+                )
+        return {**options, **further}
 
     def _refuse_unsupported(self, record: OptimizerRecord) -> None:
         """Refuse the training modes that the optimizer cannot work with; those of a model are found when it is there.

@@ -131,7 +131,7 @@ class AdaFisherMixin(ResumableTraining):
         elif not isinstance(args, AdaFisherTrainingArguments):
             return  # a choice of Trainer's own optimizers and rates
         assert rate is not None
-        adamws, weights = adamws_learning_rate(type(args)), getattr(model, "name_or_path", "")
+        adamws, weights = adamws_learning_rate(type(args)), getattr(model, "name_or_path", None)
         warn_of_learning_rate(name, options, rate, adamws=adamws, weights=weights)
         warn_without_clipping(name, options, args.max_grad_norm)
 
@@ -143,7 +143,7 @@ class AdaFisherMixin(ResumableTraining):
         """
         name, args_class = chosen_optimizer(self.args), type(self.args)
         if hp_space is None and name is not None:
-            weights = getattr(self.model, "name_or_path", "")
+            weights = getattr(self.model, "name_or_path", None)
             rate = own_learning_rate(name, self._given_options(), adamws_learning_rate(args_class), weights)
             hp_space = None if rate is None else space_around(rate, lambda: self.hp_search_backend)
         return super().hyperparameter_search(hp_space, *args, **kwargs)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_adafisher import AdaFisherTrainer
-from hf_adafisher.optimizers.factory.learning_rates import default_learning_rate
+from hf_adafisher.optimizers.factory.learning_rates import default_learning_rate, warn_of_learning_rate
 from hf_adafisher.training.hyperparameters import space_around
 from tests.model_zoo import family
 from tests.training.test_option_fields import OtherArguments, OursFirst
@@ -31,9 +31,9 @@ def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture, **options: Any) 
 @pytest.mark.parametrize(
     ("options", "low", "high"),
     [
-        ({"optim": "adafisherw"}, 5e-5 / 20, 0.004 * 20),
-        ({"optim": "adafisher"}, 5e-5 / 20, 0.004 * 20),
-        ({"optim": "spectral-adafisher"}, 3e-4 / 20, 0.02 * 20),
+        ({"optim": "adafisherw"}, 0.004 / 20, 0.004 * 20),
+        ({"optim": "adafisher"}, 0.004 / 20, 0.004 * 20),
+        ({"optim": "spectral-adafisher"}, 0.02 / 20, 0.02 * 20),
         ({"optim": "lamb"}, 0.01 / 20, 0.01 * 20),
         ({"optim": "adafisherw", "adafisher_step_size": "paper"}, 1e-3 / 20, 1e-3 * 20),
         ({"optim": "adafisherw", "optim_args": "step_size=paper,damping=0.3"}, 0.3 / 20, 0.3 * 20),
@@ -52,9 +52,22 @@ def test_a_learning_rate_far_from_the_usual_ones_is_one_warning(
         assert not warnings_of(tmp_path, caplog, learning_rate=rate, **options)
 
 
+@pytest.mark.parametrize(
+    ("weights", "low", "high"), [("", 0.004 / 20, 0.08), ("some/model", 5e-5 / 20, 1e-3), (None, 5e-5 / 20, 0.08)]
+)
+def test_usual_rates_are_those_for_the_models_weights(
+    weights: str | None, low: float, high: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """New ones, pretrained ones, and those of which nothing is known."""
+    for rate, far in ((low / 1.01, True), (low * 1.01, False), (high / 1.01, False), (high * 1.01, True)):
+        caplog.clear()
+        warn_of_learning_rate("adafisherw", {}, rate, weights=weights)
+        assert len(caplog.records) == far
+
+
 def test_the_warning_has_the_usual_rates(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (said,) = warnings_of(tmp_path, caplog, learning_rate=1e-6)
-    assert "learning_rate=1e-06" in said and "(5e-05 for fine-tuning, 0.004 from scratch)" in said
+    assert "learning_rate=1e-06" in said and "(0.004 from scratch)" in said
     (said,) = warnings_of(tmp_path, caplog, learning_rate=2e-5, step_size="paper")
     assert "learning_rate=2e-05" in said and "(0.001 the damping)" in said
 

@@ -55,7 +55,7 @@ class ModelArguments(HubArguments):
         metadata={"help": "Attention: eager, sdpa, flash_attention_2 or another. Default: the model's."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code of a model's repository. It can do anything: read it first."}
+        default=False, metadata={"help": "Run the code of a model's repository, which can do anything: read it first."}
     )
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA adapters of a pretrained model, by peft."})
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
@@ -115,8 +115,8 @@ class DataArguments:
     dataset: str | None = field(
         default=None,
         metadata={
-            "help": "A corpus by name, OWNER/NAME of the Hub, or a local data set. "
-            f"Names: {', '.join(available_corpora())}. Default: {DEFAULT_CORPUS}, no network.",
+            "help": f"OWNER/NAME of the Hub, a local data set, or one of {', '.join(available_corpora())}. "
+            f"Default: {DEFAULT_CORPUS}, no network.",
             "aliases": ["--dataset_name"],
         },
     )
@@ -135,7 +135,7 @@ class DataArguments:
     test_file: list[str] | None = field(default=None, metadata={"help": "File(s) to test on. Default: no test."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Read the training text as it is needed, in its order. Needs max_steps."},
+        metadata={"help": "Read the training text as it is needed, in its order; needs max_steps."},
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Train on the first so many lines only. Default: all of them."}

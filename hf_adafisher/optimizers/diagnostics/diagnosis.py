@@ -14,8 +14,8 @@ class Finding:
     Attributes:
         ailment: What it is, one of the names of ``hf_adafisher.optimizers.diagnostics.doctor.AILMENTS``.
         sentence: What was seen, what it does and what to change.
-        argument: The argument to change, as the optimizer or Trainer names it. AdaFisherTrainingArguments has those of
-            the optimizer with ``adafisher_`` before them.
+        argument: The argument to change, as the optimizer or Trainer names it. AdaFisherTrainingArguments has
+            most of the optimizer's with ``adafisher_`` before them, and takes all of them in ``optim_args``.
         numbers: What the sentence is made from.
     """
 

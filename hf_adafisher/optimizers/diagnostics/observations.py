@@ -103,11 +103,8 @@ class Observations:
         record = optimizer_record(next(names[path] for path in paths if path in names))
         group = self.optimizer.param_groups[0]
         options: dict[str, Any] = {name: group[name] for name in ("step_size", "damping") if name in group}
-        usual = {meaning: rate for rate, meaning in usual_learning_rates(record.name, options).items()}
-        if self.is_papers or self.source is None:
-            return usual
-        right = record.fine_tuning_rate if self.source else record.learning_rate.value
-        return {meaning: rate for meaning, rate in usual.items() if rate == right}
+        usual = usual_learning_rates(record.name, options, weights=self.source)
+        return {meaning: rate for rate, meaning in usual.items()}
 
     def _last_steps(self) -> tuple[list[LayerStep], list[str]]:
         """The last steps from the smallest to the largest, and the names of the parameters that are not finite."""

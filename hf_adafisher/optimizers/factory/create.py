@@ -168,7 +168,7 @@ class OptimizerFactory:
         if trainer is not None:
             lr = trainer.args.learning_rate if lr is None else lr
             kwargs.setdefault("weight_decay", trainer.args.weight_decay)
-            warn_of_learning_rate(name, options, lr, weights=getattr(model, "name_or_path", ""))
+            warn_of_learning_rate(name, options, lr, weights=getattr(model, "name_or_path", None))
             warn_without_clipping(name, options, trainer.args.max_grad_norm)
         return create_optimizer(name, model, lr=lr, **kwargs)
 

@@ -44,7 +44,7 @@ def default_learning_rate(
 
 
 def usual_learning_rates(
-    optim: str, options: Mapping[str, Any], adamws: float = TRAINER_LEARNING_RATE
+    optim: str, options: Mapping[str, Any], adamws: float = TRAINER_LEARNING_RATE, weights: str | None = None
 ) -> dict[float, str]:
     """Return the optimizer's own learning rates with what each is for; none where it has Trainer's default.
 
@@ -52,6 +52,7 @@ def usual_learning_rates(
         optim: As ``default_learning_rate``.
         options: Its options.
         adamws: As ``default_learning_rate``.
+        weights: Where the model's weights come from; empty for new ones, None where the model does not say.
     """
     if optim not in available_optimizers():
         return {}
@@ -65,11 +66,14 @@ def usual_learning_rates(
     if record.fine_tuning_rate is None:
         return {rate: "the default"}
     usual = {record.fine_tuning_rate: "for fine-tuning", rate: _SCRATCH}
-    return {default_learning_rate(optim, options, adamws): "by these arguments' default", **usual}
+    if weights is not None:
+        usual = {record.fine_tuning_rate: "for fine-tuning"} if weights else {rate: _SCRATCH}
+    own = default_learning_rate(optim, options, adamws)
+    return usual if own == rate else {own: "by these arguments' default", **usual}
 
 
 def own_learning_rate(
-    optim: str, options: Mapping[str, Any], adamws: float = TRAINER_LEARNING_RATE, weights: str = ""
+    optim: str, options: Mapping[str, Any], adamws: float = TRAINER_LEARNING_RATE, weights: str | None = None
 ) -> float | None:
     """Return the usual learning rate that suits a run best; None where the optimizer has Trainer's default.
 
@@ -77,7 +81,7 @@ def own_learning_rate(
         optim: As ``default_learning_rate``.
         options: Its options.
         adamws: As ``default_learning_rate``.
-        weights: Where the model's weights come from; empty for new ones.
+        weights: As ``usual_learning_rates``.
     """
     usual, right = usual_learning_rates(optim, options, adamws), default_learning_rate(optim, options, adamws)
     if right not in usual:
@@ -91,7 +95,7 @@ def warn_of_learning_rate(
     rate: float,
     *,
     adamws: float = TRAINER_LEARNING_RATE,
-    weights: str = "",
+    weights: str | None = None,
 ) -> None:
     """Log one warning where ``rate`` is a default that was not meant for this run, or far from the usual ones.
 
@@ -100,9 +104,9 @@ def warn_of_learning_rate(
         options: Its options.
         rate: The training arguments' ``learning_rate``.
         adamws: As ``default_learning_rate``.
-        weights: Where the model's weights come from; empty for new ones.
+        weights: As ``usual_learning_rates``.
     """
-    usual = usual_learning_rates(optim, options, adamws)
+    usual = usual_learning_rates(optim, options, adamws, weights)
     right = default_learning_rate(optim, options, adamws)
     record = optimizer_record(optim) if usual else None
     # A default is told from the same number by being the very object of a record: whoever writes it has chosen it.
