@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -34,7 +35,8 @@ def pack(comparison: Comparison, command: str, target: Path) -> None:
     """Write the archive of a comparison: its configuration and command, then a line for each run and measurement.
 
     A line holds the ``results.json`` and the ``command.json`` of a run. Where the environment variable
-    ``HF_ADAFISHER_DATA`` names a folder, paths below it are written with the variable's name instead.
+    ``HF_ADAFISHER_DATA`` names a folder, paths below it are written with the variable's name instead; of the folders
+    of the runs the last name is kept.
 
     Args:
         comparison: With results.
@@ -49,13 +51,14 @@ def pack(comparison: Comparison, command: str, target: Path) -> None:
         path = folder / result.folder / RESULTS_FILE
         if result.status == "failed" and path.exists() and read_json(path).get("status") != "failed":
             raise ValueError(f"not archived: {result.reason}")
-    lines: list[Any] = [{"configuration": comparison.config, "command": command}]
+    lines = [_line({"configuration": comparison.config, "command": command})]
     for path in sorted(folder.rglob(RESULTS_FILE)):
         place = path.parent.relative_to(folder).as_posix()
-        lines.append({"folder": place, "record": read_record(path.parent), "result": read_json(path)})
+        line = _line({"folder": place, "record": read_record(path.parent), "result": read_json(path)})
+        lines.append(_without_parent(line, path.parent.name))
     if len(lines) == 1:
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
-    content = "".join(json.dumps(json_ready(line), allow_nan=False, separators=(",", ":")) + "\n" for line in lines)
+    content = "".join(lines)
     if root := os.environ.get(DATA_VARIABLE):
         content = content.replace(json.dumps(str(Path(root)))[1:-1], f"${DATA_VARIABLE}")
     target.mkdir(parents=True, exist_ok=True)
@@ -113,6 +116,16 @@ def report_archive(folder: Path, programs: Path, output_dir: Path | None = None)
         target = output_dir or folder
         target.mkdir(parents=True, exist_ok=True)
         return [Path(shutil.copyfile(path, target / path.name)) for path in written]
+
+
+def _line(value: Any) -> str:
+    return json.dumps(json_ready(value), allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _without_parent(line: str, name: str) -> str:
+    """Leave out where on its machine a run's folder was: its arguments have the whole path as ``output_dir``."""
+    found = re.search(rf'"output_dir":("[^"]*/){re.escape(name)}"', line)
+    return line.replace(found[1], '"') if found else line
 
 
 def _lines(archive: Path) -> Iterator[tuple[str, Any]]:

@@ -111,13 +111,20 @@ def test_data_are_compared_when_it_is_written_and_not_when_it_is_read(
     entry = {"optim": "adamw"}
     comparison = compare([entry], config={"common": {"train_file": str(data / "train.txt")}})
     comparison.run()
+    run = folder_of(comparison.output_dir, "adamw")
+    result = json.loads((run / "results.json").read_text())
+    write_json(run / "results.json", {**result, "settings": {"training": {"output_dir": str(run), "seed": 0}}})
     (tmp_path / "moved.txt").write_text("a text")  # the same data at another place
     pack(compare([entry], config={"common": {"train_file": str(tmp_path / "moved.txt")}}), "", tmp_path / "moved")
     report_archive(tmp_path / "moved", PROGRAMS)
     assert "did not end well" not in (tmp_path / "moved" / "report.md").read_text()
     monkeypatch.setenv("HF_ADAFISHER_DATA", str(data))
     pack(comparison, f"compare {data}/train.txt", tmp_path / "archive")
-    assert str(data) not in gzip.decompress((tmp_path / "archive" / ARCHIVE_FILE).read_bytes()).decode()
+    content = gzip.decompress((tmp_path / "archive" / ARCHIVE_FILE).read_bytes()).decode()
+    assert str(tmp_path) not in content
+    assert json.loads(content.splitlines()[1])["result"]["settings"] == {
+        "training": {"output_dir": run.name, "seed": 0}
+    }
     (data / "train.txt").write_text("another text")
     with pytest.raises(ValueError, match=r"not archived: .*other data \(train_file changed\)"):
         pack(comparison, "", tmp_path / "again")
