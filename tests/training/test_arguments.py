@@ -177,13 +177,15 @@ def test_spectral_has_a_damping_of_its_own(tmp_path: Path, caplog: pytest.LogCap
 
 
 def test_spectral_options_of_its_own_are_given_as_words(tmp_path: Path) -> None:
+    """Beside those that are arguments, but an option has one value."""
     text = "nesterov=false, max_relative_step=none, relative_damping=0.3"
-    arguments = parse(
-        tmp_path, "--optim", "spectral-adafisher", "--optim_args", text, "--relative_damping", "0.2", "--beta", "0.8"
-    )
-    options = arguments.optimizer_options()
+    words = ["--optim", "spectral-adafisher", "--optim_args", text, "--beta", "0.8"]
+    options = parse(tmp_path, *words).optimizer_options()
     assert (options["nesterov"], options["max_relative_step"], options["beta"]) == (False, None, 0.8)
     assert options["relative_damping"] == 0.3
+    assert parse(tmp_path, *words, "--relative_damping", "0.3").optimizer_options() == options
+    with pytest.raises(ValueError, match=r"relative_damping is 0\.2 as an argument and 0\.3 in optim_args"):
+        parse(tmp_path, *words, "--relative_damping", "0.2")
 
 
 def test_kfacs_own_damping_is_pointed_to(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
