@@ -171,3 +171,59 @@ def test_the_readmes_table_of_costs() -> None:
         group = runs.get_group(optim)
         assert state[title] == f"{group['optimizer bytes'].mean() / 2**20:.1f}"
         assert times[title] == spread(group["ms per step"], 0)
+
+
+STEP_SIZES = (ROOT / "docs" / "step_sizes.md").read_text(encoding="utf-8")
+SPECTRAL = (ROOT / "docs" / "spectral.md").read_text(encoding="utf-8")
+CLAIM = range(10, 15)
+"""Seeds that chose nothing."""
+
+
+def interval(first: Any, second: Any, digits: int) -> str:
+    """Mean difference and its 95 % interval by Student's t, pair by pair."""
+    found = stats.ttest_rel(first, second).confidence_interval(0.95)
+    mean = sum(a - b for a, b in zip(first, second, strict=True)) / len(first)
+    return f"{mean:+.{digits}f} ({found.low:+.{digits}f} to {found.high:+.{digits}f})"
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "digits"), [("step-sizes-llama", "test loss", 3), ("step-sizes-resnet18", "test accuracy %", 1)]
+)
+def test_a_table_of_step_sizes(name: str, column: str, digits: int) -> None:
+    """Mean and deviation over five seeds, and the difference from the first row."""
+    found = cells(name)
+    values = []
+    for row in rows(STEP_SIZES.partition(f"<!-- {name} -->")[2]):
+        label, rate = re.fullmatch(r"(.+), ([\d.e-]+)(?: \(default\))?", row[""]).groups()  # type: ignore[union-attr]
+        optim = label.lower().replace("spectral adafisher", "spectral-adafisher")
+        of = found[(found["optim"] == optim) & (found["learning_rate"] == float(rate)) & found["seed"].isin(CLAIM)]
+        values.append(of.sort_values("seed")[column])
+        text, difference = list(row.values())[1:]
+        assert len(values[-1]) == 5 and text == spread(values[-1], digits)
+        assert difference == (interval(values[-1].tolist(), values[0].tolist(), digits) if len(values) > 1 else "")
+
+
+def test_the_table_of_what_was_tried() -> None:
+    found = json.loads((RESULTS / "step-sizes-variants" / "variants.json").read_text(encoding="utf-8"))["rows"]
+    plain = found[0]["values"]
+    table = rows(SPECTRAL.partition("<!-- variants -->")[2])
+    assert [row["variant"] for row in table] == [row["variant"] for row in found]
+    for shown, row in zip(table, found, strict=True):
+        values = row["values"]
+        assert int(shown["seeds"]) == len(values)
+        assert shown["test loss"] == f"{sum(values.values()) / len(values):.3f}"
+        pair = list(values.values()), [plain[seed] for seed in values]
+        assert shown["difference"] == ("" if values is plain else interval(*pair, 3))
+
+
+def test_the_table_of_adapters() -> None:
+    found = json.loads((RESULTS / "step-sizes-lora" / "lora.json").read_text(encoding="utf-8"))["ranks"]
+    names = ["AdamW", "AdaFisherW", "spectral AdaFisher", "the same with a metric of the pair"]
+    expected = [(rank[2:], row) for rank, of in found.items() for row in of.values()]
+    table = rows(STEP_SIZES.partition("<!-- lora -->")[2])
+    for i, (shown, (rank, row)) in enumerate(zip(table, expected, strict=True)):
+        assert (shown["rank"], shown["optimizer, rate"]) == (rank, f"{names[i % 4]}, {row['best']}")
+        assert shown["validation loss"] == f"{sum(row['losses']) / 5:.3f}"
+        for column, name in (("minus AdamW's", "adamw"), ("minus the spectral AdaFisher's", "spectral")):
+            other = found[f"r={rank}"][name]["losses"]
+            assert shown[column] == ("" if other == row["losses"] else interval(row["losses"], other, 3))

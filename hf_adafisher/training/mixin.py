@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 _LOGGED = ("fisher_mean", "floor_share", "gradient_factor_share", "plain_share", "kl_factor", "dropped_refreshes")
 
+_WITHOUT_HOOKS = ("fisher_mean", "floor_share")
+"""Of the forms whose factors all come from gradients, and are never dropped."""
+
 
 class AdaFisherMixin(ResumableTraining):
     """AdaFisher(W), and every other optimizer by name, in any Trainer: ``class MyTrainer(AdaFisherMixin, SFTTrainer)``.
@@ -67,9 +70,10 @@ class AdaFisherMixin(ResumableTraining):
     that train other weights than those they evaluate (schedule-free) are switched to the latter before every
     checkpoint, and when training ends.
 
-    While AdaFisher(W) or SpectralAdaFisher trains, each training log gets ``adafisher/fisher_mean``, ``floor_share``,
-    ``gradient_factor_share`` and ``dropped_refreshes`` (see ``AdaFisher.curvature_summary``), so every ``report_to``
-    shows them; with K-FAC ``kfac/plain_share``, ``kl_factor`` and ``dropped_refreshes``.
+    While AdaFisher(W) or SpectralAdaFisher trains, each training log gets ``adafisher/fisher_mean`` and
+    ``floor_share``, with hooks ``gradient_factor_share`` and ``dropped_refreshes`` too (see
+    ``AdaFisher.curvature_summary``), so every ``report_to`` shows them; with K-FAC ``kfac/plain_share``, ``kl_factor``
+    and ``dropped_refreshes``.
 
     Raises:
         TypeError: When a subclass is defined: a Trainer stands before the mixin, and would shadow it.
@@ -195,7 +199,8 @@ class AdaFisherMixin(ResumableTraining):
         ):
             kind = "adafisher" if isinstance(optimizer, KroneckerDiagonalOptimizer) else "kfac"
             summary: dict[str, float] = getattr(optimizer, "curvature_summary", dict)()
-            logs |= {f"{kind}/{key}": summary[key] for key in _LOGGED if key in summary}
+            names = _WITHOUT_HOOKS if getattr(optimizer, "divides_by_root", False) else _LOGGED
+            logs |= {f"{kind}/{key}": summary[key] for key in names if key in summary}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -160,8 +160,8 @@ def test_curvature_scalars_reach_the_history_and_every_reporter(step_size: str, 
         assert len(rows) == 2
         for row in rows:
             assert type(row["adafisher/fisher_mean"]) is float and row["adafisher/fisher_mean"] > 0
-            assert row["adafisher/dropped_refreshes"] == 0.0
-            assert row["adafisher/gradient_factor_share"] == (step_size == "root")
+            of_hooks = {key: row.get(f"adafisher/{key}") for key in ("dropped_refreshes", "gradient_factor_share")}
+            assert set(of_hooks.values()) == ({None} if step_size == "root" else {0.0})
             assert 0.0 < row["adafisher/floor_share"] < 1.0
         assert not any("adafisher/fisher_mean" in row for row in logs if "loss" not in row)
     quiet = our_trainer(tmp_path, max_steps=2, logging_steps=1, log_curvature=False)
@@ -194,7 +194,7 @@ def test_spectral_curvature_has_adafishers_name_in_logs_and_its_own_options_on_t
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 2
     for row in rows:
-        assert row["adafisher/fisher_mean"] > 0 and row["adafisher/dropped_refreshes"] == 0.0
+        assert row["adafisher/fisher_mean"] > 0 and "adafisher/dropped_refreshes" not in row
         assert not any(key.startswith("kfac/") for key in row)
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
