@@ -85,8 +85,9 @@ def test_arguments_without_adafisher_stand_for_adafisherw_at_their_rate(
     assert optimizer.param_groups[0]["step_size"] == "root"
     assert trainer.args.optim != "adafisherw"
     said = [entry.getMessage() for entry in caplog.records]
-    assert len(said) == 1 and said[0].startswith(f"{plain.__name__} has no optimizer of hf_adafisher in it")
+    assert len(said) == 2 and said[0].startswith(f"{plain.__name__} has no optimizer of hf_adafisher in it")
     assert "optim=adafisherw and learning_rate=5e-05" in said[0]
+    assert "more than 20 times below its usual ones (0.004 from scratch)" in said[1]
 
 
 @pytest.mark.parametrize(("optim", "kind"), [("adamw_torch", torch.optim.AdamW), ("sgd", torch.optim.SGD)])

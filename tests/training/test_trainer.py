@@ -290,7 +290,8 @@ def test_trainers_rates_that_do_not_suit_the_factorys_optimizer_are_pointed_out(
         make_trainer(tmp_path, RECORD, Trainer, optimizer_cls_and_kwargs=factory, **options).create_optimizer()
         return caplog.text
 
-    assert not said({}) and not said({"name": "spectral-adafisher"})
+    assert not said({"lr": 4e-3}) and not said({"name": "spectral-adafisher", "lr": 0.02})
+    assert "learning_rate=5e-05, more than 20 times below its usual ones (0.004 from scratch)" in said({})
     assert "optim=muon runs with learning_rate=5e-05, more than 20 times below" in said({"name": "muon"})
     assert "learning_rate=0.2, more than 20 times above" in said({"lr": 0.2})
     paper = {"step_size": "paper", "lr": 1e-3}

@@ -264,7 +264,11 @@ def test_a_head_of_another_size_may_be_an_error(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("name", ["clm", "image"])
-def test_the_help_is_a_page_and_all_of_it_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_is_a_page_and_all_of_it_is_there(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal of 120 columns or more, and in a pipe."""
+    monkeypatch.setenv("COLUMNS", "200")
     command = load_command(name)
     assert command.main(["--help"]) == 0
     page = capsys.readouterr().out
@@ -278,7 +282,10 @@ def test_the_help_is_a_page_and_all_of_it_is_there(name: str, capsys: pytest.Cap
     assert all(f"{argument} " in everything for argument in own)
 
 
-def test_the_help_has_every_argument_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_has_every_argument_of_its_own(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
     assert load_command("clm").main(["-h"]) == 0
     page = capsys.readouterr().out
     for type_ in (DataArguments, ClmTrainingArguments):
