@@ -227,3 +227,19 @@ def test_the_table_of_adapters() -> None:
         for column, name in (("minus AdamW's", "adamw"), ("minus the spectral AdaFisher's", "spectral")):
             other = found[f"r={rank}"][name]["losses"]
             assert shown[column] == ("" if other == row["losses"] else interval(row["losses"], other, 3))
+
+
+def test_the_steps_without_hooks() -> None:
+    found = json.loads((RESULTS / "benchmark" / "benchmarks.json").read_text(encoding="utf-8"))
+    large, small = (row for row in rows(PAGE.partition("<!-- root-step root-small-tensors -->")[2]))
+    for shown, name in ((large, "root-step"), (small, "root-small-tensors")):
+        assert f"`{found[name]['command']}`" == shown["command"]
+    times = found["root-step"]["results"]["rows"]
+    for column, name, digits in (
+        ("AdaFisherW by the root", "adafisherw root", 2), ("`compiled=True`", "compiled root", 2),
+        ("spectral AdaFisher", "spectral-adafisher", 1), ("AdamW, foreach", "adamw foreach", 2),
+    ):  # fmt: skip
+        assert large[column] == f"{times[name]['ratio']:.{digits}f}"
+    ratios = found["root-small-tensors"]["results"]["ratio_to_foreach"]
+    assert small["AdaFisherW by the root"] == f"{ratios['adafisherw root']:.2f}"
+    assert small["spectral AdaFisher"] == f"{ratios['spectral-adafisher']:.2f}"
