@@ -5,6 +5,7 @@ Models are float64 where a test does not say otherwise.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -512,3 +513,24 @@ def test_spectral_reduces_the_loss_of_a_gpt2() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 2.0
+
+
+def test_spectral_matrices_of_one_shape_keep_the_options_of_their_groups() -> None:
+    """Two groups over layers of one shape, against an optimizer for each layer; the last layer, a head, has none."""
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9), nn.Linear(9, 2)).double()
+    apart = copy.deepcopy(whole)
+    options = ({"lr": 0.01, "relative_damping": 0.3, "beta": 0.5}, {"lr": 0.03, "weight_decay": 0.1, "nesterov": False})
+    groups = [{"params": list(layer.parameters()), **own} for layer, own in zip(whole, options, strict=False)]
+    optimizers = [SpectralAdaFisher(whole, groups)]
+    optimizers += [
+        SpectralAdaFisher(apart, layer.parameters(), **own) for layer, own in zip(apart, options, strict=False)
+    ]
+    for step in range(3):
+        for model in (whole, apart):
+            generator = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_close(list(whole.parameters()), list(apart.parameters()), rtol=1e-12, atol=1e-12)
