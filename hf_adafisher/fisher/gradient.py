@@ -43,6 +43,10 @@ class FactorAxes(NamedTuple):
         """Shape of the factor of a parameter of ``shape``."""
         return tuple(shape[axis] for axis in self.all)
 
+    def spread(self, shape: torch.Size) -> tuple[int, ...]:
+        """Shape of the factor in the diagonal, which has length 1 along every other axis."""
+        return tuple(size if axis in self.all else 1 for axis, size in enumerate(shape))
+
 
 @dataclass(frozen=True)
 class GradientDiagonal(ParameterDiagonal):
@@ -76,7 +80,7 @@ class GradientDiagonal(ParameterDiagonal):
         for axes in self.axes(shape):
             factor = factors[axes.name]
             factor = min_max_normalize(factor, len(axes.stack)) if normalize else factor
-            term.append(factor.reshape([size if axis in axes.all else 1 for axis, size in enumerate(shape)]))
+            term.append(factor.reshape(axes.spread(shape)))
         return tuple(term)
 
     @override

@@ -18,7 +18,7 @@ def copy_embeddings(source: str, model: PreTrainedModel, *, freeze: bool, **hub:
         source: A GPT or GPT-2 (Hub id or directory).
         model: The new GPT-2; its context may be shorter.
         freeze: Keep them as they are, and with the token embeddings the head that is tied to them.
-        **hub: Further arguments of ``from_pretrained``: revision and token.
+        **hub: Further arguments of ``from_pretrained``.
 
     Raises:
         ValueError: Another kind of model, another width, fewer tokens than the tokenizer has, or fewer positions.

@@ -156,8 +156,8 @@ def load_language_model(
         options["trust_remote_code"] = model_args.trust_remote_code
         model = AutoModelForCausalLM.from_config(config, **options)
     if model_args.embeddings_from is not None:
-        hub = {"revision": model_args.model_revision, "token": model_args.token}
-        copy_embeddings(model_args.embeddings_from, model, freeze=model_args.freeze_embeddings, **hub)
+        source, freeze = model_args.embeddings_from, model_args.freeze_embeddings
+        copy_embeddings(source, model, freeze=freeze, **model_args.hub())
     if getattr(model, "loss_type", "") is None:  # GPT-2's: it then falls back to this one, with a warning
         model.loss_type = "ForCausalLM"
     lora = model_args.lora()

@@ -194,7 +194,7 @@ def _new_layout(uses: Sequence[ParameterUse], p: Tensor, sharded: bool, rms: flo
     (use,) = uses
     assert isinstance(use.diagonal, GradientDiagonal)  # nothing is tracked
     axes, keys = use.diagonal.axes(p.shape), use.factor_keys(p.shape)
-    shapes = tuple(tuple(n if axis in a.all else 1 for axis, n in enumerate(p.shape)) for a in axes)
+    shapes = tuple(a.spread(p.shape) for a in axes)
     is_square = len(axes) == 1 and math.prod(shapes[0]) == p.numel()
     stacked = any(a.stack for a in axes)
     size = DirectionSize(rms, exact=not axes, bounded=p.dim() > 1)

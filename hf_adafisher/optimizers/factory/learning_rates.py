@@ -12,7 +12,6 @@ logger = logging.getLogger(__name__)
 
 FAR = 20.0
 """A learning rate is pointed out where it is this many times below or above the usual ones."""
-_SCRATCH = "from scratch"
 
 
 def default_learning_rate(
@@ -65,9 +64,8 @@ def usual_learning_rates(
         return {values["damping"]: "the damping"}
     if record.fine_tuning_rate is None:
         return {rate: "the default"}
-    usual = {record.fine_tuning_rate: "for fine-tuning", rate: _SCRATCH}
-    if weights is not None:
-        usual = {record.fine_tuning_rate: "for fine-tuning"} if weights else {rate: _SCRATCH}
+    tuning, scratch = {record.fine_tuning_rate: "for fine-tuning"}, {rate: "from scratch"}
+    usual = {**tuning, **scratch} if weights is None else tuning if weights else scratch
     own = default_learning_rate(optim, options, adamws)
     return usual if own == rate else {own: "by these arguments' default", **usual}
 
@@ -83,10 +81,8 @@ def own_learning_rate(
         adamws: As ``default_learning_rate``.
         weights: As ``usual_learning_rates``.
     """
-    usual, right = usual_learning_rates(optim, options, adamws), default_learning_rate(optim, options, adamws)
-    if right not in usual:
-        return next(iter(usual), None)
-    return optimizer_record(optim).fine_tuning_rate if weights and usual[right] == _SCRATCH else right
+    usual, right = usual_learning_rates(optim, options, adamws, weights), default_learning_rate(optim, options, adamws)
+    return right if right in usual else next(iter(usual), None)
 
 
 def warn_of_learning_rate(
