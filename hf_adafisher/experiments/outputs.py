@@ -34,7 +34,7 @@ def software_versions(optional: Sequence[str] = ()) -> dict[str, str]:
 
 
 def hardware() -> dict[str, Any]:
-    """Return the platform, the device and the number of CPUs and threads."""
+    """Return the platform, the device, the number of CPUs and threads, and the load average of the last minute."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = str(accelerator or "cpu")
     if device.startswith("cuda"):
@@ -44,6 +44,7 @@ def hardware() -> dict[str, Any]:
         "device": device,
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # Windows has none
     }
 
 

@@ -65,6 +65,7 @@ CONFIGURATION = mapping(
         "common": _arguments(_VALUE),
         "cells": listing(_ENTRY, empty=False),
         "seeds": _SEEDS,
+        "tuning_seeds": _SEEDS,
         "budget": text,
         "step_seconds": mapping(others=number(0, above=True)),
         "train_examples": number(1, whole=True),

@@ -37,13 +37,15 @@ class StepTimer(TrainerCallback):
 
     Attributes:
         seconds: Duration of each step taken, in order.
+        cpu_seconds: The same in seconds of the process on all its cores, which do not count other programs' work.
         total: Seconds of all steps, those before a resume included.
     """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.total = 0.0
-        self._start = 0.0
+        self._start = self._cpu_start = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,12 +58,13 @@ class StepTimer(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock."""
-        self._start = _now()
+        """Start the clocks."""
+        self._start, self._cpu_start = _now(), time.process_time()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         self.seconds.append(_now() - self._start)
+        self.cpu_seconds.append(time.process_time() - self._cpu_start)
         self.total += self.seconds[-1]
         if control.should_save and not control.should_log:  # a checkpoint must hold the total of its own step
             state.log_history.append({"step": state.global_step, "train_seconds": self.total})
@@ -81,13 +84,14 @@ class StepTimer(TrainerCallback):
             warmup: First steps left out, at most half of all (allocation and caches make them slow).
 
         Returns:
-            median_ms, mean_ms (None without a step), steps measured, warm-up steps left out.
+            median_ms, mean_ms, mean_cpu_ms (None without a step), steps measured, warm-up steps left out.
         """
         warmup = min(warmup, len(self.seconds) // 2)
         kept = [1000 * seconds for seconds in self.seconds[warmup:]]
         return {
             "median_ms": statistics.median(kept) if kept else None,
             "mean_ms": statistics.fmean(kept) if kept else None,
+            "mean_cpu_ms": 1000 * statistics.fmean(self.cpu_seconds[warmup:]) if kept else None,
             "steps": len(kept),
             "warmup_steps": warmup,
         }
