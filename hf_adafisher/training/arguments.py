@@ -69,7 +69,8 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
 
     Args:
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
-            (``hf-adafisher list`` describes them; hyphens and underscores are the same), or of ``transformers.training_args.OptimizerNames``.
+            (``hf-adafisher list`` describes them; hyphens and underscores are the same), or of
+            ``transformers.training_args.OptimizerNames``.
             ``sgd``, ``adafactor`` and ``schedule_free_adamw`` are in both: they are those of this package.
         learning_rate: Default 0.004 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
             ``hf-adafisher list`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
