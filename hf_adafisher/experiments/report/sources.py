@@ -8,14 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from hf_adafisher.experiments.json_files import read_json
-from hf_adafisher.experiments.report.paired import LEAST_SEEDS, paired_interval
+from hf_adafisher.experiments.report.paired import CONFIDENCE, LEAST_SEEDS
 
 _NUMBER = re.compile(r"(?<![\w.,])[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 _MEASURED = re.compile(r"\d\.\d|±")
-_MIB = 2**20
+_UNITS = (2**20, 1e6)
+"""MiB and MB, which bytes are shown in."""
 
 
 def is_measured(rows: Sequence[str]) -> bool:
@@ -37,7 +40,7 @@ def unknown_numbers(rows: Sequence[str], sources: str, root: Path) -> list[str]:
         sources: Paths of JSON files and of ``cells.csv``, with spaces between them. ``FILE.json#KEY`` takes the values
             of one key alone; ``seeds=20-24`` runs with these seeds alone. Of JSON count all numbers in it; of
             ``cells.csv`` its cells and, for each setting, numbers, means and standard deviations over the seeds, and
-            differences from other settings, seed by seed, with 95 % intervals; bytes also as MiB.
+            differences from other settings, seed by seed, with 95 % intervals; bytes also as MiB and MB.
         root: Folder that the paths begin at.
 
     Raises:
@@ -92,28 +95,35 @@ def _numbers(root: Path, name: str, seeds: range | None) -> Iterator[float]:
         raise ValueError(f"{path} must be a JSON file or a cells.csv")
 
 
-def _leaves(value: Any) -> Iterator[float]:
-    if isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(item)
+def _leaves(value: Any, key: str = "") -> Iterator[float]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, key)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield float(value)
+        if key.endswith("bytes"):
+            yield from (value / unit for unit in _UNITS)
 
 
 def _of_runs(table: pd.DataFrame, path: str, seeds: range | None) -> Iterator[float]:
-    if not {"cell", "seed"} <= set(table.columns):
-        raise ValueError(f"{path} must have the columns cell and seed")
+    if not {"cell", "seed", "optimizer bytes"} <= set(table.columns):
+        raise ValueError(f"{path} must have the columns cell, seed and optimizer bytes, as those of comparisons have")
     table = table if seeds is None else table[table["seed"].isin(seeds)]
-    table = table.assign(**{"optimizer MiB": table["optimizer bytes"] / _MIB})
+    table = table.assign(**{f"in {unit}": table["optimizer bytes"] / unit for unit in _UNITS})
     settings = table["cell"].str.replace(r",seed=\d+", "", regex=True)
     runs = [group.set_index("seed").select_dtypes("number") for _, group in table.groupby(settings)]
+    found: list[Any] = [table.select_dtypes("number")]
     for group in runs:
-        yield len(group)
-        for values in (group.to_numpy().ravel(), group.mean(), group.std()):
-            yield from (float(value) for value in values if pd.notna(value))
+        found += [[len(group)], group.mean(), group.std()]
     for first, second in itertools.permutations(runs, 2):
         common = first.index.intersection(second.index)
-        for column in first.columns if len(common) >= LEAST_SEEDS else ():
-            pair = first[column].loc[common], second[column].loc[common]
-            if not any(values.isna().any() for values in pair):
-                yield from paired_interval(*(values.tolist() for values in pair))
+        if len(common) >= LEAST_SEEDS:
+            differences = (first.loc[common] - second.loc[common]).to_numpy()
+            mean, error = differences.mean(axis=0), differences.std(axis=0, ddof=1) / len(common) ** 0.5
+            reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(common) - 1)) * error
+            found += [mean, mean - reach, mean + reach]
+    numbers = np.concatenate([np.ravel(np.asarray(values, dtype=float)) for values in found])
+    yield from numbers[np.isfinite(numbers)].tolist()
