@@ -148,7 +148,9 @@ def _difference(first: SettingResults, second: SettingResults, metric: Metric, r
     by_seed = [{cell.settings.get("seed"): cell.values[metric.name] for cell in one.cells} for one in (first, second)]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in _common(first, second)]
     known = [(one, other) for one, other in pairs if one is not None and other is not None]
-    return paired_interval(*zip(*known, strict=True), rivals=rivals) if len(known) == len(pairs) else None
+    if len(known) < len(pairs):
+        return None
+    return paired_interval([one for one, _ in known], [other for _, other in known], rivals)
 
 
 def _text(found: Interval | None, metric: Metric) -> str:

@@ -15,7 +15,7 @@ from scipy import stats
 from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.experiments.report.paired import CONFIDENCE, LEAST_SEEDS
 
-_NUMBER = re.compile(r"(?<![\w.,])[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
+_NUMBER = re.compile(r"(?<![\w.,-])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 _MEASURED = re.compile(r"\d\.\d|±")
 _UNITS = (2**20, 1e6)
 """MiB and MB, which bytes are shown in."""

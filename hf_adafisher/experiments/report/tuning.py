@@ -39,7 +39,10 @@ def claimed_settings(settings: Sequence[SettingResults], tuning_seeds: Collectio
 
 def best_of_each(claims: Sequence[SettingResults]) -> list[SettingResults]:
     """Return the first setting of every optimizer, for pictures, which show one."""
-    return list({setting.optim: setting for setting in reversed(claims)}.values())[::-1]
+    first: dict[str, SettingResults] = {}
+    for setting in claims:
+        first.setdefault(setting.optim, setting)
+    return list(first.values())
 
 
 def distinct_names(settings: Sequence[SettingResults]) -> list[str]:

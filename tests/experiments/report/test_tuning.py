@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.comparison.configuration import PRESETS
+from hf_adafisher.experiments.comparison.identity import write_record
 from hf_adafisher.experiments.comparison.protocol import create_comparison
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.results import CellResult, SettingResults, group_by_setting
@@ -80,7 +81,7 @@ def test_the_table_of_trials() -> None:
         ["lion", "1 (1 diverged or failed)", "-", "-", "-", "none yet"],
     ]  # fmt: skip
     worse = [*grouped(), SettingResults([run("adamw", 20, 5.0, learning_rate=0.001)])]
-    assert tuning_table(worse, [0]).rows[0][-1] == "learning_rate=0.002; learning_rate=0.001 (not the best trial)"
+    assert tuning_table(worse, [0]).rows[0][-1] == "learning_rate=0.001 (not the best trial); learning_rate=0.002"
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,8 @@ def test_the_report_of_a_comparison_with_tuning_seeds(tmp_path: Path) -> None:
     for cell in comparison.cells:
         seed = cell.settings["seed"]
         loss = cell.settings.get("learning_rate", 0.5) + seed
+        comparison.folder(cell).mkdir()
+        write_record(cell, comparison.folder(cell))
         write_json(
             comparison.folder(cell) / "results.json",
             {
