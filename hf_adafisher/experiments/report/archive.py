@@ -122,7 +122,7 @@ def report_archive(folder: Path, programs: Path, output_dir: Path | None = None)
 
 @dataclass(frozen=True)
 class ArchivedReport:
-    """What the runs of an archive give.
+    """Results of an archive, and whether the tables beside it are theirs.
 
     Attributes:
         comparison: Its folder is gone.
