@@ -48,7 +48,7 @@ def measure_cost(rounds: int) -> dict[str, Any]:
         work = gpt2("cpu", **LM_SCRATCH)
         optimizer = create_optimizer(name, work.model, lr=1e-4, weight_decay=0.01, **options)
         if name == "schedule_free_adamw":
-            optimizer.train()  # its steps refuse the mode of evaluation
+            optimizer.train()  # type: ignore[attr-defined]  # its steps refuse the mode of evaluation
         functions[name] = _cpu_time(_iterate(work, optimizer))
     times = alternate(functions, rounds, "whole iterations", warm_up=1)
     return {"rows": {f"whole iteration, {name}": compare_times(found, times["adamw"]) for name, found in times.items()}}

@@ -77,7 +77,7 @@ def test_the_table_of_the_best_has_what_images_are_measured_by(finished: Compari
     loss = [4 + 0.15**2 + seed / 8 for seed in (0, 1)]
     assert table == {
         "optimizer": "adafisher",
-        "best setting": "learning_rate=0.25",
+        "setting": "learning_rate=0.25",
         "seeds": "2",
         "validation accuracy %": f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f}",
         "validation loss": f"{statistics.mean(loss):.4f} ± {statistics.stdev(loss):.4f}",

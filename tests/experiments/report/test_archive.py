@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 from hf_adafisher.cli.compare import PROGRAMS
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.outputs import write_json
-from hf_adafisher.experiments.report import pictures, stability_picture
 from hf_adafisher.experiments.report.archive import ARCHIVE_FILE, pack, report_archive, unpack
 from hf_adafisher.experiments.report.write_report import write_report
 from tests.experiments.cell_folders import folder_of
@@ -45,20 +43,6 @@ def json_files(folder: Path) -> dict[str, Any]:
     """Results and records below a folder, by path."""
     paths = (path for path in folder.rglob("*.json") if path.name in ("results.json", "command.json"))
     return {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in paths}
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_a_committed_report_is_that_of_its_archive(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To renew them: ``hf-adafisher report docs/results/NAME``. Pictures take seconds and are not looked at here."""
-    for module in (pictures, stability_picture):
-        monkeypatch.setattr(module, "save_figure", lambda figure, path, numbers: path.write_bytes(b"drawn"))
-    copy = Path(shutil.copytree(RESULTS / name, tmp_path / name))
-    for table in ("cells.csv", "report.md"):
-        (copy / table).write_text("stale")
-    report_archive(copy, PROGRAMS)
-    for table in ("cells.csv", "report.md"):
-        assert (copy / table).read_bytes() == (RESULTS / name / table).read_bytes()
-    assert {path.name for path in copy.iterdir()} == {path.name for path in (RESULTS / name).iterdir()}
 
 
 def test_the_committed_results_stay_small_and_every_picture_is_shown() -> None:

@@ -74,7 +74,7 @@ def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
     spread = statistics.stdev([0, 1 / 8, 2 / 8])
     assert first == {
         "optimizer": "adafisherw",
-        "best setting": "learning_rate=0.1, damping=0.001",
+        "setting": "learning_rate=0.1, damping=0.001",
         "seeds": "3",
         "validation loss": f"4.1250 ± {spread:.4f}",
         "test loss": f"4.1250 ± {spread:.4f}",
