@@ -108,7 +108,7 @@ def report_archive(folder: Path, programs: Path, output_dir: Path | None = None)
     with tempfile.TemporaryDirectory() as name:
         config, command = unpack(folder / ARCHIVE_FILE, Path(name))
         comparison = with_measured_jobs(create_comparison(config, programs, Path(name)))
-        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.png")}
+        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.svg")}
         write_report(comparison, command, pictures=pictures)
         written = sorted(path for path in Path(name).iterdir() if path.is_file())  # runs are folders
         if pictures is not None:

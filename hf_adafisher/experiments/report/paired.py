@@ -16,12 +16,13 @@ LEAST_SEEDS = 3
 """Fewer seeds in common are not compared: an interval of two means next to nothing."""
 
 
-def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of ``first - second`` and its 95 % interval by Student's t, which takes differences as normal.
+def paired_interval(first: Sequence[float], second: Sequence[float], rivals: int = 1) -> tuple[float, float, float]:
+    """Mean of ``first - second`` and its interval by Student's t, which takes differences as normal.
 
     Args:
         first: Values by seed, at least two.
         second: Values of the same seeds in the same order.
+        rivals: Intervals that hold together with 95 % (Bonferroni): each is one of ``1 - 0.05 / rivals``.
 
     Returns:
         Mean, lower and upper end; all alike where the differences are.
@@ -30,7 +31,8 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
     mean, error = float(differences.mean()), float(stats.sem(differences))
     if error == 0.0:
         return mean, mean, mean
-    low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, loc=mean, scale=error)
+    confidence = 1 - (1 - CONFIDENCE) / rivals
+    low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
     return mean, float(low), float(high)
 
 
