@@ -268,7 +268,8 @@ def _adaptive(svg: str) -> str:
     """Shorten an SVG of matplotlib, and give it the dark twins of its colours."""
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
-    svg = re.sub(r'(?<=<g) id="[\w.-]*"| transform="rotate\(-0 [^"]*"|font-family: [^;"]*; ', "", svg)
+    svg = re.sub(r'(?<=<g) id="[\w.-]*"| transform="rotate\(-0 [^"]*"', "", svg)
+    svg = re.sub(r'font-family: [^;"]*; |; stroke-linecap: square', "", svg)
     svg = re.sub(r"(px )'?DejaVu Sans'?[^;\"]*", rf"\g<1>{_FONTS}", svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg)
     rules = [

@@ -171,7 +171,7 @@ def tuning_seeds(folder: Path) -> list[int]:
     """Read which seeds only chose settings, from an archive or from the configuration of a comparison's folder."""
     archive, live = folder / "runs.jsonl.gz", folder / "configuration.json"
     if archive.is_file():
-        with gzip.open(archive, "rt", encoding="utf-8") as file:
+        with gzip.open(archive) as file:
             config = parse_json(file.readline(), f"{archive}, line 1").get("configuration", {})
     else:
         config = read_json(live) if live.is_file() else {}

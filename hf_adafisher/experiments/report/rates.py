@@ -130,7 +130,7 @@ def forgiven_factor(line: pd.DataFrame) -> tuple[float, bool]:
     centre, ends, open_end = int(np.argmin(means)), [], False
     for way in (-1, 1):
         index = centre
-        while 0 <= index + way < len(means) and means[index + way] <= BAND:
+        while 0 <= index + way < len(means) and means[index + way] <= BAND * (1 + 1e-9):
             index += way
         end = logs[index]
         if 0 <= index + way < len(means):

@@ -15,7 +15,7 @@ import pytest
 from hf_adafisher.cli.compare import PROGRAMS
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.outputs import write_json
-from hf_adafisher.experiments.report import pictures, stability_picture
+from hf_adafisher.experiments.report import differences, pictures, stability_picture
 from hf_adafisher.experiments.report.archive import ARCHIVE_FILE, pack, report_archive, unpack
 from hf_adafisher.experiments.report.write_report import write_report
 from tests.experiments.cell_folders import folder_of
@@ -50,7 +50,7 @@ def json_files(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_a_committed_report_is_that_of_its_archive(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To renew them: ``hf-adafisher report docs/results/NAME``. Pictures take seconds and are not looked at here."""
-    for module in (pictures, stability_picture):
+    for module in (differences, pictures, stability_picture):
         monkeypatch.setattr(module, "save_figure", lambda figure, path, numbers: path.write_bytes(b"drawn"))
     copy = Path(shutil.copytree(RESULTS / name, tmp_path / name))
     for table in ("cells.csv", "report.md"):

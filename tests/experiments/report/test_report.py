@@ -227,7 +227,7 @@ def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: p
     monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
     settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
     paths = list(draw_pictures(finished.output_dir, settings, best_settings(settings)))
-    for path, x, (_, all_axes) in zip(paths[1:3], ("steps", "seconds"), figures, strict=True):
+    for path, x, (_, all_axes) in zip(paths[1:3], ("steps", "seconds"), figures[:2], strict=True):
         panels = json.loads(path.with_suffix(".json").read_text())["panels"]
         for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
             assert axes.get_ylabel() == title
