@@ -5,7 +5,7 @@
     hf-adafisher benchmark --all-optimizers --rounds 15
     hf-adafisher benchmark --whole-iteration --rounds 15
     hf-adafisher benchmark --comparison-cost --rounds 15 --threads 1
-    hf-adafisher benchmark --scaling --plot out/scaling.png
+    hf-adafisher benchmark --scaling --plot out/scaling.svg
     hf-adafisher benchmark --count-operators --json out/operators.json
 
 All that is compared runs alternately in this one process; medians are shown, with quartiles. Operators are counted on

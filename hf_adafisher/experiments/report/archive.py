@@ -110,7 +110,7 @@ def report_archive(folder: Path, programs: Path, output_dir: Path | None = None)
         ValueError: The archive is damaged, or its configuration is not valid.
     """
     with _unpacked(folder, programs) as (comparison, command):
-        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.png")}
+        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.svg")}
         write_report(comparison, command, pictures=pictures)
         written = sorted(path for path in comparison.output_dir.iterdir() if path.is_file())  # runs are folders
         if pictures is not None:

@@ -10,7 +10,7 @@ from hf_adafisher.experiments.comparison.protocol import Comparison, failed_meas
 from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.outputs import write_text
 from hf_adafisher.experiments.report.paired import paired_table
-from hf_adafisher.experiments.report.pictures import draw_pictures, optimizer_styles
+from hf_adafisher.experiments.report.pictures import draw_pictures
 from hf_adafisher.experiments.report.provenance import describe_mixture, settings_table, software_table, step_time_table
 from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
 from hf_adafisher.experiments.report.results import (
@@ -64,7 +64,7 @@ def write_report(
         comparison: Some of its cells have results.
         command: The command line, for the report.
         results: Of ``read_comparison``, if they have been read.
-        pictures: Names of the pictures to draw, such as ``curves.png``; None: all.
+        pictures: Names of the pictures to draw, such as ``curves.svg``; None: all.
 
     Returns:
         The tables in short and the paths, as text to print.
@@ -122,7 +122,7 @@ def stability_sections(
         "sizes), then with other batch sizes, and with the learning rate tuned again at each."
     )
     drawn = wanted is None or STABILITY_PICTURE in wanted
-    pictures = draw_stability(folder, stability, optimizer_styles(settings)) if drawn else {}
+    pictures = draw_stability(folder, stability) if drawn else {}
     return [Section("Batch size", text, stability.table(), pictures=pictures)]
 
 
@@ -185,7 +185,7 @@ def _best(comparison: Comparison, best: list[SettingResults]) -> Section:
 def _paired(comparison: Comparison, best: list[SettingResults]) -> list[Section]:
     table = paired_table(best)
     text = _PAIRED + ("" if comparison.tuning_seeds else _SAME_SEEDS)
-    return [Section("Paired differences", text, table)] if table.rows else []
+    return [Section("Paired differences", text, table, mark="differs")] if table.rows else []
 
 
 def _tuning(comparison: Comparison, settings: list[SettingResults]) -> list[Section]:
