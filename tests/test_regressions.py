@@ -397,6 +397,24 @@ def test_d25_the_average_of_constant_statistics_is_that_constant_at_every_refres
         assert_close(diagonal.aminmax(), torch.return_types.aminmax((torch.tensor(1e-3), torch.tensor(1.001))))
 
 
+def test_d25_why_the_damping_alone_decides() -> None:
+    """The arithmetic of docs/method.md: that average, of factors within [0, 1] and started at 1."""
+    gamma, damping = 0.8, 1e-3
+    low, high = 1.0, 1.0
+    highest, lowest = [], []
+    for _ in range(20):  # refreshes of zeros, and of ones
+        low, high = 0.1 * gamma * low, 0.1 * gamma * high + 0.01 * gamma
+        lowest.append(damping + low**2)
+        highest.append(damping + high**2)
+        assert (high < 0.0087) == (len(highest) >= 5)
+    assert (round(lowest[0], 4), round(highest[0], 4)) == (0.0074, 0.0087)
+    for first, second in (lowest[:2], highest[:2]):
+        assert round(first / second, 1) == 7.1
+    assert high == pytest.approx(0.008 / 0.92) and highest[-1] < damping + 0.0087**2 < 0.001076
+    assert round(1 - damping / highest[-1], 3) == 0.070
+    assert round(1 - 0.003 / (0.003 + high**2), 3) == 0.025
+
+
 def test_d26_hooks_go_with_the_optimizer_and_copies_of_the_model_have_none() -> None:
     case = BY_NAME["norm"]
     model = case.build()

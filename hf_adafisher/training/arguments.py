@@ -9,7 +9,12 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_adafisher.optimizers.factory.catalog import TRAINER_LEARNING_RATE, available_optimizers, optimizer_record
+from hf_adafisher.optimizers.factory.catalog import (
+    TRAINER_LEARNING_RATE,
+    available_optimizers,
+    canonical_name,
+    optimizer_record,
+)
 from hf_adafisher.optimizers.factory.learning_rates import default_learning_rate
 from hf_adafisher.optimizers.factory.records import OptimizerRecord, did_you_mean
 from hf_adafisher.optimizers.validation.training_modes import (
@@ -64,7 +69,8 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
 
     Args:
         optim: ``adafisherw`` (default), or any other name of ``available_optimizers()``
-            (``hf-adafisher list`` describes them), or of ``transformers.training_args.OptimizerNames``.
+            (``hf-adafisher list`` describes them; hyphens and underscores are the same), or of
+            ``transformers.training_args.OptimizerNames``.
             ``sgd``, ``adafactor`` and ``schedule_free_adamw`` are in both: they are those of this package.
         learning_rate: Default 0.004 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
             ``hf-adafisher list`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
@@ -115,6 +121,8 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "optim":
+            value = canonical_name(value)
         super().__setattr__(short_names(type(self)).get(name, name), value)
 
     def __post_init__(self) -> None:
@@ -137,7 +145,7 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
         Raises:
             ValueError: As the constructor.
         """
-        name = str(getattr(name, "value", name))
+        name = canonical_name(str(getattr(name, "value", name)))
         _check_name(name)
         if learning_rate is None:
             learning_rate = self._default_learning_rate(name)

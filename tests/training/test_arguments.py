@@ -298,6 +298,18 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         AdaFisherTrainingArguments(str(tmp_path), optim="adafsherw", **CPU)
 
 
+def test_hyphens_and_underscores_in_names_are_the_same(tmp_path: Path) -> None:
+    arguments = AdaFisherTrainingArguments(str(tmp_path), optim="spectral_adafisher", **CPU)
+    assert (arguments.optim, arguments.learning_rate) == ("spectral-adafisher", 0.02)
+    arguments.optim = "schedule-free-adamw"  # as a hyperparameter search does
+    assert arguments.optim == arguments.to_dict()["optim"] == "schedule_free_adamw"
+    assert arguments.set_optimizer("spectral_adafisher").optim == "spectral-adafisher"
+    parsed = HfArgumentParser(AdaFisherTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--optim", "spectral_adafisher", "--adafisher_beta", "0.8", "--use_cpu"]
+    )[0]
+    assert (parsed.optim, parsed.optimizer_options()) == ("spectral-adafisher", {"beta": 0.8})
+
+
 def test_set_optimizer_takes_every_name(tmp_path: Path) -> None:
     arguments = AdaFisherTrainingArguments(str(tmp_path), optim="adamw", **CPU)
     assert arguments.set_optimizer("adafisherw", learning_rate=0.1) is arguments

@@ -16,6 +16,7 @@ from typing import Any
 
 from hf_adafisher.experiments.comparison.configuration import check_configuration
 from hf_adafisher.experiments.comparison.tasks import TASKS, Task
+from hf_adafisher.optimizers.factory.catalog import canonical_name
 
 _DATA_SETS = ("dataset", "dataset_name", "dataset_config_name", "text_column_name")
 _SLUG_LENGTH, _HASH_LENGTH = 30, 10
@@ -118,6 +119,7 @@ def expand_cells(config: Mapping[str, Any]) -> list[Cell]:
         settings = {key: value for key, value in entry.items() if key != "seeds"} | ({"seed": seeds} if seeds else {})
         settings = _with_short_names(settings)
         lists = {key: value if isinstance(value, list) else [value] for key, value in settings.items()}
+        lists["optim"] = [canonical_name(name) for name in lists["optim"]]
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
             cell = Cell(chosen, _with_short_names(config.get("common", {})), task=config.get("task", "clm"))
@@ -195,13 +197,14 @@ def select_optimizers(config: Mapping[str, Any], names: Sequence[str]) -> dict[s
     Raises:
         ValueError: One of them has no entry.
     """
-    known = list(dict.fromkeys(entry.get("optim") for entry in config.get("cells", [])))
+    names = [canonical_name(name) for name in names]
+    known = list(dict.fromkeys(canonical_name(entry.get("optim")) for entry in config.get("cells", [])))
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
             f"the configuration has no entry for {', '.join(unknown)}; it has: {', '.join(map(str, known))}"
         )
-    return {**config, "cells": [entry for entry in config["cells"] if entry.get("optim") in names]}
+    return {**config, "cells": [entry for entry in config["cells"] if canonical_name(entry.get("optim")) in names]}
 
 
 def local_files(folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.identity import cell_folder
 from hf_adafisher.experiments.comparison.protocol import Comparison, failed_measurements
 from hf_adafisher.experiments.comparison.stored import load_result
+from hf_adafisher.optimizers.factory.catalog import canonical_name
 
 
 def forecast(comparison: Comparison) -> str:
@@ -50,7 +51,9 @@ def format_duration(seconds: float) -> str:
 def _times(comparison: Comparison) -> tuple[dict[str, StepTime], str]:
     """Return step times from the best source there is, and that source in words."""
     times: dict[str, StepTime] = {}
-    given, examples = comparison.config.get("step_seconds", {}), comparison.config.get("train_examples")
+    config = comparison.config
+    given = {canonical_name(name): seconds for name, seconds in config.get("step_seconds", {}).items()}
+    examples = config.get("train_examples")
     for cell in comparison.cells:
         name = timing_cell(cell).name
         seconds = given.get(name, given.get(cell.optim))

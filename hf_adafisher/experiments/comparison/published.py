@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_adafisher.optimizers.factory.catalog import canonical_name
+
 _KEYS = {"source", "measure", "by", "values"}
 
 
@@ -58,4 +60,5 @@ def read_published_results(config: Mapping[str, Any]) -> PublishedResults | None
         values = values.get(str(config.get("common", {}).get(paper["by"])), {})
     if not all(isinstance(value, int | float) for value in values.values()):
         raise ValueError(f'the values of "paper" are numbers by optimizer, got {values}; is "by" missing?')
-    return PublishedResults(paper["source"], paper["measure"], values) if values else None
+    by_optimizer = {canonical_name(name): value for name, value in values.items()}
+    return PublishedResults(paper["source"], paper["measure"], by_optimizer) if values else None

@@ -19,6 +19,7 @@ from hf_adafisher.data.images.dataset import ImageDataset
 from hf_adafisher.experiments.figures.reserved_arguments import refuse_reserved
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
+from hf_adafisher.optimizers.factory.catalog import canonical_name
 from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.option_fields import argument_of
 from hf_adafisher.training.trainer import AdaFisherTrainer
@@ -62,7 +63,7 @@ def parse_optimizer(text: str) -> tuple[str, list[str]]:
     words = [f"--{pair}" for pair in options.split(",") if pair]
     if not name or not all(re.fullmatch("--[^=]+=.+", word) for word in words):
         raise ValueError(f"{text!r} is no optimizer: write its name, or name:argument=value,argument=value")
-    return name, words
+    return canonical_name(name), words
 
 
 def words(settings: Mapping[str, Any]) -> list[str]:

@@ -258,11 +258,23 @@ def available_optimizers() -> list[str]:
 
 
 def optimizer_record(name: str) -> OptimizerRecord:
-    """Return the record of an optimizer.
+    """Return the record of an optimizer; hyphens and underscores in its name are the same.
 
     Raises:
         ValueError: The name is unknown; the message lists the known ones and the nearest.
     """
-    if name not in RECORDS:
+    known = canonical_name(name)
+    if known not in RECORDS:
         raise ValueError(f"unknown optimizer {name!r}{did_you_mean(name, RECORDS)}; available: {', '.join(RECORDS)}")
-    return RECORDS[name]
+    return RECORDS[known]
+
+
+def canonical_name(name: str) -> str:
+    """Return an optimizer's name as ``available_optimizers`` spells it, hyphens and underscores being the same.
+
+    Any other word comes back as it is: it may be an optimizer of Trainer's.
+    """
+    return _SPELLINGS.get(str(name).replace("_", "-"), name)
+
+
+_SPELLINGS = {name.replace("_", "-"): name for name in RECORDS}

@@ -58,7 +58,7 @@ def create_optimizer(
     ``optimizer.train()`` before training and ``optimizer.eval()`` before evaluating or saving the model.
 
     Args:
-        name: One of ``available_optimizers``.
+        name: One of ``available_optimizers``; hyphens and underscores are the same.
         model: The model to train; its trainable parameters are used.
         lr: Learning rate. Default: that of ``hf-adafisher list``, as all other defaults; they are those of
             ``AdaFisherTrainingArguments(optim=name)``.
@@ -75,6 +75,7 @@ def create_optimizer(
         ImportError: The optimizer's library is not installed; the message holds the command that installs it.
     """
     record = optimizer_record(name)
+    name = record.name
     record.check_names(options)
     arguments = record.arguments(options if lr is None else {**options, "lr": lr})
     record.check_values({**arguments, "weight_decay": weight_decay})
@@ -159,6 +160,7 @@ class OptimizerFactory:
                 ``step_size="paper"``, K-FAC).
         """
         record = optimizer_record(name)
+        name = record.name
         record.check_names({key for key in kwargs if key not in ("weight_decay", "decay_names")})
         options = {key: value for key, value in kwargs.items() if key in record.options()}
         needs = record.needs_with(options)

@@ -14,8 +14,11 @@ from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, local_files, select_optimizers, set_arguments
 from hf_adafisher.experiments.comparison.configuration import PRESETS as PRESET_FOLDER
 from hf_adafisher.experiments.comparison.execution import run_cells
+from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
+from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.comparison.stored import load_result
+from hf_adafisher.experiments.figures.training_run import parse_optimizer
 from hf_adafisher.optimizers.factory.create import available_optimizers
 from tests.experiments.cell_folders import folder_of
 from tests.scripts import load_command
@@ -98,6 +101,25 @@ def test_an_entry_may_have_seeds_of_its_own(compare: Callable[..., Comparison]) 
 def test_bad_configurations(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         expand_cells(config)
+
+
+def test_hyphens_and_underscores_in_names_are_the_same(tmp_path: Path) -> None:
+    def comparison(name: str, only: str, budget: str) -> Comparison:
+        config = {
+            "cells": [{"optim": one, "learning_rate": 0.1} for one in (name, "adamw")],
+            "paper": {"source": "s", "measure": "m", "values": {name: 3.0}},
+            "step_seconds": {name: 2.0},
+        }
+        return create_comparison(config, CONFIGS, tmp_path, optimizers=[only], budget=budget)
+
+    mixed = comparison("spectral_adafisher", "spectral-adafisher", "like=spectral_adafisher:epochs=1")
+    assert [cell.name for cell in mixed.cells] == ["spectral-adafisher,learning_rate=0.1"]
+    other = comparison("spectral_adafisher", "spectral_adafisher", "steps=9")
+    assert other.cells == mixed.cells and "the configuration's step times" in forecast(other)
+    assert mixed.reference is not None and mixed.reference.optim == "spectral-adafisher"
+    published = read_published_results(mixed.config)
+    assert published is not None and published.values == {"spectral-adafisher": 3.0}
+    assert parse_optimizer("spectral_adafisher:beta=0.8")[0] == "spectral-adafisher"
 
 
 def test_a_subset_of_the_optimizers() -> None:

@@ -15,10 +15,12 @@ from hf_adafisher import (
     AdaFisherTrainingArguments,
     AdaFisherW,
     OptimizerFactory,
+    SpectralAdaFisher,
     available_optimizers,
     create_optimizer,
     optimizer_state_bytes,
 )
+from hf_adafisher.optimizers.factory.catalog import canonical_name
 from hf_adafisher.optimizers.factory.create import optimizer_record
 from hf_adafisher.optimizers.factory.param_groups import decay_groups
 from tests.cases import mlp
@@ -130,6 +132,19 @@ def test_defaults_of_adafisher_by_name_are_not_the_papers() -> None:
     assert [group[key] for key in keys] == ["paper", 1e-3, 1e-3, 0.8, 100]
     assert AdaFisherW(mlp(3, 2), step_size="root").param_groups[0]["lr"] == 4e-3
     assert create_optimizer("sgd", mlp(3, 2)).param_groups[0]["lr"] == 5e-5
+
+
+@NAMES
+def test_hyphens_and_underscores_are_the_same(name: str) -> None:
+    for spelling in (name.replace("-", "_"), name.replace("_", "-")):
+        assert optimizer_record(spelling).name == canonical_name(spelling) == name
+    assert canonical_name("adamw_torch") == "adamw_torch"  # another optimizer of Trainer's
+
+
+def test_optimizers_are_built_by_either_spelling() -> None:
+    for build in (create_optimizer, lambda name, model: OptimizerFactory()(model, name=name, lr=0.1)):
+        assert type(build("spectral_adafisher", mlp(3, 4, 2))) is SpectralAdaFisher
+        assert type(build("schedule-free-adamw", mlp(3, 2))) is optimizer_record("schedule_free_adamw").cls
 
 
 def test_unknown_names_and_options_name_the_known_ones_and_the_nearest() -> None:
