@@ -8,13 +8,13 @@ import json
 import posixpath
 import re
 import sys
-from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -31,6 +31,7 @@ PLACES = {
 """Where links to files and folders that are no page of their own lead."""
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 TEST_LINK = re.compile(r'(?<=href=")((?:\.\./)*source/(tests/[^"]+\.py)\.html)(?="><code>(test_\w+)</code>)')
+REMOTE = re.compile(r'<(?:script|img|iframe|link[^>]*stylesheet)\b[^>]*(?:src|href)="(https?:[^"]*)"')
 API = {
     "Optimizers": ("AdaFisherW", "AdaFisher", "SpectralAdaFisher"),
     "Trainer": ("AdaFisherMixin", "AdaFisherTrainer", "AdaFisherTrainingArguments"),
@@ -39,7 +40,14 @@ API = {
     "Layers of your own": ("register_layer", "LayerRule"),
 }
 """The public names by theme; a test holds that these are all."""
-SHARED = "hf_adafisher.optimizers.base.kronecker_diagonal.KroneckerDiagonalOptimizer"
+SHARED = """::: hf_adafisher.optimizers.base.kronecker_diagonal.KroneckerDiagonalOptimizer
+    options:
+      inherited_members: true
+      show_root_heading: false
+      show_root_toc_entry: false
+      filters: ["!^_", "!^(damping_of|decoupled|divides_by_root|momentum_key|options_class|root_steps|state_shapes)$"]
+"""
+"""Methods of AdaFisher, AdaFisherW and SpectralAdaFisher, without those that their classes define for each other."""
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -51,8 +59,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made here: see ``generated_pages``, and one for every linked file outside of docs/."""
-    pages = dict(generated_pages())
+    """Add the pages of ``ORIGINS`` and ``GENERATED``, and one for every linked file outside of docs/."""
+    pages = {uri: (ROOT / origin).read_text(encoding="utf-8") for uri, origin in ORIGINS.items()}
+    pages |= {uri: make() for uri, make in GENERATED.items()}
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}
     for uri, text in (texts | pages).items():
         for path in linked_paths(uri, text):
@@ -76,8 +85,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         anchor = match[2] or (f"#{anchor}" if anchor else "")
         return posixpath.relpath(place, posixpath.dirname(here) or ".") + anchor
 
+    if page.parent is None:  # nothing to navigate to: the page takes the room
+        page.meta.setdefault("hide", ["navigation"])
     if here.endswith("/report.md"):
-        markdown = markdown.replace("# Comparison of optimizers", f"# {posixpath.dirname(here)}", 1)
+        markdown = markdown.replace("# Comparison of optimizers", f"# {here.split('/')[-2]}", 1)
     return LINK.sub(moved, markdown)
 
 
@@ -89,7 +100,17 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
         number = next(i for i, line in enumerate(lines, 1) if line.lstrip().startswith(f"def {match[3]}("))
         return f"{match[1]}#__codelineno-0-{number}"
 
-    return TEST_LINK.sub(at_line, html.replace("::</p>", ":</p>"))  # the latter before code in docstrings
+    if page.file.src_uri == "api.md":  # blocks of code in docstrings
+        html = html.replace("::</p>", ":</p>")
+        html = re.sub(r"<pre>.*?</pre>", lambda match: match[0].replace("``", ""), html, flags=re.DOTALL)
+    return TEST_LINK.sub(at_line, html)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Check that a page needs nothing from the network."""
+    if remote := REMOTE.search(output):
+        raise PluginError(f"{page.file.src_uri} loads {remote[1]}: the site must open without a network")
+    return output
 
 
 def folder_of(uri: str) -> str:
@@ -111,17 +132,6 @@ def site_uri(path: str) -> str:
     if path.startswith("docs/results/") and (ROOT / path).is_dir():
         return f"archives.md#{posixpath.basename(path)}"
     return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}.md"
-
-
-def generated_pages() -> Iterator[tuple[str, str]]:
-    """Yield the pages made at build time: their paths in the site, and their Markdown."""
-    for uri, origin in ORIGINS.items():
-        yield uri, (ROOT / origin).read_text(encoding="utf-8")
-    yield "examples.md", examples_page()
-    yield "archives.md", archives_page()
-    yield "api.md", api_page()
-    yield "cli.md", cli_page()
-    yield "configuration.md", configuration_page()
 
 
 def source_page(path: str) -> str:
@@ -162,7 +172,9 @@ def archives_page() -> str:
         if report.exists():
             text.append(report.read_text(encoding="utf-8").split("\n\n")[1])
         names = sorted(path.relative_to(docs).as_posix() for path in folder.iterdir() if path.is_file())
-        text.append(" · ".join(f"[{posixpath.basename(name)}]({name})" for name in names))
+        text.append(
+            " · ".join(f"[{posixpath.basename(name).replace('report.md', 'report')}]({name})" for name in names)
+        )
     return "\n\n".join(text)
 
 
@@ -172,7 +184,7 @@ def api_page() -> str:
     for theme, names in API.items():
         text += [f"## {theme}", *(f"::: hf_adafisher.{name}" for name in names)]
         if theme == "Optimizers":
-            text += ["## Methods of these optimizers", f"::: {SHARED}\n    options: {{inherited_members: true}}"]
+            text += ["## Methods of these optimizers", SHARED]
         if theme == "Trainer":  # fields that are made of the optimizers' options are not seen in the source
             text[-1] += "\n    options: {docstring_options: {warn_missing_types: false, warn_unknown_params: false}}"
     return "\n\n".join(text)
@@ -198,7 +210,7 @@ def help_of(*words: str) -> str:
 
     shown = io.StringIO()
     with (
-        mock.patch.dict("os.environ", {"COLUMNS": "100"}),
+        mock.patch.dict("os.environ", {"COLUMNS": "92"}),
         mock.patch.object(sys, "argv", ["hf-adafisher"]),
         redirect_stdout(shown),
         suppress(SystemExit),
@@ -255,9 +267,18 @@ def fenced(text: str, language: str, title: str = "") -> str:
     return f"``````{language}{heading}\n{text.rstrip()}\n``````"
 
 
+GENERATED = {
+    "examples.md": examples_page,
+    "archives.md": archives_page,
+    "api.md": api_page,
+    "cli.md": cli_page,
+    "configuration.md": configuration_page,
+}
+"""Pages made at build time: their paths in the site, and what makes their Markdown."""
+
+
 def mathml(source: str, language: str, css_class: str, options: Any, md: Any, **kwargs: Any) -> str:
     """Turn a block of LaTeX into MathML, which browsers show without a script."""
     from latex2mathml.converter import convert
 
-    lines = [line for line in source.split("\n\n") if line.strip()]
-    return f'<div class="{css_class}">{"".join(convert(line, display="block") for line in lines)}</div>'
+    return f'<div class="{css_class}">{convert(source.strip(), display="block")}</div>'
