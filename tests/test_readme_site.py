@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,7 +18,12 @@ import hf_adafisher
 from hf_adafisher.optimizers.diagnostics.doctor import AILMENTS
 
 ROOT = Path(__file__).parents[1]
-DOCS = ROOT / "docs"
+DOCS, SITE = ROOT / "docs", ROOT / "out" / "site"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSER = (
+    f"{CHROMIUM} --headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage --virtual-time-budget=20000 --dump-dom"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,10 @@ def test_a_page_that_loads_something_from_the_network_is_an_error(hooks: ModuleT
 def test_formulas_become_mathml(hooks: ModuleType) -> None:
     pytest.importorskip("latex2mathml")
     html = hooks.mathml(r"m = \frac{a}{b}", "math", "math", {}, None)
-    assert html.startswith('<div class="math"><math ') and "<mfrac><mrow><mi>a</mi></mrow><mrow><mi>b</mi></mrow></mfrac>" in html
+    assert (
+        html.startswith('<div class="math"><math ')
+        and "<mfrac><mrow><mi>a</mi></mrow><mrow><mi>b</mi></mrow></mfrac>" in html
+    )
 
 
 def spoken(function: Any) -> str:
@@ -97,3 +107,26 @@ def test_the_troubleshooting_table_has_the_doctors_sentences() -> None:
         said = spoken(AILMENTS[finding])
         assert all(part.strip() in said for part in re.split(r"\bN\b", sentence)), sentence
         assert all(name in said for name in re.findall(r"`(\w+)`", arguments)), arguments
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
+@pytest.mark.skipif(not SITE.exists(), reason="needs the site: make docs")
+def test_the_site_works_from_a_folder_and_on_a_phone(tmp_path: Path) -> None:
+    def shown(address: str) -> str:
+        command = [*BROWSER, f"--user-data-dir={tmp_path / 'profile'}", address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+    found = re.search(r">(\d+) matching documents<", shown(f"{(SITE / 'index.html').as_uri()}?q=damping"))
+    assert found is not None and int(found[1]) > 5
+    # A window has at least 500 pixels, a frame may have the 390 of a phone.
+    base = f'<head><base href="{SITE.as_uri()}/">'
+    measure = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    probe = f"<script>onload = () => parent.postMessage({measure}, '*')</script>"
+    frame = "<script>onmessage = (event) => { document.title = event.data }</script>"
+    (tmp_path / "phone.html").write_text(f'<title>?</title>{frame}<iframe width="390" height="900" src="page.html">')
+    for name in ("index", "reference", "results", "api", "cli"):
+        page = (SITE / f"{name}.html").read_text(encoding="utf-8")
+        (tmp_path / "page.html").write_text(page.replace("<head>", base).replace("</body>", f"{probe}</body>"))
+        title = re.search("<title>(.*?)</title>", shown((tmp_path / "phone.html").as_uri()))
+        assert title is not None and title[1] == "0", f"{name} is {title and title[1]} pixels wider than a phone"
