@@ -4,7 +4,8 @@
     hf-adafisher benchmark --model gpt2-20m --compiled --rounds 15
     hf-adafisher benchmark --all-optimizers --rounds 15
     hf-adafisher benchmark --whole-iteration --rounds 15
-    hf-adafisher benchmark --scaling --plot out/scaling.png
+    hf-adafisher benchmark --comparison-cost --rounds 15 --threads 1
+    hf-adafisher benchmark --scaling --plot out/scaling.svg
     hf-adafisher benchmark --count-operators --json out/operators.json
 
 All that is compared runs alternately in this one process; medians are shown, with quartiles. Operators are counted on
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from hf_adafisher.experiments.benchmark.iteration import measure_iteration
+from hf_adafisher.experiments.benchmark.iteration import measure_cost, measure_iteration
 from hf_adafisher.experiments.benchmark.measurement import as_table
 from hf_adafisher.experiments.benchmark.operators import measure_operators, operators_table
 from hf_adafisher.experiments.benchmark.scaling import draw_scaling, measure_scaling
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--all-optimizers", action="store_true", help="step() of every installed optimizer")
     mode.add_argument("--whole-iteration", action="store_true", help="due and idle steps, whole training iterations")
+    mode.add_argument("--comparison-cost", action="store_true", help="CPU time of iterations in the preset lm-scratch")
     mode.add_argument("--scaling", action="store_true", help="growth with width, depth, vocabulary and batch")
     mode.add_argument("--count-operators", action="store_true", help="operators that an idle step launches, on the CPU")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -60,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.whole_iteration:
         result = measure_iteration(rounds, device, arguments.compiled)
         result["rows"] |= measure_trainer(rounds, device)
+    elif arguments.comparison_cost:
+        result = measure_cost(rounds)
     elif arguments.all_optimizers:
         result = measure_optimizers(arguments.model, rounds, device)
     elif arguments.count_operators:

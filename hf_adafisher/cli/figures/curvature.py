@@ -4,7 +4,7 @@ The run is one of any Trainer with AdaFisher or AdaFisherW and callbacks=[Curvat
 curvature.jsonl into its folder:
 
     hf-adafisher figures curvature out
-    hf-adafisher figures curvature out --layers "*.weight" --output weights.png
+    hf-adafisher figures curvature out --layers "*.weight" --output weights.svg
 
 It prints both ends of the ranking and the cost of recording. A layer's step is the root mean square of momentum / F
 over that of its momentum, here divided by its median over all layers: above 1 the curvature speeds a layer up, below 1
@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run, or its curvature.jsonl")
     parser.add_argument(
-        "--output", type=Path, help="PNG; SVG and JSON stand beside it (default curvature.png beside the record)"
+        "--output",
+        type=Path,
+        help="SVG or PNG; its numbers stand beside it as JSON (default curvature.svg beside the record)",
     )
     parser.add_argument("--layers", default="*", help="show the parameters whose names fit this pattern (default *)")
     args = parser.parse_args(argv)

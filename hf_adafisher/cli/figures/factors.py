@@ -2,9 +2,9 @@
 
 AdaFisher keeps the diagonals of ``H = mean x x^T`` (inputs) and ``S = mean g g^T`` (output gradients). This computes
 both in full after chosen optimizer steps and draws their Gershgorin disks and their eigenvalues, unchanged, with noise
-off the diagonal, and of the diagonal alone; a table and NAME_layers.png show the diagonal dominance of every layer.
+off the diagonal, and of the diagonal alone; a table and NAME_layers.svg show the diagonal dominance of every layer.
 
-    hf-adafisher figures factors --layer cct.layers.0.intermediate --steps 50 200 --output figures/factors.png
+    hf-adafisher figures factors --layer cct.layers.0.intermediate --steps 50 200 --output figures/factors.svg
     hf-adafisher figures factors --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 5 --optim adamw
     hf-adafisher figures factors --task image --model resnet18 --dataset cifar10 --layer classifier --steps 100
 
@@ -25,7 +25,7 @@ from hf_adafisher.experiments.figures.factors.study import FactorSettings, study
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, draw, and print the table; return the exit status, 2 for bad input."""
-    parser = figure_parser(__doc__, "figures/factors.png")
+    parser = figure_parser(__doc__, "figures/factors.svg")
     add, default = parser.add_argument, FactorSettings
     add("--layer", help="name of the module to draw (default: one in the middle)")
     add("--steps", type=int, nargs="+", default=list(default.steps), help="ascending (default 50 200)")

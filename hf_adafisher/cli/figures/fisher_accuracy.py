@@ -9,8 +9,8 @@ The exact diagonal is that of the end, and the estimates are averages over the t
 decay. A second table has controls that average as F~ does, S (x) H without its scaling layer by layer, and K-FAC with
 a hundredth and a hundred times of the damping. A legend of all columns and rows is printed below the tables.
 
-    hf-adafisher figures fisher-accuracy --steps 200 --seeds 0 1 2 --output figures/exact_fisher.png
-    hf-adafisher figures fisher-accuracy --kind true --steps 200 --output figures/true_fisher.png
+    hf-adafisher figures fisher-accuracy --steps 200 --seeds 0 1 2 --output figures/exact_fisher.svg
+    hf-adafisher figures fisher-accuracy --kind true --steps 200 --output figures/true_fisher.svg
     hf-adafisher figures fisher-accuracy --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 50
 """
 
@@ -34,7 +34,7 @@ TABLES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, compare, print the tables and draw; return the exit status, 2 for bad input."""
-    parser = figure_parser(__doc__, "figures/exact_fisher.png")
+    parser = figure_parser(__doc__, "figures/exact_fisher.svg")
     parser.add_argument("--optimizer", help="adafisher or adafisherw, or NAME:argument=value,... (default: the task's)")
     parser.add_argument("--steps", type=int, default=200, help="of the training (default 200)")
     parser.add_argument(

@@ -3,7 +3,7 @@ r"""Draw histograms of a layer's Fisher diagonal, step by step (Figure 4 of the 
 AdaFisher's diagonal, by which its momentum is divided, stands beside the second moment of Adam, which starts from the
 same weights and sees the same data. Both are counted in logarithmic bins; the lines are the quartiles.
 
-    hf-adafisher figures fisher-histogram --layer cct.layers.0.intermediate --steps 300 --output figures/histogram.png
+    hf-adafisher figures fisher-histogram --layer cct.layers.0.intermediate --steps 300 --output figures/histogram.svg
     hf-adafisher figures fisher-histogram --task clm --n_layer 1 --n_embd 32 --n_head 2 --steps 20 \
         --layer transformer.h.0.mlp.c_fc
     hf-adafisher figures fisher-histogram --task image --model resnet18 --dataset cifar10 --layer classifier.1 \
@@ -25,7 +25,7 @@ from hf_adafisher.experiments.figures.histogram.picture import draw_histograms, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train both, draw, and print the spread of the values; return the exit status, 2 for bad input."""
-    parser = figure_parser(__doc__, "figures/histogram.png")
+    parser = figure_parser(__doc__, "figures/histogram.svg")
     parser.add_argument("--layer", help="name of the module whose weight is counted")
     parser.add_argument(
         "--optimizers",

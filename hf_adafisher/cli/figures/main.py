@@ -8,6 +8,7 @@ from hf_adafisher.cli.main import dispatch
 
 FIGURES = {
     "curvature": ("hf_adafisher.cli.figures.curvature:main", "step size of each layer over a run"),
+    "differences": ("hf_adafisher.cli.figures.differences:main", "differences from a reference, with intervals"),
     "factors": ("hf_adafisher.cli.figures.factors:main", "how diagonal a layer's Kronecker factors are (Figure 3)"),
     "fisher-accuracy": ("hf_adafisher.cli.figures.fisher_accuracy:main", "how close the diagonal is to the exact one"),
     "fisher-histogram": (
@@ -21,4 +22,4 @@ FIGURES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw the figure that the first word names; return its exit status."""
-    return dispatch("hf-adafisher figures", "Draw a figure as PNG, SVG and JSON.", FIGURES, argv)
+    return dispatch("hf-adafisher figures", "Draw a figure, with its numbers as JSON.", FIGURES, argv)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,13 @@ from hf_adafisher.optimizers.adafisher import AdaFisherW
 from hf_adafisher.optimizers.factory.create import create_optimizer
 
 T_COV = 10
+LM_SCRATCH = {"width": 128, "depth": 3, "vocabulary": 4096, "batch": 8}
+"""Sizes of the language model that docs/protocol.md tunes every optimizer on."""
+LM_SCRATCH_OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {}, "adafisherw": {}, "spectral-adafisher": {}, "muon": {}, "soap": {"precondition_frequency": 1},
+    "lamb": {}, "lion": {}, "schedule_free_adamw": {},
+}  # fmt: skip
+"""Optimizers of that comparison, with those of its options that change what a step costs."""
 
 
 def measure_iteration(rounds: int, device: str = "cpu", compiled: bool = False, **sizes: int) -> dict[str, Any]:
@@ -27,6 +35,23 @@ def measure_iteration(rounds: int, device: str = "cpu", compiled: bool = False, 
     result = _measure_recording(rounds, device, **sizes)
     result["rows"] |= _measure_whole(rounds, device, compiled, **sizes)
     return result
+
+
+def measure_cost(rounds: int) -> dict[str, Any]:
+    """Measure CPU time of whole iterations of the optimizers in the comparison of language models from scratch.
+
+    The ratios turn AdamW's steps into as many of another optimizer as take equal time. CPU time does not count what
+    other programs do meanwhile.
+    """
+    functions = {}
+    for name, options in LM_SCRATCH_OPTIMIZERS.items():
+        work = gpt2("cpu", **LM_SCRATCH)
+        optimizer = create_optimizer(name, work.model, lr=1e-4, weight_decay=0.01, **options)
+        if name == "schedule_free_adamw":
+            optimizer.train()  # type: ignore[attr-defined]  # its steps refuse the mode of evaluation
+        functions[name] = _cpu_time(_iterate(work, optimizer))
+    times = alternate(functions, rounds, "whole iterations", warm_up=1)
+    return {"rows": {f"whole iteration, {name}": compare_times(found, times["adamw"]) for name, found in times.items()}}
 
 
 def _measure_recording(rounds: int, device: str, **sizes: int) -> dict[str, Any]:
@@ -80,6 +105,13 @@ def _measure_whole(rounds: int, device: str, compiled: bool, **sizes: int) -> di
 
 
 def _iterations(work: Workload, optimizer: Optimizer, device: str) -> Callable[[], float]:
+    iterate = _iterate(work, optimizer)
+    return lambda: timed(iterate, device) / T_COV
+
+
+def _iterate(work: Workload, optimizer: Optimizer) -> Callable[[], None]:
+    """Function of ``T_COV`` iterations: forward, backward, clipping, step."""
+
     def iterations() -> None:
         for _ in range(T_COV):
             work.backward()
@@ -87,4 +119,15 @@ def _iterations(work: Workload, optimizer: Optimizer, device: str) -> Callable[[
             optimizer.step()
             work.model.zero_grad()
 
-    return lambda: timed(iterations, device) / T_COV
+    return iterations
+
+
+def _cpu_time(iterate: Callable[[], None]) -> Callable[[], float]:
+    """Function that returns the CPU milliseconds of one of ``iterate``'s iterations."""
+
+    def function() -> float:
+        start = time.process_time()
+        iterate()
+        return 1e3 * (time.process_time() - start) / T_COV
+
+    return function

@@ -13,8 +13,7 @@ from torch.optim import Optimizer
 
 from hf_adafisher.experiments.benchmark.measurement import alternate, timed, timer
 from hf_adafisher.experiments.benchmark.workloads import Workload, gpt2
-from hf_adafisher.experiments.drawing import new_figure
-from hf_adafisher.experiments.outputs import replacing
+from hf_adafisher.experiments.drawing import line_style, new_figure, write_picture
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 
 BASE = {"width": 256, "depth": 4, "vocabulary": 4096, "batch": 8}
@@ -106,14 +105,15 @@ def draw_scaling(path: Path, result: Mapping[str, Any]) -> None:
     """Draw an idle step over the parameters and the time for factors over the activations."""
     figure, panels = new_figure(1, 2, (11, 4.5), sharey=False)
     for axes, (x, y, label) in zip(panels, PANELS, strict=True):
-        for name, points in result["points"].items():
+        for index, (name, points) in enumerate(result["points"].items()):
             points = sorted(points, key=lambda point: point[x])
-            axes.plot([p[x] / 1e6 for p in points], [p[y] for p in points], marker="o", label=f"growing {name}")
+            axes.plot(
+                [p[x] / 1e6 for p in points], [p[y] for p in points], **line_style(index), label=f"growing {name}"
+            )
         fit, end = result["fits"][y], max(p[x] / 1e6 for points in result["points"].values() for p in points)
         line = [fit["intercept_ms"], fit["intercept_ms"] + fit["ms_per_million"] * end]
         text = f"{fit['ms_per_million']:.2f} ms a million, R² {fit['r_squared']:.2f}"
         axes.plot([0, end], line, color="black", linestyle=":", label=text)
         axes.set(xlabel=f"{x}, millions", ylabel=label, xlim=(0, None), ylim=(0, None))
         axes.legend()
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=120)
+    write_picture(figure, path)

@@ -61,6 +61,11 @@ class Comparison:
         """The task of the configuration."""
         return task_of(self.config)
 
+    @property
+    def tuning_seeds(self) -> tuple[int, ...]:
+        """Seeds whose runs choose settings and stand in no claim; empty where all runs do both."""
+        return tuple(self.config.get("tuning_seeds", ()))
+
     def step_times(self) -> dict[str, StepTime]:
         """Read the step times measured so far, by the name of the measurement."""
         times = {}
@@ -226,6 +231,9 @@ def create_comparison(
     if seeds:
         entries = [{**entry, "seeds": list(seeds)} if "seeds" in entry else entry for entry in config["cells"]]
         full |= {"seeds": list(seeds), "cells": entries}
+        left = [seed for seed in full.pop("tuning_seeds", ()) if seed in seeds]
+        full |= {"tuning_seeds": left} if left else {}
+    _check_tuning_seeds(full)
     selected = select_optimizers(full, optimizers) if optimizers else full
     cells = expand_cells(selected)
     parsed = Budget.parse(full["budget"]) if "budget" in full else None
@@ -237,6 +245,15 @@ def create_comparison(
         value = full.get("common", {}).get(by, "not given")
         logger.warning("there are no published numbers for this comparison (%s: %s): no column for them", by, value)
     return Comparison(selected, cells, parsed, reference, scripts / task_of(full).script, output_dir, jobs, backend)
+
+
+def _check_tuning_seeds(config: Mapping[str, Any]) -> None:
+    """Refuse tuning seeds that no run has: a mistyped one would make claims of the runs that chose."""
+    seeds = {*config.get("seeds", ()), *(cell.settings.get("seed") for cell in expand_cells(config))}
+    unknown = [seed for seed in config.get("tuning_seeds", ()) if seed not in seeds]
+    if unknown:
+        known = ", ".join(sorted(map(str, seeds - {None}))) or "none"
+        raise ValueError(f"'tuning_seeds' has {unknown[0]}, which is no seed of the comparison (its seeds: {known})")
 
 
 def _warn_of_threads(cell: Cell, result: Mapping[str, Any], threads: int) -> None:

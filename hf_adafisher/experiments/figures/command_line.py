@@ -30,7 +30,10 @@ def figure_parser(description: str, output: str) -> argparse.ArgumentParser:
     tasks = "; ".join(f"{name}: {what}" for name, what in TASKS.items())
     parser.add_argument("--task", choices=TASKS, default="digits", help=f"{tasks} (default digits)")
     parser.add_argument(
-        "--output", type=Path, default=Path(output), help=f"PNG; SVG and JSON stand beside it (default {output})"
+        "--output",
+        type=Path,
+        default=Path(output),
+        help=f"SVG or PNG; its numbers stand beside it as JSON (default {output})",
     )
     return parser
 

@@ -89,10 +89,10 @@ def draw_agreement(found: Mapping[str, Any], output: Path) -> list[Path]:
 
     Args:
         found: Result of ``compare_fisher``.
-        output: PNG file; SVG and JSON stand beside it.
+        output: SVG or PNG; the numbers stand beside it as JSON.
 
     Returns:
-        The three files.
+        The two files.
     """
     rows = found["layers"]
     figure, (axes,) = new_figure(1, 1, (8.0, 2.1 + 0.33 * len(rows)))

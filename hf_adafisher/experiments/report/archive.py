@@ -10,6 +10,8 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +20,9 @@ from hf_adafisher.experiments.comparison.protocol import Comparison, create_comp
 from hf_adafisher.experiments.comparison.schema import anything, mapping, optional, refuse, text
 from hf_adafisher.experiments.json_files import parse_json, read_json
 from hf_adafisher.experiments.outputs import json_ready, replacing, write_json
-from hf_adafisher.experiments.report.write_report import read_comparison, write_report
+from hf_adafisher.experiments.report.results import CellResult
+from hf_adafisher.experiments.report.tables import escape_paragraph
+from hf_adafisher.experiments.report.write_report import NO_PICTURES, read_comparison, write_report
 from hf_adafisher.experiments.runs.run import RESULTS_FILE
 
 ARCHIVE_FILE = "runs.jsonl.gz"
@@ -105,17 +109,66 @@ def report_archive(folder: Path, programs: Path, output_dir: Path | None = None)
     Raises:
         ValueError: The archive is damaged, or its configuration is not valid.
     """
-    with tempfile.TemporaryDirectory() as name:
-        config, command = unpack(folder / ARCHIVE_FILE, Path(name))
-        comparison = with_measured_jobs(create_comparison(config, programs, Path(name)))
-        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.png")}
+    with _unpacked(folder, programs) as (comparison, command):
+        pictures = None if output_dir is not None else {path.name for path in folder.glob("*.svg")}
         write_report(comparison, command, pictures=pictures)
-        written = sorted(path for path in Path(name).iterdir() if path.is_file())  # runs are folders
+        written = sorted(path for path in comparison.output_dir.iterdir() if path.is_file())  # runs are folders
         if pictures is not None:
             written = [path for path in written if path.name in {*_KEPT, *pictures}]
         target = output_dir or folder
         target.mkdir(parents=True, exist_ok=True)
         return [Path(shutil.copyfile(path, target / path.name)) for path in written]
+
+
+@dataclass(frozen=True)
+class ArchivedReport:
+    """Results of an archive, and whether the tables beside it are theirs.
+
+    Attributes:
+        comparison: Its folder is gone.
+        results: One for each run.
+        stale: Those of ``report.md`` and ``cells.csv`` beside the archive that the runs do not give, or that are
+            missing. Pictures and their captions are not looked at, since it takes seconds to draw them.
+    """
+
+    comparison: Comparison
+    results: list[CellResult]
+    stale: list[str]
+
+
+def read_archive(folder: Path, programs: Path) -> ArchivedReport:
+    """Read an archive, and compare the tables beside it with its runs.
+
+    Args:
+        folder: Of the archive.
+        programs: Folder of the programs that run cells.
+
+    Raises:
+        ValueError: The archive is damaged, or its configuration is not valid.
+    """
+    with _unpacked(folder, programs) as (comparison, command):
+        results = read_comparison(comparison)
+        write_report(comparison, command, results, pictures=())
+        stale = [name for name in _KEPT if _tables_of(folder / name) != _tables_of(comparison.output_dir / name)]
+        return ArchivedReport(comparison, results, stale)
+
+
+@contextmanager
+def _unpacked(folder: Path, programs: Path) -> Iterator[tuple[Comparison, str]]:
+    """Unpack an archive for a while; its comparison and command."""
+    with tempfile.TemporaryDirectory() as name:
+        config, command = unpack(folder / ARCHIVE_FILE, Path(name))
+        yield with_measured_jobs(create_comparison(config, programs, Path(name))), command
+
+
+def _tables_of(path: Path) -> bytes | None:
+    """A report without its pictures and their captions; None where there is none."""
+    if not path.is_file():
+        return None
+    if path.suffix != ".md":
+        return path.read_bytes()
+    shown = re.sub(r"!\[.*\]\(\S+\)\n\n.*\n\n", "", path.read_text("utf-8"))
+    return shown.replace(f"{escape_paragraph(NO_PICTURES)}\n\n", "").encode()
 
 
 def _line(value: Any) -> str:

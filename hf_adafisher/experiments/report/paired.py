@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from hf_adafisher.experiments.comparison.tasks import Metric
-from hf_adafisher.experiments.report.results import SettingResults
-from hf_adafisher.experiments.report.tables import Table
+from hf_adafisher.experiments.comparison.tasks import Metric, format_number
+from hf_adafisher.experiments.report.results import CPU_TIME, SettingResults
+from hf_adafisher.experiments.report.tables import Table, describe_seeds, with_spread
+from hf_adafisher.experiments.report.tuning import distinct_names
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
 """Fewer seeds in common are not compared: an interval of two means next to nothing."""
 
+_RATIO = "ratio of perplexities"
 
-def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of ``first - second`` and its 95 % interval by Student's t, which takes differences as normal.
+
+class Interval(NamedTuple):
+    """A mean difference and the ends of its interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def leaves_out_0(self) -> bool:
+        """True where one side is clearly ahead."""
+        return self.low > 0 or self.high < 0
+
+    def text(self, digits: int) -> str:
+        """``-0.210 (-0.230 to -0.190)``."""
+        return f"{self.mean:+.{digits}f} ({self.low:+.{digits}f} to {self.high:+.{digits}f})"
+
+
+def paired_interval(first: Sequence[float], second: Sequence[float], rivals: int = 1) -> Interval:
+    """Mean of ``first - second`` and its interval by Student's t, which takes differences as normal.
 
     Args:
         first: Values by seed, at least two.
         second: Values of the same seeds in the same order.
+        rivals: Intervals that hold together with 95 % (Bonferroni): each is one of ``1 - 0.05 / rivals``.
 
     Returns:
         Mean, lower and upper end; all alike where the differences are.
@@ -29,34 +52,82 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[fl
     differences = np.subtract(first, second)
     mean, error = float(differences.mean()), float(stats.sem(differences))
     if error == 0.0:
-        return mean, mean, mean
-    low, high = stats.t.interval(CONFIDENCE, len(differences) - 1, loc=mean, scale=error)
-    return mean, float(low), float(high)
+        return Interval(mean, mean, mean)
+    confidence = 1 - (1 - CONFIDENCE) / rivals
+    low, high = stats.t.interval(confidence, len(differences) - 1, loc=mean, scale=error)
+    return Interval(mean, float(low), float(high))
 
 
-def paired_table(best: Sequence[SettingResults], reference: str = "adamw") -> Table:
-    """Tabulate differences of each optimizer's best setting to the best one's and to ``reference``'s, where it ran.
+def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:
+    """Tabulate differences of all settings to ``reference``'s, where it ran, and to the best one's.
 
-    Only seeds that both have count, and only pairs with ``LEAST_SEEDS`` of them. Marked rows are those whose interval
-    does not contain 0.
+    Only seeds that both have count, and only pairs with ``LEAST_SEEDS`` of them; trials are left out. The intervals of
+    all pairs with one reference hold together. Marked rows are those whose interval of the test metric (without one:
+    of the metric that selects) leaves out 0.
 
     Args:
-        best: Best setting of each optimizer, the best first.
+        claims: Of ``claimed_settings``, the best first.
         reference: An optimizer that all are compared with.
     """
-    pairs = [(setting, other) for other in best if other.optim == reference for setting in best if setting is not other]
-    pairs += [(setting, best[0]) for setting in best[1:] if reference not in (setting.optim, best[0].optim)]
+    shown = [setting for setting in claims if not setting.tuning]
+    names = {id(setting): name for setting, name in zip(shown, distinct_names(shown), strict=True)}
+    references = [setting for setting in shown if setting.optim == reference]
+    references += shown[:1] if not any(setting is shown[0] for setting in references) else []
+    metrics = _metrics(shown[0]) if shown else []
+    rows: list[list[str]] = []
+    clear, seen = set(), set()
+    for other in references:
+        rivals = rivals_of(other, shown)
+        for setting in rivals:
+            if (id(other), id(setting)) in seen:  # the other way round
+                continue
+            seen.add((id(setting), id(other)))
+            found = [_difference(setting, other, metric, len(rivals)) for metric in metrics]
+            deciding = next((interval for interval in reversed(found) if interval is not None), None)
+            if deciding is not None and deciding.leaves_out_0:
+                clear.add(len(rows))
+            seeds = str(len(_common(setting, other)))
+            rows.append([f"{names[id(setting)]} - {names[id(other)]}", seeds, *map(_text, found, metrics)])
+            if metrics[-1].key == "loss":
+                rows[-1].append(_ratio(found[-1]))
+    ratio = [f"{_RATIO} ({metrics[-1].split})"] if metrics and metrics[-1].key == "loss" else []
+    return Table(["difference", "seeds", *(metric.name for metric in metrics), *ratio], rows, frozenset(clear))
+
+
+def summary_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:
+    """Tabulate the test metric of all claims, its difference from the first setting of ``reference``, and the cost.
+
+    Args:
+        claims: At least one, of ``claimed_settings``, the best first.
+        reference: An optimizer that all are compared with, as by ``paired_table``; without it there is no difference.
+    """
+    metric = _metrics(claims[0])[-1]
+    other = next((one for one in claims if one.optim == reference and not one.tuning), None)
+    rivals = [] if other is None else rivals_of(other, [one for one in claims if not one.tuning])
     rows: list[list[str]] = []
     clear = set()
-    for setting, other in pairs:
-        seeds = _common(setting, other)
-        if len(seeds) >= LEAST_SEEDS:
-            texts = [_difference(setting, other, metric) for metric in _metrics(setting)]
-            if any(excludes for _, excludes in texts):
-                clear.add(len(rows))
-            rows.append([f"{setting.optim} - {other.optim}", str(len(seeds)), *(text for text, _ in texts)])
-    names = [metric.name for metric in _metrics(best[0])] if best else []
-    return Table(["difference", "seeds", *names], rows, frozenset(clear))
+    for setting in claims:
+        compared = other is not None and any(setting is rival for rival in rivals)
+        found = _difference(setting, other, metric, len(rivals)) if other is not None and compared else None
+        if found is not None and found.leaves_out_0:
+            clear.add(len(rows))
+        size = setting.mean("optimizer bytes")
+        rows.append([
+            setting.optim, setting.name, describe_seeds(setting), with_spread(metric)(setting), _text(found, metric),
+            _ratio(found), format_number(setting.mean(CPU_TIME), 0),
+            format_number(None if size is None else size / 2**20, 2),
+        ])  # fmt: skip
+    columns = ["optimizer", "setting", "seeds", metric.name, f"minus {reference}", _RATIO]
+    columns += [CPU_TIME, "optimizer MiB"]
+    kept = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
+    kept = [index for index in kept if metric.key == "loss" or columns[index] != _RATIO]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], frozenset(clear))
+
+
+def rivals_of(reference: SettingResults, claims: Sequence[SettingResults]) -> list[SettingResults]:
+    """Return the settings that have enough seeds in common with one of them."""
+    others = [setting for setting in claims if setting is not reference]
+    return [setting for setting in others if len(_common(setting, reference)) >= LEAST_SEEDS]
 
 
 def _metrics(setting: SettingResults) -> list[Metric]:
@@ -72,18 +143,23 @@ def _common(first: SettingResults, second: SettingResults) -> list[int]:
     return sorted(seed for seed in seeds[0] & seeds[1] if seed is not None)
 
 
-def _difference(first: SettingResults, second: SettingResults, metric: Metric) -> tuple[str, bool]:
-    """The difference as text, and whether its interval leaves out 0."""
-    seeds = _common(first, second)
-    values = [
-        [
-            next(cell for cell in setting.cells if cell.settings.get("seed") == seed).values[metric.name]
-            for seed in seeds
-        ]
-        for setting in (first, second)
-    ]
-    if any(value is None for side in values for value in side):
-        return "-", False
-    mean, low, high = paired_interval(*values)  # type: ignore[arg-type]
-    digits = max(metric.digits, 2)
-    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})", low > 0 or high < 0
+def _difference(first: SettingResults, second: SettingResults, metric: Metric, rivals: int) -> Interval | None:
+    """First minus second; None where a seed has no value."""
+    by_seed = [{cell.settings.get("seed"): cell.values[metric.name] for cell in one.cells} for one in (first, second)]
+    pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in _common(first, second)]
+    known = [(one, other) for one, other in pairs if one is not None and other is not None]
+    if len(known) < len(pairs):
+        return None
+    return paired_interval([one for one, _ in known], [other for _, other in known], rivals)
+
+
+def _text(found: Interval | None, metric: Metric) -> str:
+    return "-" if found is None else found.text(max(metric.digits, 2))
+
+
+def _ratio(found: Interval | None) -> str:
+    """Of a difference of losses in nats."""
+    if found is None:
+        return "-"
+    mean, low, high = (math.exp(value) for value in found)
+    return f"{mean:.3f} ({low:.3f} to {high:.3f})"

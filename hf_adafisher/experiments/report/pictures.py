@@ -14,13 +14,21 @@ import pandas as pd
 from hf_adafisher.experiments.comparison.tasks import Task
 from hf_adafisher.experiments.drawing import (
     DASHES,
+    GREY_LINE,
     MARKERS,
+    MOST_LINES,
     Style,
-    line_style,
+    coloured_lines,
+    label_line_ends,
+    name_the_grey,
     new_figure,
+    optimizer_styles,
+    plain_text,
     require_matplotlib,
     save_figure,
 )
+from hf_adafisher.experiments.report.differences import draw_differences, paired_differences
+from hf_adafisher.experiments.report.rendering import Picture
 from hf_adafisher.experiments.report.results import COST, CellResult, SettingResults
 
 logger = logging.getLogger(__name__)
@@ -39,50 +47,51 @@ def draw_pictures(
     settings: Sequence[SettingResults],
     best: Sequence[SettingResults],
     wanted: Container[str] | None = None,
-) -> dict[Path, str]:
-    """Draw curves against steps and against seconds (the paper's Figure 5), and sweeps of the learning rate.
+) -> dict[Path, Picture]:
+    """Draw differences from AdamW, curves against steps and seconds (the paper's Figure 5), and learning rates.
 
     The curves are the training loss and the cost (a validation loss or error), of each optimizer at its best setting.
-    Beside each PNG stand an SVG and a JSON file with the numbers. Of the names in ``wanted`` alone; None: all.
+    Beside each SVG stands a JSON file with the numbers. Of the names in ``wanted`` alone; None: all.
 
     Returns:
-        The PNG files and their captions; empty, with a warning, if matplotlib is not installed.
+        The SVG files and their texts; empty, with a warning, if matplotlib is not installed.
     """
     try:
         require_matplotlib()
     except ImportError:
         logger.warning("matplotlib is not installed, so the report has no pictures: pip install matplotlib")
         return {}
-    styles = optimizer_styles(settings)
+
+    def is_wanted(name: str) -> bool:
+        return wanted is None or name in wanted
+
     cost_label = settings[0].task.cost_label if settings else ""
+    pictures = {}
+    differences = paired_differences(best)
+    if differences is not None and is_wanted("differences.svg"):
+        path = folder / "differences.svg"
+        pictures[path] = draw_differences(path, differences)
     panels = {TRAINING_AXIS: _curves(best, _training_loss), cost_label: _curves(best, Task.logged_cost)}
     panels = {title: curves for title, curves in panels.items() if curves}
-    pictures = {}
     for name, x, label in (
-        ("curves", "steps", "optimizer steps"),
-        ("curves_by_seconds", "seconds", "training seconds"),
+        ("curves.svg", "steps", "optimizer steps"),
+        ("curves_by_seconds.svg", "seconds", "training seconds"),
     ):
-        if panels and (wanted is None or f"{name}.png" in wanted):
-            path = folder / f"{name}.png"
-            _draw_curves(path, panels, styles, x, label)
-            pictures[path] = _caption(panels, label)
+        if panels and is_wanted(name):
+            _draw_curves(folder / name, panels, [setting.optim for setting in best], x, label)
+            pictures[folder / name] = Picture(_caption(panels, label), _curves_in_words(panels, label))
     sweeps = _sweeps(settings)
     swept = any(len(line) > 1 for lines in sweeps.values() for line in lines.values())
-    if swept and (wanted is None or "learning_rates.png" in wanted):
-        path = folder / "learning_rates.png"
-        _draw_sweeps(path, sweeps, styles, cost_label)
-        pictures[path] = (
+    if swept and is_wanted("learning_rates.svg"):
+        path = folder / "learning_rates.svg"
+        _draw_sweeps(path, sweeps, cost_label)
+        caption = (
             f"{cost_label.split(' (')[0].capitalize()} at the end against the learning rate; bars span the seeds, a "
             "cross at the top is a setting of which a run diverged, failed, or lies above the frame. The dotted line "
             "is the best of all optimizers. A wide valley forgives a wrong learning rate."
         )
+        pictures[path] = Picture(caption, _sweeps_in_words(sweeps, cost_label))
     return pictures
-
-
-def optimizer_styles(settings: Sequence[SettingResults]) -> dict[str, Style]:
-    """Return the style of each optimizer, by its name, the same in all pictures of a comparison."""
-    optimizers = dict.fromkeys(setting.optim for setting in settings)
-    return {optim: line_style(index) for index, optim in enumerate(optimizers)}
 
 
 def draw_with_range(axes: Any, x: str, line: pd.DataFrame, style: Style, edge: float) -> None:
@@ -153,22 +162,36 @@ def _logged(result: CellResult, read: _Read) -> pd.DataFrame:
     return pd.DataFrame(points, columns=["steps", "seconds", "value"]).drop_duplicates("steps", keep="last")
 
 
-def _draw_curves(path: Path, panels: Mapping[str, Curves], styles: Mapping[str, Style], x: str, label: str) -> None:
+def _curves_in_words(panels: Mapping[str, Curves], label: str) -> str:
+    """Say from where to where the last panel's curves go, the lowest end first."""
+    title, curves = list(panels.items())[-1]
+    ends = sorted((curve["mean"][-1], curve["mean"][0], optim) for optim, curve in curves.items())
+    shown = [f"{optim} {last:.4g} (from {first:.4g})" for last, first, optim in ends[:MOST_LINES]]
+    worst = f"; the highest end is that of {ends[-1][2]}, {ends[-1][0]:.4g}" if len(ends) > MOST_LINES else ""
+    return f"Line chart of {title} against {label}. Ends, lowest first: {', '.join(shown)}{worst}."
+
+
+def _draw_curves(path: Path, panels: Mapping[str, Curves], ranked: Sequence[str], x: str, label: str) -> None:
     """Draw a panel for each of ``panels`` (curves by optimizer, by the label of their axis), side by side."""
-    figure, all_axes = new_figure(1, len(panels), (5.6 * len(panels) + 0.4, 5.2), sharey=False)
+    figure, all_axes = new_figure(1, len(panels), (5.6 * len(panels) + 0.4, 4.6), sharey=False)
+    coloured, styles = coloured_lines(ranked), optimizer_styles(ranked)
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for optim, curve in curves.items():
             every = max(math.ceil(len(curve[x]) / 10), 1)  # so many marks that the line between them can be seen
-            axes.plot(curve[x], curve["mean"], markevery=every, **styles[optim], label=optim)
-            if curve["low"] != curve["high"]:
-                colour = styles[optim]["color"]
-                axes.fill_between(curve[x], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0)
-        ends = [value for curve in curves.values() for value in (curve["mean"][0], min(curve["mean"]))]
+            style = {**styles[optim], "markevery": every} if optim in coloured else GREY_LINE
+            axes.plot(curve[x], curve["mean"], **style, label=plain_text(optim))
+            if optim in coloured and curve["low"] != curve["high"]:
+                axes.fill_between(curve[x], curve["low"], curve["high"], color=style["color"], alpha=0.15, linewidth=0)
+        framed = [curve for optim, curve in curves.items() if optim in coloured] or list(curves.values())
+        ends = [value for curve in framed for value in (curve["mean"][0], min(curve["mean"]))]
         bottom, top = min(ends), max(ends)
         room = 0.05 * (top - bottom) or 0.5
         axes.set(xlabel=label, ylabel=title, xlim=(0, None), ylim=(bottom - room, top + room))
-    shown = {optim: line for axes in all_axes for line, optim in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(len(shown), 6), fontsize=9)
+    name_the_grey(figure, [optim for optim in ranked if optim not in coloured])
+    for axes, curves in zip(all_axes, panels.values(), strict=True):
+        named = [optim for optim in coloured if optim in curves]
+        ends = [(curves[optim][x][-1], curves[optim]["mean"][-1], optim, styles[optim]["color"]) for optim in named]
+        label_line_ends(axes, ends)
     save_figure(figure, path, {"picture": f"against {label}; low and high span the seeds", "panels": panels})
 
 
@@ -189,20 +212,39 @@ def _sweeps(settings: Sequence[SettingResults]) -> dict[str, Sweep]:
     }
 
 
-def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], styles: Mapping[str, Style], cost_label: str) -> None:
+def _sweeps_in_words(sweeps: Mapping[str, Sweep], cost_label: str) -> str:
+    """Say each optimizer's lowest cost, at which rate, and the highest of the rates that ended well."""
+    found = []
+    for optim, lines in sweeps.items():
+        points = pd.concat(lines.values())
+        points = points[np.isfinite(points["mean"])].sort_values("mean")
+        if len(points):
+            lowest = points.iloc[0]
+            found.append((lowest["mean"], f"{optim} {lowest['mean']:.4g} at {lowest[RATE_TITLE]:g}"
+                          f" (highest {points['mean'].iloc[-1]:.4g})"))  # fmt: skip
+    shown = [text for _, text in sorted(found)[:MOST_LINES]]
+    return f"A panel for each optimizer: {cost_label} against the learning rate. Lowest of each: {', '.join(shown)}."
+
+
+def _draw_sweeps(path: Path, sweeps: Mapping[str, Sweep], cost_label: str) -> None:
     columns = min(len(sweeps), 4)
     rows = math.ceil(len(sweeps) / columns)
     figure, panels = new_figure(rows, columns, (max(2.9 * columns, 4.5), 2.7 * rows + 0.4))
+    styles = optimizer_styles(sweeps)
     costs = pd.concat({optim: pd.concat(lines.values())["mean"] for optim, lines in sweeps.items()})
     costs = costs[np.isfinite(costs)]
     bottom, top = _frame(costs)
     for (optim, lines), axes in zip(sweeps.items(), panels, strict=False):
-        axes.set(title=optim, xscale="log", ylim=(bottom, top))
+        axes.set(title=plain_text(optim), xscale="log", ylim=(bottom, top))
         axes.title.set_fontsize(10)
         axes.axhline(costs.min() if len(costs) else 0.0, color="0.5", linewidth=0.8, linestyle=":")
-        for index, (label, line) in enumerate(lines.items()):
+        ranked = sorted(lines, key=lambda label: float(lines[label]["mean"].min()))
+        for label in ranked[MOST_LINES:]:
+            axes.plot(lines[label][RATE_TITLE], lines[label]["mean"], **GREY_LINE)
+        for index, label in enumerate(ranked[:MOST_LINES]):
             look = {"linestyle": DASHES[index % len(DASHES)], "marker": MARKERS[index % len(MARKERS)]}
-            draw_with_range(axes, RATE_TITLE, line, {**styles[optim], **look, "label": label or None}, top)
+            named = {"label": plain_text(label) or None}
+            draw_with_range(axes, RATE_TITLE, lines[label], {**styles[optim], **look, **named}, top)
         rates = sorted({rate for line in lines.values() for rate in line[RATE_TITLE]})
         axes.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8, rotation=45)
         axes.minorticks_off()

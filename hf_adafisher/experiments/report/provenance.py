@@ -22,6 +22,7 @@ def settings_table(comparison: Comparison) -> Table:
     settings = {
         "task": config.get("task", "clm"),
         "seeds": ", ".join(seeds) or "as the cells say",
+        **({"tuning seeds": ", ".join(map(str, comparison.tuning_seeds))} if comparison.tuning_seeds else {}),
         "budget": config.get("budget") or "as the cells say",
         **config.get("common", {}),
     }
@@ -41,6 +42,9 @@ def software_table(results: Sequence[CellResult]) -> Table:
         for key, value in {**versions, **machine, **model, **corpus, **data}.items():
             if value is not None:
                 found.setdefault(key, {})[_text(value)] = None
+    loads = [load for result in results if (load := result.content.get("hardware", {}).get("load_average")) is not None]
+    if loads:
+        found["load average (range)"] = {f"{min(loads):.2f} to {max(loads):.2f}": None}
     return Table(["what", "value"], [[key, "; ".join(values)] for key, values in found.items()])
 
 

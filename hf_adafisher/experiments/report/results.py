@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from hf_adafisher.experiments.comparison.cells import Cell
+from hf_adafisher.experiments.comparison.cells import Cell, canonical
 from hf_adafisher.experiments.comparison.identity import cell_folder, read_record
 from hf_adafisher.experiments.comparison.stored import stored_result
 from hf_adafisher.experiments.comparison.tasks import TASKS, Task
@@ -19,6 +19,8 @@ from hf_adafisher.experiments.outputs import replacing
 
 COST = "cost"
 EPOCH_SECONDS = "seconds per epoch"
+CPU_TIME = "CPU ms per step"
+_FORM = "step_size"
 
 
 @dataclass(frozen=True)
@@ -57,14 +59,26 @@ class CellResult:
 
 @dataclass(frozen=True)
 class SettingResults:
-    """Results of the cells that differ in their seed alone."""
+    """Results of the cells that differ in their seed alone.
+
+    Attributes:
+        cells: At least one.
+        tuning: These runs choose settings, so that no claim rests on them.
+    """
 
     cells: Sequence[CellResult]
+    tuning: bool = False
+
+    @property
+    def base(self) -> str:
+        """Name of the optimizer, without its form."""
+        return str(self.cells[0].settings["optim"])
 
     @property
     def optim(self) -> str:
-        """Name of the optimizer."""
-        return str(self.cells[0].settings["optim"])
+        """Name of the optimizer; with the form where its cells say one, as ``adafisherw (paper)``: a row of its own."""
+        form = self.cells[0].settings.get(_FORM)
+        return self.base if form is None else f"{self.base} ({form})"
 
     @property
     def others(self) -> dict[str, Any]:
@@ -73,8 +87,8 @@ class SettingResults:
 
     @property
     def name(self) -> str:
-        """The other arguments as text: ``damping=0.001, learning_rate=0.02``, or ``defaults``."""
-        return ", ".join(f"{key}={value}" for key, value in self.others.items()) or "defaults"
+        """The other arguments as text, but for the form: ``damping=0.001, learning_rate=0.02``, or ``defaults``."""
+        return ", ".join(f"{key}={value}" for key, value in self.others.items() if key != _FORM) or "defaults"
 
     @property
     def task(self) -> Task:
@@ -152,12 +166,14 @@ def failed_result(cell: Cell, reason: str, task: Task) -> CellResult:
 def _cell_result(
     cell: Cell, result: Mapping[str, Any], task: Task, folder: str, record: Mapping[str, Any] | None
 ) -> CellResult:
-    milliseconds, steps = (result.get("step_time") or {}).get("mean_ms"), result.get("steps_per_epoch")
+    times, steps = result.get("step_time") or {}, result.get("steps_per_epoch")
+    milliseconds = times.get("mean_ms")
     values = {
         "steps": result.get("steps"),
         "planned seconds": cell.planned_seconds,
         "seconds": result.get("train_seconds"),
         "ms per step": milliseconds,
+        CPU_TIME: times.get("mean_cpu_ms"),
         EPOCH_SECONDS: None if milliseconds is None or steps is None else milliseconds / 1000 * steps,
         "optimizer bytes": result.get("optimizer_state_bytes"),
         **{metric.name: metric.read(result) for metric in task.metrics},
@@ -170,11 +186,11 @@ def _cell_result(
 
 
 def group_by_setting(results: Sequence[CellResult]) -> list[SettingResults]:
-    """Group results by everything but the seed."""
+    """Group results by everything but the seed, whatever the order of the arguments and the spelling of numbers."""
     groups: dict[tuple[Any, ...], list[CellResult]] = {}
     for result in results:
-        key = tuple((name, str(value)) for name, value in result.settings.items() if name != "seed")
-        groups.setdefault(key, []).append(result)
+        words = canonical({name: value for name, value in result.settings.items() if name != "seed"})
+        groups.setdefault(tuple(sorted((name, *value) for name, value in words.items())), []).append(result)
     return [SettingResults(group) for group in groups.values()]
 
 

@@ -1,6 +1,6 @@
 """Stability: the influence of batch size and learning rate on each optimizer, the paper's Figure 6, from a sweep.
 
-Every optimizer is tuned at one batch size, the same for all. From there nothing but the batch size changes (A, C), or
+Every optimizer is tuned at one batch size, the same for all. From there nothing but the batch size changes (A), or
 nothing but the learning rate (B).
 """
 
@@ -46,11 +46,6 @@ class Family:
     retuned: Mapping[float, SettingResults]
     rates: Mapping[float, SettingResults]
 
-    def epoch_seconds(self) -> pd.Series:
-        """Seconds per epoch of the runs at the common batch size: all completed learning rates and seeds."""
-        settings = list(self.rates.values()) or [self.tuned]
-        return pd.concat([setting.values[EPOCH_SECONDS] for setting in settings if math.isfinite(setting.cost)])
-
 
 @dataclass(frozen=True)
 class Stability:
@@ -84,16 +79,10 @@ class Stability:
         """Return the lines of the panels by optimizer."""
         families = self.families.items()
         return {
-            "A and C": {optim: self.line(SIZE_TITLE, family.sizes) for optim, family in families},
+            "A": {optim: self.line(SIZE_TITLE, family.sizes) for optim, family in families},
             "A, tuned again": {optim: self.line(SIZE_TITLE, family.retuned) for optim, family in families},
             "B": {optim: self.line(RATE_TITLE, family.rates) for optim, family in families},
         }
-
-    def epochs(self) -> pd.DataFrame:
-        """Mean, standard deviation and number of runs of the seconds per epoch, by optimizer (rows)."""
-        seconds = {optim: family.epoch_seconds() for optim, family in self.families.items()}
-        rows = [(found.mean(), found.std(), found.count()) for found in seconds.values()]
-        return pd.DataFrame(rows, index=list(seconds), columns=[EPOCH_SECONDS, "standard deviation", "runs"])
 
     def numbers(self) -> dict[str, Any]:
         """Return everything drawn, ready for JSON."""
@@ -101,9 +90,7 @@ class Stability:
             panel: {optim: line.to_dict("list") for optim, line in lines.items()}
             for panel, lines in self.lines().items()
         }
-        epochs = self.epochs().astype({"runs": object}).to_dict("index")
-        numbers = {"measure": self.metric.name, "common batch size": self.batch_size, **lines, "D": epochs}
-        return json_ready(numbers)
+        return json_ready({"measure": self.metric.name, "common batch size": self.batch_size, **lines})
 
     def table(self) -> Table:
         """Tabulate each optimizer at each batch size."""

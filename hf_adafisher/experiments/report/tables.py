@@ -10,7 +10,7 @@ from typing import Any
 
 from hf_adafisher.experiments.comparison.published import PublishedResults
 from hf_adafisher.experiments.comparison.tasks import Metric, format_number
-from hf_adafisher.experiments.report.results import CellResult, SettingResults
+from hf_adafisher.experiments.report.results import CPU_TIME, CellResult, SettingResults
 
 
 def escape_markdown(text: str) -> str:
@@ -61,26 +61,32 @@ class Table:
 
 
 def best_table(best: Sequence[SettingResults], published: PublishedResults | None = None) -> Table:
-    """Tabulate each optimizer at its best setting: mean and standard deviation over the seeds.
+    """Tabulate each optimizer at its best or its frozen settings: mean and standard deviation over the seeds.
 
     Args:
-        best: At least one.
+        best: At least one, see ``hf_adafisher.experiments.report.tuning.claimed_settings``.
         published: Numbers of a paper for these optimizers.
     """
     task = best[0].task
     columns: dict[str, Callable[[SettingResults], str]] = {
         "optimizer": lambda setting: setting.optim,
-        "best setting": lambda setting: setting.name,
-        "seeds": lambda setting: str(len(setting.cells)),
-        **{name: _with_spread(task.metric(name)) for name in task.setting_columns},
-        **({} if published is None else {published.title: lambda s: format_number(published.values.get(s.optim), 2)}),
+        "setting": lambda setting: setting.name,
+        "seeds": describe_seeds,
+        **{name: with_spread(task.metric(name)) for name in task.setting_columns},
+        **({} if published is None else {published.title: lambda s: format_number(published.values.get(s.base), 2)}),
         "steps": _mean("steps", 0),
         "planned s": _mean("planned seconds", 1),
         "used s": _mean("seconds", 1),
         "ms per step": _mean("ms per step", 0),
+        CPU_TIME: _mean(CPU_TIME, 0),
         "optimizer bytes": _mean("optimizer bytes", 0, ","),
     }
     return Table(*_filled(columns, best))
+
+
+def describe_seeds(setting: SettingResults) -> str:
+    """Return the number of seeds, and say so if they chose the setting: ``1 (tuning)``."""
+    return f"{len(setting.cells)} (tuning)" if setting.tuning else str(len(setting.cells))
 
 
 def cell_table(results: Sequence[CellResult], best: Sequence[SettingResults]) -> Table:
@@ -123,7 +129,9 @@ def _mean(metric: str, digits: int, group: str = "") -> Callable[[SettingResults
     return lambda setting: format_number(setting.mean(metric), digits, group)
 
 
-def _with_spread(metric: Metric) -> Callable[[SettingResults], str]:
+def with_spread(metric: Metric) -> Callable[[SettingResults], str]:
+    """Return what formats a metric's mean and standard deviation over the seeds: ``5.056 ± 0.021``."""
+
     def text(setting: SettingResults) -> str:
         spread = setting.spread(metric.name)
         return metric.format(setting.mean(metric.name)) + ("" if spread is None else f" ± {metric.format(spread)}")

@@ -10,13 +10,12 @@ from hf_adafisher.experiments.comparison.protocol import Comparison, failed_meas
 from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.outputs import write_text
 from hf_adafisher.experiments.report.paired import paired_table
-from hf_adafisher.experiments.report.pictures import draw_pictures, optimizer_styles
+from hf_adafisher.experiments.report.pictures import draw_pictures
 from hf_adafisher.experiments.report.provenance import describe_mixture, settings_table, software_table, step_time_table
 from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
 from hf_adafisher.experiments.report.results import (
     CellResult,
     SettingResults,
-    best_settings,
     failed_result,
     group_by_setting,
     read_results,
@@ -25,17 +24,31 @@ from hf_adafisher.experiments.report.results import (
 from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import STABILITY_PICTURE, draw_stability
 from hf_adafisher.experiments.report.tables import best_table, cell_table, escape_bars, failure_table
+from hf_adafisher.experiments.report.tuning import best_of_each, claimed_settings, tuning_table, tuning_trials
 
 _PAIRED = (
-    "First minus second of two optimizers at their best settings, seed by seed: mean and 95 % interval (Student's t). "
-    "Where it does not contain 0, the row stands out. Settings that were chosen by the same seeds flatter themselves."
+    "First minus second, seed by seed: mean and interval (Student's t). The intervals of all pairs with one second "
+    "hold together with 95 % (Bonferroni: each is one of 1 - 0.05 / k for its k rivals). Where that of the test metric "
+    "leaves out 0, the row stands out."
 )
-_NO_PICTURES = "hf-adafisher report ARCHIVE --output_dir FOLDER draws them from the runs."
+_SAME_SEEDS = " Settings that were chosen by the same seeds flatter themselves."
+NO_PICTURES = "hf-adafisher report ARCHIVE --output_dir FOLDER draws them from the runs."
 TITLE = "Comparison of optimizers"
 _METHOD = (
+    "{choice} Means over the seeds, ± the standard deviation (divisor n - 1). {extent}; seconds are those of optimizer "
+    "steps alone, evaluation and start excluded."
+)
+_BEST = (
     "Each optimizer at the setting with the {rule}, chosen among its settings with the most seeds; one with a diverged "
-    "or failed seed is none of them. Means over the seeds, ± the standard deviation (divisor n - 1). {extent}; "
-    "seconds are those of optimizer steps alone, evaluation and start excluded."
+    "or failed seed is none of them."
+)
+_FROZEN = (
+    "Each optimizer at its frozen settings, with seeds that chose nothing: runs with seed {seeds} only choose (see "
+    "Tuning). One without other seeds is shown at its best trial, and the column of seeds says tuning."
+)
+_TUNING = (
+    "Trials with seed {seeds}; the best has the {rule}. A rate at the edge of those tried says that a better one may "
+    "lie beyond."
 )
 
 
@@ -51,7 +64,7 @@ def write_report(
         comparison: Some of its cells have results.
         command: The command line, for the report.
         results: Of ``read_comparison``, if they have been read.
-        pictures: Names of the pictures to draw, such as ``curves.png``; None: all.
+        pictures: Names of the pictures to draw, such as ``curves.svg``; None: all.
 
     Returns:
         The tables in short and the paths, as text to print.
@@ -63,10 +76,9 @@ def write_report(
     results = read_comparison(comparison) if results is None else list(results)
     if not results:
         raise ValueError(f"no run in {folder} has a result yet: run the comparison first")
-    settings = group_by_setting(results)
-    best = best_settings(settings)
-    drawn = [_curves(folder, settings, best, pictures), *stability_sections(folder, settings, pictures)]
-    sections = _sections(comparison, results, best, drawn, command)
+    settings, best = settings_and_claims(comparison, results)
+    drawn = [_curves(folder, comparison, settings, best, pictures), *stability_sections(folder, settings, pictures)]
+    sections = _sections(comparison, results, settings, best, drawn, command)
     write_text(folder / "report.html", render_html(TITLE, sections))
     write_text(folder / "report.md", render_markdown(TITLE, sections))
     write_csv(folder / "cells.csv", results)
@@ -83,6 +95,14 @@ def read_comparison(comparison: Comparison) -> list[CellResult]:
         *results,
         *(failed_result(cell, failed[cell.name], comparison.task) for cell in cells if cell.name in failed),
     ]
+
+
+def settings_and_claims(
+    comparison: Comparison, results: Sequence[CellResult]
+) -> tuple[list[SettingResults], list[SettingResults]]:
+    """Group results by setting, and select those that claims are made of, the best first."""
+    settings = group_by_setting(results)
+    return settings, claimed_settings(settings, comparison.tuning_seeds)
 
 
 def describe_step_times(comparison: Comparison) -> str:
@@ -102,13 +122,14 @@ def stability_sections(
         "sizes), then with other batch sizes, and with the learning rate tuned again at each."
     )
     drawn = wanted is None or STABILITY_PICTURE in wanted
-    pictures = draw_stability(folder, stability, optimizer_styles(settings)) if drawn else {}
+    pictures = draw_stability(folder, stability) if drawn else {}
     return [Section("Batch size", text, stability.table(), pictures=pictures)]
 
 
 def _sections(
     comparison: Comparison,
     results: list[CellResult],
+    settings: list[SettingResults],
     best: list[SettingResults],
     pictures: list[Section],
     command: str,
@@ -119,7 +140,8 @@ def _sections(
     sections = [
         Section("", " ".join(filter(None, lead))),
         _best(comparison, best) if best else Section("", "No run ended well."),
-        *_paired(best),
+        *_paired(comparison, best),
+        *_tuning(comparison, settings),
         *pictures,
         Section("Every run", "Those of the best settings stand out.", cell_table(results, best)),
     ]
@@ -136,23 +158,45 @@ def _sections(
 
 
 def _curves(
-    folder: Path, settings: list[SettingResults], best: list[SettingResults], wanted: Container[str] | None
+    folder: Path,
+    comparison: Comparison,
+    settings: list[SettingResults],
+    best: list[SettingResults],
+    wanted: Container[str] | None,
 ) -> Section:
-    pictures = draw_pictures(folder, settings, best, wanted)
-    text = "" if pictures else "There are no pictures." if wanted is None else _NO_PICTURES
+    """Curves of one setting of each optimizer, and sweeps; of trials alone, where there are any."""
+    if comparison.tuning_seeds:
+        trials = tuning_trials(settings, comparison.tuning_seeds)
+        tried = {setting.optim for setting in trials}
+        settings = [*trials, *(setting for setting in best if setting.optim not in tried)]
+    pictures = draw_pictures(folder, settings, best_of_each(best), wanted)
+    text = "" if pictures else "There are no pictures." if wanted is None else NO_PICTURES
     return Section("Curves and learning rates", text, pictures=pictures)
 
 
 def _best(comparison: Comparison, best: list[SettingResults]) -> Section:
     task, published = comparison.task, read_published_results(comparison.config)
     extent = task.describe_extent(cell.all_settings for cell in comparison.cells)
-    method = _METHOD.format(rule=task.selection_rule, extent=extent)
+    choice = _FROZEN.format(seeds=_listed(comparison)) if comparison.tuning_seeds else _BEST
+    method = _METHOD.format(choice=choice.format(rule=task.selection_rule), extent=extent)
     return Section("Best of each optimizer", method, best_table(best, published), published.note if published else "")
 
 
-def _paired(best: list[SettingResults]) -> list[Section]:
+def _paired(comparison: Comparison, best: list[SettingResults]) -> list[Section]:
     table = paired_table(best)
-    return [Section("Paired differences", _PAIRED, table)] if table.rows else []
+    text = _PAIRED + ("" if comparison.tuning_seeds else _SAME_SEEDS)
+    return [Section("Paired differences", text, table, mark="differs")] if table.rows else []
+
+
+def _tuning(comparison: Comparison, settings: list[SettingResults]) -> list[Section]:
+    if not comparison.tuning_seeds:
+        return []
+    text = _TUNING.format(seeds=_listed(comparison), rule=comparison.task.selection_rule)
+    return [Section("Tuning", text, tuning_table(settings, comparison.tuning_seeds), is_text=True)]
+
+
+def _listed(comparison: Comparison) -> str:
+    return ", ".join(map(str, comparison.tuning_seeds))
 
 
 def _unfinished(comparison: Comparison, results: list[CellResult]) -> str:

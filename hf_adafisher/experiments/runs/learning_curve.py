@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_adafisher.experiments.drawing import new_panels, plain_text
+from hf_adafisher.experiments.drawing import new_panels, optimizer_styles, plain_text
 from hf_adafisher.experiments.outputs import replacing
 
 ACCURACIES = (("eval_accuracy", "accuracy", "-"), ("eval_top5_accuracy", "top-5 accuracy", ":"))
@@ -37,8 +37,9 @@ def write_learning_curves(
     panels = new_panels(path, 2 if accuracies else 1)
     if panels is None:
         return False
-    for index, (label, history) in enumerate(runs.items()):
-        colour = {"color": f"C{index}"}
+    styles = optimizer_styles(runs)
+    for label, history in runs.items():
+        colour = {"color": styles[label]["color"]}
         dots = {**colour, "marker": "o", "markersize": 4}
         panels[0].plot(
             *_logged(history, "loss"), **colour, alpha=0.5, linewidth=1, label=f"{plain_text(label)}, training"

@@ -180,7 +180,7 @@ _add(
 )
 _add(
     "muon",
-    "pytorch_optimizer:Muon",
+    "hf_adafisher.optimizers.baselines.muon:Muon",
     library=_PO,
     paper="Jordan et al., 2024, kellerjordan.github.io/posts/muon",
     lr=SourcedDefault(0.02, "Keller Jordan's README"),

@@ -77,7 +77,7 @@ def test_the_table_of_the_best_has_what_images_are_measured_by(finished: Compari
     loss = [4 + 0.15**2 + seed / 8 for seed in (0, 1)]
     assert table == {
         "optimizer": "adafisher",
-        "best setting": "learning_rate=0.25",
+        "setting": "learning_rate=0.25",
         "seeds": "2",
         "validation accuracy %": f"{statistics.mean(accuracy):.2f} ± {statistics.stdev(accuracy):.2f}",
         "validation loss": f"{statistics.mean(loss):.4f} ± {statistics.stdev(loss):.4f}",
@@ -171,8 +171,8 @@ def test_pictures_show_the_error(finished: Comparison, monkeypatch: pytest.Monke
     monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
     settings = group_by_setting(read_results(finished.plan(), finished.output_dir, IMAGE))
     captions = pictures.draw_pictures(finished.output_dir, settings, best_settings(settings))
-    assert [path.name for path in captions] == ["curves.png", "curves_by_seconds.png", "learning_rates.png"]
-    assert all(path.is_file() and caption.startswith("Validation error ") for path, caption in captions.items())
+    assert [path.name for path in captions] == ["curves.svg", "curves_by_seconds.svg", "learning_rates.svg"]
+    assert all(path.is_file() and one.caption.startswith("Validation error ") for path, one in captions.items())
     (_, (training, curves)), (_, (_, seconds)), (figure, sweeps) = figures
     assert training.get_ylabel() == "training loss (nats)"
     assert curves.get_ylabel() == seconds.get_ylabel() == "validation error (% of the images)"
@@ -316,7 +316,7 @@ def test_seeds_of_equal_accuracy_are_drawn(right: int, tmp_path: Path) -> None:
     renamed = {"lr": "learning_rate"}
     rows = [replace(one, settings={renamed.get(key, key): v for key, v in one.settings.items()}) for one in rows]
     settings = group_by_setting(rows)
-    assert tmp_path / "learning_rates.png" in pictures.draw_pictures(tmp_path, settings, best_settings(settings))
+    assert tmp_path / "learning_rates.svg" in pictures.draw_pictures(tmp_path, settings, best_settings(settings))
 
 
 PUBLISHED = ["adam", "adamw", "adafisher", "adafisherw", "sgd", "adahessian", "kfac", "shampoo"]

@@ -105,7 +105,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
 
 
 def run_script(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[Path]]:
-    output = tmp_path / "factors.png"
+    output = tmp_path / "factors.svg"
     status = load_command("figures.factors").main([*arguments, "--output", str(output)])
     files = sorted(path for path in tmp_path.iterdir() if path.is_file())
     return status, json.loads(output.with_suffix(".json").read_text()) if status == 0 else {}, files
@@ -117,7 +117,7 @@ def test_the_script_draws_a_convolution(tmp_path: Path, capsys: pytest.CaptureFi
     arguments = ["--layer", layer, "--steps", "2", "--examples", "30", "--disks", "9", *TINY_RUN]
     status, numbers, files = run_script(tmp_path, *arguments)
     assert status == 0
-    names = [f"factors{kind}.{suffix}" for kind in ("", "_layers") for suffix in ("json", "png", "svg")]
+    names = [f"factors{kind}.{suffix}" for kind in ("", "_layers") for suffix in ("json", "svg")]
     assert [path.name for path in files] == sorted(names) and all(path.stat().st_size > 1000 for path in files)
     assert [(factor["step"], factor["factor"]) for factor in numbers["factors"]] == [(2, "H"), (2, "S")]
     for factor in numbers["factors"]:
@@ -143,7 +143,7 @@ def test_the_script_draws_an_embedding(tmp_path: Path, files: dict[str, str]) ->
     texts = [item for split, path in files.items() for item in (f"--{split}_file", path)]
     arguments = ["--task", "clm", "--layer", "transformer.wte", "--steps", "2", "--examples", "8", "--no-all_layers"]
     status, numbers, written = run_script(tmp_path, *arguments, "--optim", "adamw", *TINY_TEXT, *QUICK, *texts)
-    assert status == 0 and numbers["title"] == "gpt2 on local files, adamw" and len(written) == 3
+    assert status == 0 and numbers["title"] == "gpt2 on local files, adamw" and len(written) == 2
     inputs, gradients = numbers["factors"]
     assert inputs["diagonal_by_nature"] and inputs["energy_share"] == 1.0 and inputs["noisy_eigenvalues"] is None
     assert sum(inputs["eigenvalues"]) == pytest.approx(1.0) and not any(inputs["disks_drawn"]["radii"])

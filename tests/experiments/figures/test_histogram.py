@@ -187,12 +187,12 @@ def test_script_on_text_with_zeros(
     titles: list[str] = []
     titled = picture.panel_title
     monkeypatch.setattr(picture, "panel_title", lambda panel: titles.append(titled(panel)) or titles[-1])
-    output = tmp_path / "pictures" / "text.png"
+    output = tmp_path / "pictures" / "text.svg"
     cut = command.index("--max_steps")
     flags = ["--task", "clm", "--layer", "transformer.wpe", "--steps", "3", "--output", str(output), *command[:cut]]
     assert load_command("figures.fisher_histogram").main(flags) == 0
     found = json.loads(output.with_suffix(".json").read_text())
-    assert {file.suffix for file in output.parent.glob("text.*")} == {".json", ".png", ".svg"}
+    assert {file.suffix for file in output.parent.glob("text.*")} == {".json", ".svg"}
     fisher, moment = found["panels"]
     assert (fisher["optimizer"], moment["optimizer"]) == ("adafisherw", "adamw")
     assert moment["learning_rate"] == 0.001

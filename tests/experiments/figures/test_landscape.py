@@ -543,7 +543,7 @@ def test_script_writes_the_picture_and_its_numbers(tmp_path: Path) -> None:
     output = tmp_path / "new" / "figure.png"
     sizes = ["--steps", "4", "--grid", "3", "--examples", "24", "--output", str(output)]
     assert load_command(COMMAND).main(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
-    assert output.read_bytes().startswith(b"\x89PNG") and "<svg" in output.with_suffix(".svg").read_text()
+    assert output.read_bytes().startswith(b"\x89PNG")
     numbers = json.loads(output.with_suffix(".json").read_text())
     assert list(numbers["optimizers"]) == PAIR
     assert np.isfinite(np.array(numbers["grid"]["loss"], dtype=float)).all()

@@ -180,7 +180,7 @@ def test_labels_without_an_exact_diagonal_leave_the_control_out(
     ] == present
     table = agreement_table(found, "spearman", CONTROL_COLUMNS)
     assert list(table.columns[2:]) == [label for name, label in CONTROLS.items() if name in present]
-    assert len(draw_agreement(found, tmp_path / "a.png")) == 3
+    assert len(draw_agreement(found, tmp_path / "a.svg")) == 2
 
 
 @pytest.mark.parametrize("step", [1, 2])

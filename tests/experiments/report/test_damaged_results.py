@@ -11,7 +11,7 @@ import pytest
 
 from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison
-from hf_adafisher.experiments.report.rendering import Section, render_markdown
+from hf_adafisher.experiments.report.rendering import Picture, Section, render_markdown
 from hf_adafisher.experiments.report.tables import Table, escape_paragraph
 from hf_adafisher.experiments.report.write_report import read_comparison, write_report
 from tests.experiments.comparison.test_compare import TINY, script
@@ -173,7 +173,7 @@ def test_markdown_shows_text_as_it_is(compare: Compare) -> None:
 def test_every_part_of_a_page_is_escaped() -> None:
     """E14: titles, texts, tables, notes, captions; and a command cannot end its block."""
     table = Table(["<a>"], [["<b>\n<c>"]])
-    section = Section("<d>", "<e>", table, "<f>", {Path("p.png"): "<g>"}, "x ``` <y>\n```")
+    section = Section("<d>", "<e>", table, "<f>", {Path("p.svg"): Picture("<g>", "<h>")}, "x ``` <y>\n```")
     text = render_markdown("t", [section])
     page, block = text.split("````bash\n")
     assert "<" not in page and block == "x ``` <y>\n```\n````\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import csv
 import html
-import io
 import json
 import math
 import re
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.drawing import OPTIMIZER_COLOURS
 from hf_adafisher.experiments.report import pictures
 from hf_adafisher.experiments.report.pictures import draw_pictures
 from hf_adafisher.experiments.report.results import CellResult, best_settings, group_by_setting, read_results
@@ -74,7 +74,7 @@ def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
     spread = statistics.stdev([0, 1 / 8, 2 / 8])
     assert first == {
         "optimizer": "adafisherw",
-        "best setting": "learning_rate=0.1, damping=0.001",
+        "setting": "learning_rate=0.1, damping=0.001",
         "seeds": "3",
         "validation loss": f"4.1250 ± {spread:.4f}",
         "test loss": f"4.1250 ± {spread:.4f}",
@@ -94,7 +94,7 @@ def test_the_tables_hold_what_the_cells_came_to(finished: Comparison) -> None:
 @pytest.mark.subprocess
 def test_every_file_of_a_report(finished: Comparison) -> None:
     printed = write_report(finished, "hf-adafisher compare 'a b.json'")
-    for name in ("report.html", "report.md", "cells.csv", "curves.png", "curves_by_seconds.png", "learning_rates.png"):
+    for name in ("report.html", "report.md", "cells.csv", "differences.svg", "curves.svg", "learning_rates.svg"):
         assert str(finished.output_dir / name) in printed and (finished.output_dir / name).is_file()
     with (finished.output_dir / "cells.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -106,7 +106,7 @@ def test_every_file_of_a_report(finished: Comparison) -> None:
         assert line["steps"] == str(result.get("steps", ""))  # whole, though failed runs have none
         assert line["cell"].endswith(f"seed={line['seed']}") and line["optim"] == line["cell"].split(",")[0]
     text = (finished.output_dir / "report.md").read_text()
-    for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.png)",
+    for words in ("ValueError: lr is negative", "the loss was not finite at step 3", "| torch | 9.9 |", "(curves.svg)",
                   "compare 'a b.json'", "| budget | seconds=30 |", "| adafisherw | 300.0 | 25 |"):  # fmt: skip
         assert words in text
 
@@ -157,12 +157,30 @@ def test_without_matplotlib_there_are_tables(
 
 @pytest.mark.subprocess
 def test_pictures_have_something_in_them(finished: Comparison) -> None:
-    from PIL import Image
-
     settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
-    for path in draw_pictures(finished.output_dir, settings, best_settings(settings)):
-        colours = Image.open(path).convert("RGB").getcolors(1 << 24)
-        assert {(0, 114, 178), (213, 94, 0)} <= {colour for _, colour in colours or []}  # both optimizers' lines
+    found = draw_pictures(finished.output_dir, settings, best_settings(settings))
+    assert len(found) == 4
+    for path, texts in found.items():
+        picture = path.read_text()
+        names = ["adafisherw"] if path.name == "differences.svg" else ["adafisherw", "adamw"]
+        for name in names:  # its line, and its name as text
+            assert OPTIMIZER_COLOURS[name][0] in picture and re.search(f"<text[^>]*>{name}</text>", picture)
+        assert "adafisherw" in texts.alt and texts.alt != texts.caption
+
+
+@pytest.mark.subprocess
+def test_alternative_texts_have_the_winner_in_numbers(finished: Comparison) -> None:
+    """Of seeds 0 to 2: 5 + seed / 8 with adamw and 4 + seed / 8 with adafisherw, at the best rate of both."""
+    settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
+    pictures = {path.name: texts for path, texts in draw_pictures(
+        finished.output_dir, settings, best_settings(settings)).items()}  # fmt: skip
+    assert "better: adafisherw -1 (-1 to -1)" in pictures["differences.svg"].alt
+    sweep = pictures["learning_rates.svg"].alt
+    assert "Lowest of each: adafisherw 4.125 at 0.1 (highest " in sweep and "adamw 5.125 at 0.1" in sweep
+    ends = pictures["curves.svg"].alt.split("lowest first: ")[1]
+    assert ends.startswith("adafisherw 4.125 (from ") and ", adamw 5.125 (from " in ends
+    numbers = json.loads((finished.output_dir / "differences.json").read_text())
+    assert [(bar["name"], bar["mean"], bar["seeds"]) for bar in numbers["bars"]] == [("adafisherw", -1.0, 3)]
 
 
 @pytest.mark.subprocess
@@ -190,7 +208,7 @@ def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Pa
     rows = [replace(row("a", 2.0, seed), history=history) for seed, history in enumerate((first, second))]
     settings = group_by_setting(rows)
     found = draw_pictures(tmp_path, settings, best_settings(settings))
-    assert [path.name for path in found] == ["curves.png", "curves_by_seconds.png"]
+    assert [path.name for path in found] == ["curves.svg", "curves_by_seconds.svg"]
     expected = {
         "training loss (nats)": {"steps": [10, 30], "seconds": [1.5, 4.0], "mean": [4.5, 2.5], "low": [4.0, 1.0],
                                  "high": [5.0, 4.0]},
@@ -198,7 +216,6 @@ def test_curves_are_means_over_the_seeds_at_the_steps_that_all_have(tmp_path: Pa
                                              "low": [5.0, 2.5], "high": [6.0, 3.0]},
     }  # fmt: skip
     for path in found:
-        assert path.with_suffix(".svg").is_file()
         panels = json.loads(path.with_suffix(".json").read_text())["panels"]
         assert panels == {title: {"a": {"setting": "defaults", "seeds": 2, **line}} for title, line in expected.items()}
 
@@ -210,7 +227,7 @@ def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: p
     monkeypatch.setattr(pictures, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
     settings = group_by_setting(read_results(finished.plan(), finished.output_dir))
     paths = list(draw_pictures(finished.output_dir, settings, best_settings(settings)))
-    for path, x, (figure, all_axes) in zip(paths[:2], ("steps", "seconds"), figures[:2], strict=True):
+    for path, x, (_, all_axes) in zip(paths[1:3], ("steps", "seconds"), figures[:2], strict=True):
         panels = json.loads(path.with_suffix(".json").read_text())["panels"]
         for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
             assert axes.get_ylabel() == title
@@ -219,7 +236,7 @@ def test_the_curves_drawn_are_their_numbers(finished: Comparison, monkeypatch: p
             for optim, line in lines.items():
                 assert list(line.get_xdata()) == curves[optim][x]
                 assert list(line.get_ydata()) == curves[optim]["mean"]
-        assert {text.get_text() for text in figure.legends[0].get_texts()} == {"adamw", "adafisherw"}
+            assert {text.get_text() for text in axes.texts} == {"adamw", "adafisherw"}  # beside the lines' ends
         steps = {optim: curve["steps"] for optim, curve in panels["training loss (nats)"].items()}
         assert steps == {"adamw": [1, 150], "adafisherw": [1, 100]}  # 30 s at 0.2 s and 0.3 s a step
 
@@ -240,34 +257,64 @@ def test_learning_rates_in_numbers(finished: Comparison) -> None:
     assert valley["low"][:2] == pytest.approx([5.0025, 5]) and valley["high"][:2] == pytest.approx([5.2525, 5.25])
 
 
+SORTING = """
+const table = [...document.querySelectorAll("table")].find(t => t.tBodies[0].rows.length > 30);
+const head = [...table.tHead.rows[0].cells].find(c => c.textContent === "validation loss"), column = head.cellIndex;
+const values = () => [...table.tBodies[0].rows].map(row => row.cells[column].textContent);
+head.querySelector("button").focus();
+document.activeElement.click();
+const up = values(), way = head.getAttribute("aria-sort");
+document.activeElement.click();
+const sorted = [way, up, head.getAttribute("aria-sort"), values()];
+"""
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium on the PATH")
 def test_a_browser_shows_the_report(finished: Comparison, tmp_path: Path) -> None:
-    """Headless Chromium, without network: every row of every table, every picture decoded and of its real size."""
-    from PIL import Image
-
+    """Headless Chromium, without network, as wide as a phone: rows, pictures, no overflow, and columns that sort."""
     write_report(finished)
     page = (finished.output_dir / "report.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script", page)  # nothing from elsewhere
-    images = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', page)]
-    names = ("curves.png", "curves_by_seconds.png", "learning_rates.png")
+    assert not re.search(r"(src|href)=\"(?!data:)|@import|url\(|<script ", page)  # nothing from elsewhere
+    images = [base64.b64decode(data) for data in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)]
+    names = ("differences.svg", "curves.svg", "curves_by_seconds.svg", "learning_rates.svg")
     assert images == [(finished.output_dir / name).read_bytes() for name in names]
-    sizes = [Image.open(io.BytesIO(image)).size for image in images]
-    probe = "document.title = [...document.images].map(i => i.naturalWidth + 'x' + i.naturalHeight).join(' ')"
-    probe += " + ' rows ' + [...document.querySelectorAll('tbody tr')].filter(r => r.offsetHeight > 5).length"
+    probe = (
+        SORTING
+        + """
+    const rows = [...document.querySelectorAll("tbody tr")].filter(row => row.offsetHeight > 5).length;
+    const root = document.documentElement, wide = [...document.images].map(image => image.naturalWidth > 100);
+    document.title = JSON.stringify({sorted, rows, wide, width: innerWidth, over: root.scrollWidth - root.clientWidth,
+        tables: [...document.querySelectorAll(".table")].some(box => box.scrollWidth > box.clientWidth),
+        dark: getComputedStyle(document.body).backgroundColor});"""
+    )
     (tmp_path / "probe.html").write_text(
         page.replace("</body>", f"<script>onload = () => {{ {probe} }}</script></body>")
     )
-    shown = run_chromium(tmp_path, "--dump-dom", (tmp_path / "probe.html").as_uri())
-    rows = page.split("<tbody>", 1)[1].count("<tr")  # the heads of later tables stand in <thead>
-    rows -= page.split("<tbody>", 1)[1].count("<thead>")
-    title = re.search(r"<title>(.*?)</title>", shown)
-    assert title is not None and len(sizes) == 3
-    assert title[1] == " ".join(f"{width}x{height}" for width, height in sizes) + f" rows {rows}"
-    assert rows > 36 + 2 and "A &amp; B &lt;test&gt;." in shown
-    run_chromium(tmp_path, f"--screenshot={tmp_path / 'page.png'}", (finished.output_dir / "report.html").as_uri())
-    screen = Image.open(tmp_path / "page.png").convert("RGB")
-    assert len(screen.getcolors(1 << 24) or []) > 50
+    # Windows of Chromium are at least 500 pixels wide, a frame is not.
+    frame = (
+        "<iframe src='probe.html' style='width: 390px; height: 2000px' onload='setTimeout(() => document.title = this."
+    )
+    frame += "contentDocument.title, 500)'></iframe>"
+    (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title></title>{frame}")
+    found = {}
+    for scheme in ("1", "0"):
+        shown = run_chromium(
+            tmp_path, f"--blink-settings=preferredColorScheme={scheme}", "--allow-file-access-from-files",
+            "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "frame.html").as_uri(),
+        )  # fmt: skip
+        title = re.search(r"<title>(.*?)</title>", shown)
+        assert title is not None
+        found[scheme] = json.loads(html.unescape(title[1]))
+    bright, dark = found["1"], found["0"]
+    assert bright["rows"] == page.count("<tr") - page.count("<thead>") > 36 + 2 and all(bright["wide"])
+    assert (bright["width"], bright["over"]) == (390, 0) and bright["tables"]  # tables scroll in their own box
+    assert (bright["dark"], dark["dark"]) == ("rgb(255, 255, 255)", "rgb(22, 27, 34)")
+    ascending, up, descending, down = bright["sorted"]
+    numbers = [float(text) for text in up if text != "-"]
+    assert (ascending, descending) == ("ascending", "descending")
+    assert numbers == sorted(numbers) and len(numbers) > 20 and up[len(numbers) :] == ["-"] * (36 - len(numbers))
+    assert [float(text) for text in down if text != "-"] == numbers[::-1] and down[-1] == "-"
 
 
 def run_chromium(tmp_path: Path, *arguments: str) -> str:

@@ -16,9 +16,8 @@ from hf_adafisher.experiments.comparison.cells import expand_cells
 from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.experiments.comparison.tasks import TASKS
-from hf_adafisher.experiments.drawing import COLOURS
+from hf_adafisher.experiments.drawing import OPTIMIZER_COLOURS
 from hf_adafisher.experiments.report import stability_picture
-from hf_adafisher.experiments.report.pictures import optimizer_styles
 from hf_adafisher.experiments.report.results import best_settings, group_by_setting, read_results
 from hf_adafisher.experiments.report.stability import read_stability
 from hf_adafisher.experiments.report.stability_picture import draw_stability
@@ -110,9 +109,9 @@ def test_a_changes_nothing_but_the_batch_size(swept: Comparison) -> None:
     """At 64, the middle size, sgd's best is 1.0, which diverges at 16, and adamw's 0.2 of those run at other sizes."""
     found = numbers(swept)
     assert (found["measure"], found["common batch size"]) == ("test accuracy %", 64)
-    check(found["A and C"]["adamw"], "batch size per device", {size: per_cent("adamw", 0.2, size) for size in SIZES})
+    check(found["A"]["adamw"], "batch size per device", {size: per_cent("adamw", 0.2, size) for size in SIZES})
     sgd = {size: per_cent("sgd", 1.0, size) if size > 16 else [] for size in SIZES}
-    check(found["A and C"]["sgd"], "batch size per device", sgd)
+    check(found["A"]["sgd"], "batch size per device", sgd)
     best = {"adamw": (0.1, 0.4, 0.2), "sgd": (3.0, 1.0, 3.0)}
     for optim, rates in best.items():
         again = {size: per_cent(optim, rate, size) for size, rate in zip(SIZES, rates, strict=True)}
@@ -137,21 +136,12 @@ def test_b_changes_nothing_but_the_learning_rate(swept: Comparison) -> None:
         check(found[optim], "learning rate", {rate: per_cent(optim, rate, 64) for rate in rates})
 
 
-def test_c_has_the_seconds_of_an_epoch_step_time_times_steps(swept: Comparison) -> None:
-    found = numbers(swept)["A and C"]
+def test_the_table_has_the_seconds_of_an_epoch_step_time_times_steps(swept: Comparison) -> None:
+    found = numbers(swept)["A"]
     for size, seconds in zip(SIZES, found["adamw"]["seconds per epoch"], strict=True):
         runs = [milliseconds("adamw", size, 0.2, seed) / 1000 * (EXAMPLES / size) for seed in SEEDS]
         assert seconds == pytest.approx(statistics.mean(runs))
     assert found["sgd"]["seconds per epoch"][0] is None  # a seed of it diverged at once
-
-
-def test_d_is_over_all_learning_rates_and_seeds_of_the_common_batch_size(swept: Comparison) -> None:
-    found = numbers(swept)["D"]
-    for optim, rates in (("adamw", (0.1, 0.2, 0.4)), ("sgd", (1.0, 3.0))):
-        runs = [milliseconds(optim, 64, rate, seed) / 1000 * 10 for rate in rates for seed in SEEDS]
-        assert found[optim]["runs"] == len(runs)
-        assert found[optim]["seconds per epoch"] == pytest.approx(statistics.mean(runs))
-        assert found[optim]["standard deviation"] == pytest.approx(statistics.stdev(runs))
 
 
 def test_what_is_drawn_are_these_numbers(swept: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,12 +151,15 @@ def test_what_is_drawn_are_these_numbers(swept: Comparison, tmp_path: Path, monk
     settings = group_by_setting(read_results(swept.cells, swept.output_dir, swept.task))
     stability = read_stability(settings)
     assert stability is not None
-    ((path, caption),) = draw_stability(tmp_path, stability, optimizer_styles(settings)).items()
-    ((figure, (a, b, c, d)),) = figures
+    ((path, texts),) = draw_stability(tmp_path, stability).items()
+    ((_, (a, b)),) = figures
     found = stability.numbers()
-    assert path == tmp_path / "stability.png" and "batch size 64" in caption and path.with_suffix(".svg").is_file()
+    assert path == tmp_path / "stability.svg" and "batch size 64" in texts.caption and path.is_file()
+    ends = {optim: [found["A"][optim]["mean"][index] for index in (1, 2)] for optim in ("adamw", "sgd")}
+    assert f"adamw {ends['adamw'][0]:.4g} (" in texts.alt and texts.alt.index("adamw") < texts.alt.index("sgd")
+    assert f"sgd {ends['sgd'][0]:.4g} ({ends['sgd'][0]:.4g} at 64 and {ends['sgd'][1]:.4g} at 128)" in texts.alt
     assert json.loads(path.with_suffix(".json").read_text()) == found
-    for axes, panel, key in ((a, "A and C", "batch size per device"), (b, "B", "learning rate")):
+    for axes, panel, key in ((a, "A", "batch size per device"), (b, "B", "learning rate")):
         for container, (optim, line) in zip(axes.containers, found[panel].items(), strict=True):
             x, y = container.lines[0].get_data()
             low, high = axes.get_ylim()
@@ -182,44 +175,33 @@ def test_what_is_drawn_are_these_numbers(swept: Comparison, tmp_path: Path, monk
             assert {y for one in crosses for y in one.get_ydata()} <= {low}  # of an accuracy the bad end is below
     dotted = {line.get_color(): list(line.get_ydata()) for line in a.get_lines() if line.get_linestyle() == ":"}
     assert dotted[colour("adamw")] == found["A, tuned again"]["adamw"]["mean"]
-    for line, expected in zip(c.get_lines(), found["A and C"].values(), strict=True):
-        points = zip(expected["seconds per epoch"], expected["mean"], strict=True)
-        assert list(zip(*line.get_data(), strict=True)) == [point for point in points if None not in point]
-    assert {text.get_text() for text in c.texts} == {"16", "64", "128"}  # sgd's line begins at 64
-    assert [bar.get_width() for bar in d.patches] == [one["seconds per epoch"] for one in found["D"].values()]
-    assert [text.get_text() for text in d.get_yticklabels()] == ["adamw", "sgd"]
-    spread = [segment[:, 0] for segment in d.containers[0].lines[2][0].get_segments()]
-    assert [(ends[1] - ends[0]) / 2 for ends in spread] == [
-        pytest.approx(one["standard deviation"]) for one in found["D"].values()
-    ]
-    assert a.get_ylabel() == b.get_ylabel() == c.get_ylabel() == "test accuracy %"
-    assert [text.get_text() for text in figure.legends[0].get_texts()][:2] == ["adamw", "sgd"]
+    assert a.get_ylabel() == b.get_ylabel() == "test accuracy %"
+    assert {text.get_text() for axes in (a, b) for text in axes.texts} == {"adamw", "sgd"}
 
 
 def colour(optim: str) -> str:
-    return COLOURS[("adamw", "sgd").index(optim)]
+    return OPTIMIZER_COLOURS[optim][0]
 
 
 def test_the_report_has_the_picture_and_its_table(swept: Comparison) -> None:
     printed = write_report(swept)
     text = (swept.output_dir / "report.md").read_text()
-    assert str(swept.output_dir / "stability.png") in printed and text.count("(stability.png)") == 1
+    assert str(swept.output_dir / "stability.svg") in printed and text.count("(stability.svg)") == 1
     assert "| sgd | 16 | - | 3.0 | 70.94 | - |" in text  # diverged; with 3.0 the mean of 72.5 and 69.375
     assert "| adamw | 128 | 77.94 | 0.2 | 77.94 | 0.22 |" in text  # 44 and 45 ms, 5 steps
     assert "_batch_size=64, learning_rate=0.4" in text[text.index("| optimizer |") :].splitlines()[2]
 
 
 def test_a_sweep_without_learning_rates_and_step_times_has_a_picture(tmp_path: Path) -> None:
-    """Panel B has no line, C no point and D no bar."""
+    """Panel B has no line."""
     entry = {"optim": "sgd", "per_device_train_batch_size": list(SIZES)}
     comparison = create_comparison({**CONFIG, "cells": [entry]}, tmp_path, tmp_path / "out")
     for cell in comparison.cells:
         right = {"accuracy": cell.settings["per_device_train_batch_size"] / 256}
         write(comparison, cell.name, {"status": "completed", "validation": right, "test": right})
-    assert f"{tmp_path / 'out' / 'stability.png'}" in write_report(comparison)
+    assert f"{tmp_path / 'out' / 'stability.svg'}" in write_report(comparison)
     found = json.loads((tmp_path / "out" / "stability.json").read_text())
-    assert found["A and C"]["sgd"]["mean"] == [6.25, 25.0, 50.0] and found["B"]["sgd"]["mean"] == []
-    assert found["D"]["sgd"] == {"seconds per epoch": None, "standard deviation": None, "runs": 0}
+    assert found["A"]["sgd"]["mean"] == [6.25, 25.0, 50.0] and found["B"]["sgd"]["mean"] == []
     assert "| sgd | 64 | 25.00 | - | 25.00 | - |" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -252,7 +234,7 @@ def test_without_test_accuracies_validation_is_shown_and_a_text_has_its_perplexi
         write(swept, cell.name, {**result, "test": None})
     found = numbers(swept)
     assert found["measure"] == "validation accuracy %"
-    assert found["A and C"]["adamw"]["high"] == pytest.approx([80, 88, 92])
+    assert found["A"]["adamw"]["high"] == pytest.approx([80, 88, 92])
     for cell in swept.cells:
         loss = sum(map(ord, cell.name)) % 7 / 7 + 1
         split = {"loss": loss, "token_perplexity": 3 * loss}
@@ -263,8 +245,7 @@ def test_without_test_accuracies_validation_is_shown_and_a_text_has_its_perplexi
     best = min(statistics.mean(row.values["validation loss"] or 0 for row in setting.cells)
                for setting in group_by_setting(rows)
                if setting.optim == "sgd" and setting.others["per_device_train_batch_size"] == 64)  # fmt: skip
-    assert texts.numbers()["A and C"]["sgd"]["mean"][1] == pytest.approx(3 * best)
-    assert texts.numbers()["D"]["adamw"] == {"seconds per epoch": None, "standard deviation": None, "runs": 0}
+    assert texts.numbers()["A"]["sgd"]["mean"][1] == pytest.approx(3 * best)
 
 
 def test_the_common_size_is_one_where_all_optimizers_have_a_result(swept: Comparison) -> None:
@@ -272,8 +253,8 @@ def test_the_common_size_is_one_where_all_optimizers_have_a_result(swept: Compar
         for rate in (1.0, 3.0):
             write(swept, f"sgd,per_device_train_batch_size=64,learning_rate={rate},seed={seed}", {"status": "failed"})
     found = numbers(swept)
-    assert found["common batch size"] == 16 and list(found["D"]) == ["adamw", "sgd"]
-    assert found["A and C"]["sgd"]["mean"][1] is None
+    assert found["common batch size"] == 16 and list(found["A"]) == ["adamw", "sgd"]
+    assert found["A"]["sgd"]["mean"][1] is None
     settings = group_by_setting(read_results(swept.cells, swept.output_dir, swept.task))
     only = [one for one in settings if one.optim != "sgd" or one.others["per_device_train_batch_size"] == 64]
     stability = read_stability(only)

@@ -31,6 +31,7 @@ from transformers.trainer_utils import set_seed
 
 import hf_adafisher.optimizers.factory.create as factory
 from hf_adafisher import available_optimizers, create_optimizer, optimizer_state_bytes
+from hf_adafisher.optimizers.baselines.muon import Muon
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from hf_adafisher.optimizers.factory.param_groups import hidden_matrices
 from hf_adafisher.optimizers.factory.records import RECORDS
@@ -197,6 +198,24 @@ def test_muon_treats_conv1d_as_the_linear_layer_that_it_is(options: dict[str, An
     for name, weight in linear.state_dict().items():
         twin = transposed.state_dict()[name]
         assert_close(twin.t() if name in turned else twin, weight, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (4, 3, 2, 2)])
+def test_muon_iterates_in_the_updates_own_dtype_on_a_cpu(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    param = nn.Parameter(torch.zeros(shape))
+    optimizer = Muon([{"params": [param], "use_muon": True}], lr=1.0, momentum=0.9)
+    param.grad = torch.randn(shape, generator=generator)
+    x = param.grad.flatten(1).double()
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    expected = -(x.T if tall else x) * max(1.0, shape[0] / math.prod(shape[1:])) ** 0.5
+    optimizer.step()
+    assert_close(param.detach().flatten(1).double(), expected, rtol=1e-4, atol=1e-5)  # bfloat16 is off by 1e-2
 
 
 def test_shampoo_keeps_embeddings_and_long_sides_out_of_its_matrices() -> None:

@@ -32,7 +32,7 @@ def write_factor_pictures(study: FactorStudy, output: Path) -> list[Path]:
 
     Args:
         study: The factors.
-        output: PNG file; SVG and JSON stand beside it, and the picture of all layers as ``NAME_layers.png``.
+        output: SVG or PNG; the numbers stand beside it as JSON, and the picture of all layers as ``NAME_layers``.
 
     Returns:
         The files.
@@ -45,7 +45,7 @@ def write_factor_pictures(study: FactorStudy, output: Path) -> list[Path]:
         step = max(study.layers)
         figure = layers_figure(study.layers[step], f"{study.title}, step {step}")
         rows = [_layer_numbers(layer) for layer in study.layers[step]]
-        path = output.with_name(f"{output.stem}_layers.png")
+        path = output.with_name(f"{output.stem}_layers{output.suffix}")
         files += save_figure(figure, path, {"title": study.title, "step": step, "layers": rows})
     return files
 

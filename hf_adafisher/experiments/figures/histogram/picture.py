@@ -28,10 +28,10 @@ def draw_histograms(found: dict[str, Any], output: Path) -> list[Path]:
 
     Args:
         found: Result of ``collect_histograms``.
-        output: PNG file; SVG and JSON stand beside it.
+        output: SVG or PNG; the numbers stand beside it as JSON.
 
     Returns:
-        The three files.
+        The two files.
 
     Raises:
         ValueError: No value of a panel is above zero.
@@ -64,7 +64,7 @@ def draw_histograms(found: dict[str, Any], output: Path) -> list[Path]:
     moment.set(xlabel=r"second moment $\hat v$ (bias-corrected; squared loss per squared weight)")
     fisher.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(*fisher.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    figure.colorbar(mesh, ax=axes, label="share of values per decade (white: none)")
+    figure.colorbar(mesh, ax=axes, label="share of values per decade (blank: none)")
     shape = " x ".join(map(str, found["shape"]))
     figure.suptitle(f"{found['layer']}.weight ({shape}), {found['model']['type']} on {found['corpus']['name']}")
     return save_figure(figure, output, found)

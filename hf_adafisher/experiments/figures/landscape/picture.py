@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafisher.experiments.drawing import DASHES, SEQUENTIAL, Style, empty_figure, line_style
+from hf_adafisher.experiments.drawing import DASHES, SEQUENTIAL, Style, empty_figure, optimizer_styles
 
 COLOUR_MAP = f"{SEQUENTIAL}_r"
 """Light for low losses, so that the lines, which end there, stand out."""
@@ -75,9 +75,10 @@ def draw_landscape(numbers: Mapping[str, Any]) -> Any:
     bar.set_ticks(levels[::2], labels=[f"{level:.3g}" for level in levels[::2]])
     bar.set_label(f"{numbers['loss_label']}, levels closer near the lowest")
     _draw_surface(lifted, grid, levels, look)
+    styles = optimizer_styles(paths)
     for index, (label, path) in enumerate(paths.items()):
         dashes = {"linestyle": DASHES[index % len(DASHES)]}  # where one path lies on another, both are seen
-        path.draw(flat, lifted, levels[-1], line_style(index) | dashes, label)
+        path.draw(flat, lifted, levels[-1], styles[label] | dashes, label)
     _mark_start(flat, lifted, next(iter(paths.values())), levels[-1])
     flat.set_xlabel(numbers["plane"]["axes"][0], fontsize=9)
     flat.set_ylabel(numbers["plane"]["axes"][1], fontsize=9)

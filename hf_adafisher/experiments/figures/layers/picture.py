@@ -13,7 +13,7 @@ import numpy as np
 from hf_adafisher.experiments.drawing import COLOURS, SEQUENTIAL, empty_figure, save_figure
 from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record, record_file
 
-PICTURE_FILE = "curvature.png"
+PICTURE_FILE = "curvature.svg"
 BARS = 12
 """Number of layers at either end of the ranking."""
 _LABELS = 60
@@ -25,16 +25,17 @@ _LONGEST = 48
 def draw_curvature(run: Path, output: Path | None = None, layers: str = "*") -> list[Path]:
     """Draw the record of a run, and print both ends of the ranking.
 
-    Four maps of layers (rows, in the model's order) and steps: the median of the damped Fisher, its condition number,
-    the share of values at the floor, and the relative step; and a ranking by the last.
+    Maps of layers (rows, in the model's order) and steps: the median of the damped Fisher, its condition number (which
+    normalised factors have in common: then the title says it, and there is no map), the share of values at the floor,
+    and the relative step; and a ranking by the last.
 
     Args:
         run: Folder of the run, or its ``curvature.jsonl``.
-        output: PNG file; SVG and JSON stand beside it. Default: ``curvature.png`` beside the record.
+        output: SVG or PNG; the numbers stand beside it as JSON. Default: ``curvature.svg`` beside the record.
         layers: Pattern of the names to show.
 
     Returns:
-        The three files.
+        The two files.
 
     Raises:
         FileNotFoundError: There is no record.
@@ -93,20 +94,27 @@ def draw_record(record: CurvatureRecord, prefix: str) -> Any:
     rows, tables = len(record.layers), record.tables
     labels = [_short(name.removeprefix(prefix)) for name in record.layers]
     height = min(max(0.17 * min(rows, _LABELS) + 2.0, 5.0), 12.5)
-    figure = empty_figure((13.5 + 0.11 * max(map(len, labels)), height))
-    panels = figure.subplots(1, 5, width_ratios=(1, 1, 1, 1, 1.15))
+    condition = _positive(tables["condition_number"])
+    finite = condition[np.isfinite(condition)]
+    alike = finite.size > 0 and finite.max() <= 1.01 * finite.min()
+    maps = 4 - alike
+    figure = empty_figure((3.4 + 2.6 * maps + 0.11 * max(map(len, labels)), height))
+    *panels, bars = figure.subplots(1, maps + 1, width_ratios=[*[1] * maps, 1.15])
     floor, middle = "share of values at the floor\n(F < 2 damping)", "relative step\n(log2; the middle layer has 0)"
     _heat_map(panels[0], record, np.log10(_positive(tables["fisher_median"])), "median of the damped Fisher F\n(log10)")
-    _heat_map(panels[1], record, np.log10(_positive(tables["condition_number"])), "condition, max F / min F\n(log10)")
-    _heat_map(panels[2], record, tables["floor_share"], floor, limits=(0, 1))
-    _heat_map(panels[3], record, np.log2(_positive(record.relative_step)), middle, centred=True)
+    if not alike:
+        _heat_map(panels[1], record, np.log10(condition), "condition, max F / min F\n(log10)")
+    _heat_map(panels[-2], record, tables["floor_share"], floor, limits=(0, 1))
+    _heat_map(panels[-1], record, np.log2(_positive(record.relative_step)), middle, centred=True)
     _label_rows(panels[0], labels)
-    for axes in panels[1:4]:
+    for axes in panels[1:]:
         axes.set_yticks([])
-    _bars(panels[4], [(_short(name.removeprefix(prefix)), value) for name, value in record.ranking()])
+    _bars(bars, [(_short(name.removeprefix(prefix)), value) for name, value in record.ranking()])
     under = f", names without {prefix!r}" if prefix else ""
     times, what = len(record.steps), f"{rows} layer{'s' * (rows > 1)}"
-    figure.suptitle(f"Curvature of {what} over {times} refresh{'es' * (times > 1)}{under}", fontsize=11)
+    title = f"Curvature of {what} over {times} refresh{'es' * (times > 1)}{under}"
+    title += f"; max F / min F is {finite.max():.3g} in all of them" if alike else ""
+    figure.suptitle(title, fontsize=11)
     return figure
 
 

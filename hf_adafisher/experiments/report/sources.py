@@ -1,0 +1,129 @@
+"""Numbers of a hand-made table, held against the files that it names."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from hf_adafisher.experiments.json_files import read_json
+from hf_adafisher.experiments.report.paired import CONFIDENCE, LEAST_SEEDS
+
+_NUMBER = re.compile(r"(?<![\w.,-])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
+_MEASURED = re.compile(r"\d\.\d|±")
+_UNITS = (2**20, 1e6)
+"""MiB and MB, which bytes are shown in."""
+
+
+def is_measured(rows: Sequence[str]) -> bool:
+    """Check that a Markdown table has measurements: a decimal number, or a ``±``, outside of code and links.
+
+    Args:
+        rows: Its lines.
+    """
+    return any(_MEASURED.search(cell) for row in rows for cell in _cells(row))
+
+
+def unknown_numbers(rows: Sequence[str], sources: str, root: Path) -> list[str]:
+    """Return the numbers of a Markdown table that its files do not have, at the precision shown.
+
+    The heading and the first column are labels and are left out, and so are code and links.
+
+    Args:
+        rows: Lines of the table.
+        sources: Paths of JSON files and of ``cells.csv``, with spaces between them. ``FILE.json#KEY`` takes the values
+            of one key alone; ``seeds=20-24`` runs with these seeds alone. Of JSON count all numbers in it; of
+            ``cells.csv`` its cells and, for each setting, numbers, means and standard deviations over the seeds, and
+            differences from other settings, seed by seed, with 95 % intervals; bytes also as MiB and MB.
+        root: Folder that the paths begin at.
+
+    Raises:
+        ValueError: A file is missing or damaged, or is of another kind.
+    """
+    seeds: range | None = None
+    paths = []
+    for word in sources.split():
+        if found := re.fullmatch(r"seeds=(\d+)-(\d+)", word):
+            seeds = range(int(found[1]), int(found[2]) + 1)
+        else:
+            paths.append(word)
+    pool = [number for path in paths for number in _numbers(root, path, seeds)]
+    shown: dict[int, set[str]] = {}
+    unknown = []
+    for row in rows[2:]:
+        for token in _NUMBER.findall(" | ".join(_cells(row)[1:])):
+            if "e" in token:
+                known = float(token) in pool
+            else:
+                digits = len(token.partition(".")[2])
+                if digits not in shown:
+                    shown[digits] = {_plain(f"{number:.{digits}f}") for number in pool}
+                known = _plain(token) in shown[digits]
+            unknown += [] if known else [token]
+    return unknown
+
+
+def _cells(row: str) -> list[str]:
+    """Cells without code and links."""
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", row).strip().strip("|").split("|")
+
+
+def _plain(number: str) -> str:
+    """Without plus sign and separators; minus zero is zero."""
+    text = number.replace(",", "").lstrip("+")
+    return text.lstrip("-") if not text.strip("-0.") else text
+
+
+def _numbers(root: Path, name: str, seeds: range | None) -> Iterator[float]:
+    path, _, key = name.partition("#")
+    if not (root / path).is_file():
+        raise ValueError(f"{path} does not exist")
+    if path.endswith(".json"):
+        content = read_json(root / path)
+        if key and key not in content:
+            raise ValueError(f"{path} has no {key!r}; it has {', '.join(content)}")
+        yield from _leaves(content[key] if key else content)
+    elif path.endswith(".csv"):
+        yield from _of_runs(pd.read_csv(root / path), path, seeds)
+    else:
+        raise ValueError(f"{path} must be a JSON file or a cells.csv")
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[float]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield float(value)
+        if key.endswith("bytes"):
+            yield from (value / unit for unit in _UNITS)
+
+
+def _of_runs(table: pd.DataFrame, path: str, seeds: range | None) -> Iterator[float]:
+    if not {"cell", "seed", "optimizer bytes"} <= set(table.columns):
+        raise ValueError(f"{path} must have the columns cell, seed and optimizer bytes, as those of comparisons have")
+    table = table if seeds is None else table[table["seed"].isin(seeds)]
+    table = table.assign(**{f"in {unit}": table["optimizer bytes"] / unit for unit in _UNITS})
+    settings = table["cell"].str.replace(r",seed=\d+", "", regex=True)
+    runs = [group.set_index("seed").select_dtypes("number") for _, group in table.groupby(settings)]
+    found: list[Any] = [table.select_dtypes("number")]
+    for group in runs:
+        found += [[len(group)], group.mean(), group.std()]
+    for first, second in itertools.permutations(runs, 2):
+        common = first.index.intersection(second.index)
+        if len(common) >= LEAST_SEEDS:
+            differences = (first.loc[common] - second.loc[common]).to_numpy()
+            mean, error = differences.mean(axis=0), differences.std(axis=0, ddof=1) / len(common) ** 0.5
+            reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(common) - 1)) * error
+            found += [mean, mean - reach, mean + reach]
+    numbers = np.concatenate([np.ravel(np.asarray(values, dtype=float)) for values in found])
+    yield from numbers[np.isfinite(numbers)].tolist()
