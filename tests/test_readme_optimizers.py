@@ -1,4 +1,4 @@
-"""The table of optimizers in docs/reference.md is what the program prints, which is what the records hold."""
+"""The tables of optimizers in docs/ are what the program prints, which is what the records and real steps hold."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from hf_adafisher import available_optimizers
+from hf_adafisher import available_optimizers, create_optimizer, optimizer_state_bytes
+from hf_adafisher.experiments.benchmark.memory import MODELS, OPTIMIZERS, state_bytes
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.scripts import load_command
 
@@ -26,6 +29,42 @@ def test_the_readme_holds_the_programs_table(program: ModuleType, capsys: pytest
     table = capsys.readouterr().out.strip()
     assert table.count("\n") == len(available_optimizers()) + 1
     assert table in (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+
+
+SMALL = {
+    "gpt2": GPT2Config(vocab_size=60, n_positions=16, n_embd=16, n_layer=4, n_head=2),
+    "llama": LlamaConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
+def test_counted_memory_is_that_of_a_real_training_step(
+    config: PretrainedConfig, name: str, dtype: torch.dtype
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    optimizer = create_optimizer(name, model)
+    tokens = torch.arange(16).reshape(2, 8)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    count = sum(p.numel() for p in model.parameters())
+    assert state_bytes(config, name, dtype) == (count, optimizer_state_bytes(optimizer))
+
+
+@pytest.mark.slow
+def test_the_memory_table_is_the_programs(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """To renew it: `hf-adafisher list --memory`. bfloat16 weights halve it, as the page says."""
+    assert program.main(["--memory"]) == 0
+    assert capsys.readouterr().out.strip() in (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
+    for name in OPTIMIZERS:
+        single, half = (state_bytes(MODELS["Qwen3 0.6B"], name, dtype)[1] for dtype in (torch.float32, torch.bfloat16))
+        assert half == pytest.approx(single / 2, rel=0.01)
 
 
 def test_json_holds_every_record(program: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from hf_adafisher.experiments.comparison.schema import (
     Check,
     either,
+    json_schema,
     listing,
     mapping,
     number,
@@ -17,6 +18,7 @@ from hf_adafisher.experiments.comparison.schema import (
     refuse,
     scalar,
     text,
+    with_schema,
 )
 from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.json_files import read_json
@@ -27,8 +29,11 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 _SEEDS = listing(number(0, whole=True), empty=False, unique=True)
 _VALUE = either(scalar, listing(scalar, empty=False))
+_SECRET = ("token", "hub_token")
+_NAME_OF_ARGUMENT = r"^[A-Za-z_][A-Za-z0-9_]*$"
 
 
+@with_schema({"type": "string", "pattern": r"\S"})
 def _name(value: Any, place: str) -> None:
     text(value, place)
     if not value.strip():
@@ -38,13 +43,15 @@ def _name(value: Any, place: str) -> None:
 def _arguments(values: Check, more: Mapping[str, Check] | None = None, required: Collection[str] = ()) -> Check:
     """Accept arguments of runs with their values."""
     check_all = mapping(more, others=values, required=required)
+    names = {"pattern": _NAME_OF_ARGUMENT, "not": {"enum": [*_SECRET, "output_dir"]}}
 
+    @with_schema({**json_schema(check_all), "propertyNames": names})
     def check(value: Any, place: str) -> None:
         check_all(value, place)
         for key in value:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+            if not re.fullmatch(_NAME_OF_ARGUMENT, key):
                 raise ValueError(f"{place}: {key!r} is no name of an argument: write it without hyphens and spaces")
-        secret = [key for key in ("token", "hub_token") if key in value]
+        secret = [key for key in _SECRET if key in value]
         if secret:
             raise ValueError(f"{place}: {secret[0]!r} would stand in every record: log in with `hf auth login`")
         if "output_dir" in value:
@@ -83,6 +90,29 @@ CONFIGURATION = mapping(
     required=("cells",),
 )
 """Every key of a configuration, with what it may hold."""
+
+MEANINGS = {
+    "description": "what is compared, on what, and how long it takes; the head of the report",
+    "task": "`clm` (language models, the default) or `image` (image classifiers)",
+    "common": "arguments that all runs share: those of `hf-adafisher clm` or `hf-adafisher image`",
+    "cells": "one entry an optimizer: `optim` and its arguments; every combination of its lists is a cell",
+    "seeds": "seeds of every entry that has none of its own",
+    "tuning_seeds": "those of the seeds whose runs only choose settings",
+    "budget": "`steps=N`, `seconds=N`, or `like=NAME:epochs=N`: the seconds that NAME needs for N epochs",
+    "step_seconds": "seconds of a step by optimizer, for the forecast of `--dry_run`",
+    "train_examples": "number of training examples, for the forecast",
+    "overhead_seconds": "seconds that a run takes beside its training, for the forecast",
+    "paper": "published numbers that the report shows beside one's own",
+}
+"""Meaning of every key, in Markdown."""
+
+
+def configuration_schema() -> dict[str, Any]:
+    """Return the JSON schema of configurations, made from ``CONFIGURATION`` and ``MEANINGS``."""
+    schema = json_schema(CONFIGURATION)
+    described = {key: {"description": MEANINGS[key], **value} for key, value in schema["properties"].items()}
+    about = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "Comparison of optimizers"}
+    return {**about, **schema, "properties": described}
 
 
 def check_configuration(config: Any) -> None:

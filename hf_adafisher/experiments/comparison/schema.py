@@ -1,4 +1,7 @@
-"""Checks of values read from JSON files: each takes a value and its place, and raises ValueError with both."""
+"""Checks of values read from JSON files: each takes a value and its place, and raises ValueError with both.
+
+``json_schema`` describes what a check accepts, for editors and other programs.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,22 @@ from typing import Any
 from hf_adafisher.experiments.command_line import describe_unknown_keys
 
 Check = Callable[[Any, str], None]
+_NO_NULL = r"^[^\x00]*$"
+
+
+def json_schema(check: Check) -> dict[str, Any]:
+    """Return the JSON schema of what a check accepts; the empty one, which accepts everything, where it has none."""
+    return getattr(check, "schema", {})
+
+
+def with_schema(schema: Mapping[str, Any]) -> Callable[[Check], Check]:
+    """Decorate a check with its JSON schema."""
+
+    def decorate(check: Check) -> Check:
+        check.schema = dict(schema)  # type: ignore[attr-defined]
+        return check
+
+    return decorate
 
 
 def refuse(place: str, value: Any, expected: str) -> None:
@@ -18,6 +37,7 @@ def refuse(place: str, value: Any, expected: str) -> None:
     raise ValueError(f"{place} must be {expected}, got {shown}")
 
 
+@with_schema({"type": "string", "pattern": _NO_NULL})
 def text(value: Any, place: str) -> None:
     """Accept text that a file or a command line can hold."""
     if not isinstance(value, str):
@@ -31,6 +51,9 @@ def number(low: float = -math.inf, *, whole: bool = False, above: bool = False) 
     kind = "an integer" if whole else "a number"
     bound = "" if low == -math.inf else f" {'above' if above else 'of at least'} {low:g}"
 
+    bounds = {} if low == -math.inf else {"exclusiveMinimum" if above else "minimum": low}
+
+    @with_schema({"type": "integer" if whole else "number", **bounds})
     def check(value: Any, place: str) -> None:
         right = isinstance(value, int) if whole else isinstance(value, int | float)
         if not right or isinstance(value, bool) or not low <= value < math.inf or (above and value == low):
@@ -39,6 +62,7 @@ def number(low: float = -math.inf, *, whole: bool = False, above: bool = False) 
     return check
 
 
+@with_schema({"type": ["string", "number", "boolean"], "pattern": _NO_NULL})
 def scalar(value: Any, place: str) -> None:
     """Accept what stands for one word of a command line: text, a finite number, true or false."""
     if isinstance(value, str):
@@ -50,6 +74,7 @@ def scalar(value: Any, place: str) -> None:
 def one_of(choices: Collection[str]) -> Check:
     """Accept one of these texts."""
 
+    @with_schema({"enum": list(choices)})
     def check(value: Any, place: str) -> None:
         if not isinstance(value, str) or value not in choices:
             refuse(place, value, f"one of {', '.join(choices)}")
@@ -59,17 +84,23 @@ def one_of(choices: Collection[str]) -> Check:
 
 def optional(check: Check) -> Check:
     """Accept null, and what ``check`` accepts."""
-    return lambda value, place: None if value is None else check(value, place)
+    schema = {"anyOf": [{"type": "null"}, json_schema(check)]}
+    return with_schema(schema)(lambda value, place: None if value is None else check(value, place))
 
 
 def either(single: Check, several: Check) -> Check:
     """Accept lists and objects that ``several`` accepts, and other values that ``single`` accepts."""
-    return lambda value, place: (several if isinstance(value, list | dict) else single)(value, place)
+    schema = {"anyOf": [json_schema(single), json_schema(several)]}
+    return with_schema(schema)(
+        lambda value, place: (several if isinstance(value, list | dict) else single)(value, place)
+    )
 
 
 def listing(check: Check, *, empty: bool = True, unique: bool = False) -> Check:
     """Accept lists of such values."""
+    least = {} if empty else {"minItems": 1}
 
+    @with_schema({"type": "array", "items": json_schema(check), "uniqueItems": unique, **least})
     def check_all(value: Any, place: str) -> None:
         if not isinstance(value, list):
             refuse(place, value, "a list")
@@ -95,6 +126,14 @@ def mapping(
     """
     known = checks or {}
 
+    @with_schema(
+        {
+            "type": "object",
+            "properties": {key: json_schema(check) for key, check in known.items()},
+            "additionalProperties": False if others is None else json_schema(others),
+            "required": list(required),
+        }
+    )
     def check_all(value: Any, place: str) -> None:
         if not isinstance(value, dict):
             refuse(place, value, "an object")

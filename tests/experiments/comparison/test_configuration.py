@@ -11,7 +11,12 @@ import pytest
 
 from hf_adafisher.experiments.comparison.cell_arguments import check_cells
 from hf_adafisher.experiments.comparison.cells import expand_cells
-from hf_adafisher.experiments.comparison.configuration import check_configuration, find_configuration
+from hf_adafisher.experiments.comparison.configuration import (
+    MEANINGS,
+    check_configuration,
+    configuration_schema,
+    find_configuration,
+)
 from tests.experiments.comparison.test_compare import CONFIGS, PRESETS, script
 
 GOOD: dict[str, Any] = {"common": {"max_steps": 3}, "cells": [{"optim": "adamw", "learning_rate": 0.1}]}
@@ -121,6 +126,21 @@ def test_arguments_that_a_run_would_refuse(
     assert dry_run(config, tmp_path) == 2
     error = capsys.readouterr().err
     assert "1 of 2 cells cannot run" in error and words in error
+
+
+def test_the_json_schema_refuses_what_the_checks_refuse() -> None:
+    """Duplicates in a grid, the words of a budget and lone surrogates are beyond a schema."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = configuration_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    assert list(MEANINGS) == list(schema["properties"])
+    assert validator.is_valid(GOOD) and validator.is_valid({**GOOD, "paper": PAPER, "seeds": [0, 1]})
+    beyond = ("twice", "a budget is", "lone surrogates")
+    passed = [(config, words) for config, words in BAD if validator.is_valid(config)]
+    assert [words for _, words in passed if not words.startswith(beyond)] == []
+    for path in PRESETS:
+        validator.validate(json.loads(path.read_text()))
 
 
 def test_every_way_of_running_checks_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
