@@ -14,19 +14,12 @@ from hf_adafisher.experiments.report.pages import check_pages
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-WITHOUT_FILE = {
-    "docs/results/step-sizes-vit has a report and no runs.jsonl.gz",
-}
-"""What is left to be measured again, or to go. Nothing is to be added here."""
 
 
 def test_every_number_has_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """``hf-adafisher report --check docs README.md``; --write renews the tables that archives give."""
     monkeypatch.chdir(ROOT)
-    problems = check_pages([Path("docs"), Path("README.md")], PROGRAMS)
-    found = [re.sub(r"^(\S+\.md):\d+", r"\1", problem) for problem in problems]
-    assert not [problem for problem in found if not problem.startswith(tuple(WITHOUT_FILE))]
-    assert len(found) == len(WITHOUT_FILE)
+    assert check_pages([Path("docs"), Path("README.md")], PROGRAMS) == []
 
 
 def cells(name: str) -> pd.DataFrame:
