@@ -20,7 +20,7 @@ from pathlib import Path
 
 from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.figures.command_line import run_figure
-from hf_adafisher.experiments.figures.layers.picture import draw_curvature
+from hf_adafisher.experiments.figures.layers import draw_curvature
 
 
 def main(argv: Sequence[str] | None = None) -> int:

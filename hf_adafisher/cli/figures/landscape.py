@@ -24,8 +24,8 @@ from pathlib import Path
 from hf_adafisher.experiments.drawing import save_figure
 from hf_adafisher.experiments.figures.command_line import figure_parser, run_figure
 from hf_adafisher.experiments.figures.landscape.picture import draw_landscape
-from hf_adafisher.experiments.figures.landscape.settings import LandscapeSettings
 from hf_adafisher.experiments.figures.landscape.trace import trace_landscape
+from hf_adafisher.experiments.figures.landscape.trajectories import LandscapeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:

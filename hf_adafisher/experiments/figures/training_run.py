@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_adafisher.data.images.dataset import ImageDataset
-from hf_adafisher.experiments.figures.reserved_arguments import refuse_reserved
+from hf_adafisher.experiments.figures.command_line import refuse_reserved
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.optimizers.factory.catalog import canonical_name

@@ -21,8 +21,7 @@ from hf_adafisher.experiments.report.results import (
     read_results,
     write_csv,
 )
-from hf_adafisher.experiments.report.stability import read_stability
-from hf_adafisher.experiments.report.stability_picture import STABILITY_PICTURE, draw_stability
+from hf_adafisher.experiments.report.stability import STABILITY_PICTURE, draw_stability, read_stability
 from hf_adafisher.experiments.report.tables import best_table, cell_table, escape_bars, failure_table
 from hf_adafisher.experiments.report.tuning import best_of_each, claimed_settings, tuning_table, tuning_trials
 

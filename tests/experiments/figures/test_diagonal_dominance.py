@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hf_adafisher.experiments.figures.factors.diagonal_dominance import (
+from hf_adafisher.experiments.figures.factors.full_factors import (
     energy_share,
     gershgorin_disks,
     independent_share,

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from hf_adafisher.experiments.figures.factors import picture, study
-from hf_adafisher.experiments.figures.factors.diagonal_dominance import gershgorin_disks
-from hf_adafisher.experiments.figures.factors.full_factors import collect_factors, factor_layers
+from hf_adafisher.experiments.figures.factors.full_factors import collect_factors, factor_layers, gershgorin_disks
 from hf_adafisher.experiments.figures.factors.study import FactorSettings, choose_layer, measure_layer
 from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD

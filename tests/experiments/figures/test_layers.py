@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from hf_adafisher import CurvatureCallback
-from hf_adafisher.experiments.figures.layers.picture import common_prefix, draw_record
-from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record
+from hf_adafisher.experiments.figures.layers import CurvatureRecord, common_prefix, draw_record, load_record
 from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE

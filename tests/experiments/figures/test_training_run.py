@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
-from hf_adafisher.experiments.figures.reserved_arguments import given_arguments
+from hf_adafisher.experiments.figures.command_line import given_arguments
 from hf_adafisher.experiments.figures.training_run import (
     DIGITS_LEARNING_RATES,
     check_same_start,

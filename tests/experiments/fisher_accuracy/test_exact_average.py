@@ -14,14 +14,13 @@ from torch.nn import functional as F
 from hf_adafisher import AdaFisherW
 from hf_adafisher.experiments.fisher_accuracy import evaluation
 from hf_adafisher.experiments.fisher_accuracy.agreement import AGAINST_WINDOW, CONTROLS, ESTIMATES, TOGETHER
-from hf_adafisher.experiments.fisher_accuracy.estimates import RunObserver
+from hf_adafisher.experiments.fisher_accuracy.estimates import ExactAverage, RunObserver
 from hf_adafisher.experiments.fisher_accuracy.evaluation import (
     FisherSettings,
     compare_fisher,
     compare_run,
     prepare_seed,
 )
-from hf_adafisher.experiments.fisher_accuracy.exact_average import ExactAverage
 from hf_adafisher.experiments.fisher_accuracy.exact_fisher import exact_fisher
 from hf_adafisher.experiments.fisher_accuracy.picture import CONTROL_COLUMNS, agreement_table, draw_agreement
 from tests.experiments.runs.image_runs import TINY

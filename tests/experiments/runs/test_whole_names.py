@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hf_adafisher.experiments.command_line import StrictParser
-from hf_adafisher.experiments.figures.reserved_arguments import given_arguments
+from hf_adafisher.experiments.figures.command_line import given_arguments
 from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
 from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
 from tests.scripts import load_command

@@ -13,19 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.experiments.figures.command_line import require_at_least
-from hf_adafisher.experiments.figures.factors.diagonal_dominance import (
-    DiagonalDominance,
-    Spectrum,
-    gershgorin_disks,
-    spectrum_of,
-)
 from hf_adafisher.experiments.figures.factors.full_factors import (
     SIDES,
     SYMBOLS,
+    DiagonalDominance,
     FactorLayer,
     LayerFactors,
+    Spectrum,
     collect_factors,
     factor_layers,
+    gershgorin_disks,
+    spectrum_of,
 )
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
