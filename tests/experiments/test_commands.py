@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_adafisher.cli.figures.main import FIGURES
-from hf_adafisher.cli.main import COMMANDS, describe, main
+from hf_adafisher.cli.main import COMMANDS, FIGURES, describe, main
 from hf_adafisher.experiments.comparison.configuration import PRESETS, available_presets
 from tests.experiments.cell_folders import folder_of
 from tests.scripts import load_command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -93,11 +94,11 @@ def figure_parser(description: str, output: str) -> argparse.ArgumentParser:
     Use ``parse_known_args``: the remaining words are arguments of the run.
 
     Args:
-        description: Docstring of the script.
+        description: Docstring of the command.
         output: Default of ``--output``.
     """
     parser = StrictParser(
-        description=description,
+        description=inspect.cleandoc(description),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Every other argument is the run's, as its script knows it: --model, --dataset, --seed and so on.",
     )

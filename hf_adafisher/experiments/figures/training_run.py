@@ -98,7 +98,7 @@ def prepare_run(task: str, steps: int, output: Path, optimizer: str | None, furt
     """Prepare the run of one optimizer as its script would, without evaluations and checkpoints.
 
     Args:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         steps: Number of optimizer steps.
         output: File of the picture; Trainer's own files, if any, go into a folder of that name beside it. An empty one
             is removed with the last reference to the run.

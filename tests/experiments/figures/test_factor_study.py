@@ -105,7 +105,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
 
 def run_script(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[Path]]:
     output = tmp_path / "factors.svg"
-    status = load_command("figures.factors").main([*arguments, "--output", str(output)])
+    status = load_command("figures").factors([*arguments, "--output", str(output)])
     files = sorted(path for path in tmp_path.iterdir() if path.is_file())
     return status, json.loads(output.with_suffix(".json").read_text()) if status == 0 else {}, files
 

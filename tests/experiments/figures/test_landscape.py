@@ -533,7 +533,6 @@ def test_a_diverged_optimizer_leaves_the_others_their_picture(tmp_path: Path) ->
     np.testing.assert_array_equal(lifted.lines[0].get_data_3d()[2], np.minimum(good["loss_in_plane"], top))
 
 
-COMMAND = "figures.landscape"
 TEXT = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300"]
 TEXT += ["--block_size", "16", *RUN]
 
@@ -541,7 +540,7 @@ TEXT += ["--block_size", "16", *RUN]
 def test_script_writes_the_picture_and_its_numbers(tmp_path: Path) -> None:
     output = tmp_path / "new" / "figure.png"
     sizes = ["--steps", "4", "--grid", "3", "--examples", "24", "--output", str(output)]
-    assert load_command(COMMAND).main(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
+    assert load_command("figures").landscape(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
     numbers = json.loads(output.with_suffix(".json").read_text())
     assert list(numbers["optimizers"]) == PAIR
@@ -610,7 +609,7 @@ def test_bad_input_is_named_before_training(
     no_training: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str], message: str
 ) -> None:
     base = ["--optimizers", *PAIR, "--steps", "4", "--output", str(tmp_path / "figure.png")]
-    assert load_command(COMMAND).main([*base, *RUN, *TINY, *flags]) == 2
+    assert load_command("figures").landscape([*base, *RUN, *TINY, *flags]) == 2
     assert message in caplog.text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,14 @@ def test_an_option_of_a_file_has_two_names(tmp_path: Path) -> None:
         ("compare", ["demo", "--dry_ru"], "--dry_run"),
         ("benchmark", ["--round", "3"], "--rounds"),
         ("list_optimizers", ["--jso"], "--json"),
-        ("figures.curvature", ["a", "--layer", "b"], "--layers"),
+        ("main", ["figures", "curvature", "a", "--layer", "b"], "--layers"),
     ],
 )
-def test_the_other_commands(command: str, words: list[str], near: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_commands(
+    command: str, words: list[str], near: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """E15, for commands that are no runs."""
+    monkeypatch.setattr(sys, "argv", sys.argv)  # main sets it
     with pytest.raises(SystemExit) as stop:
         load_command(command).main(words)
     assert stop.value.code == 2 and f"did you mean '{near}'" in capsys.readouterr().err

@@ -41,7 +41,7 @@ class FactorSettings:
     """Settings of the training run and of its factors.
 
     Attributes:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         output: File of the picture.
         layer: Name of the module to draw; None for the middle one of those whose factors are both full.
         optimizer: As ``prepare_run`` reads it; None for the script's own choice.

@@ -30,7 +30,7 @@ class LandscapeSettings:
     """Settings of the training runs, the plane and the grid.
 
     Attributes:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         output: File of the picture.
         optimizers: As ``prepare_run`` reads them, all different. The first one's end is the centre of planes that
             do not come from the trajectories. The losses of the snapshots themselves have their own buffers; those in
