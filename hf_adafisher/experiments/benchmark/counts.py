@@ -1,4 +1,4 @@
-"""What is counted, not timed: operators that one ``step()`` launches, and optimizer state by the size of the model."""
+"""Counts, no times: operators that one ``step()`` launches, and optimizer state by the size of the model."""
 
 from __future__ import annotations
 

@@ -65,6 +65,13 @@ _ENTRY = _arguments(
     {"optim": either(_name, listing(_name, empty=False)), "seeds": _SEEDS},
     required=("optim",),
 )
+
+
+def _by_argument(deeper: Check) -> Check:
+    """Accept numbers by name, or one more level, the value of an argument."""
+    return mapping(others=either(number(), deeper))
+
+
 CONFIGURATION = mapping(
     {
         "description": text,
@@ -81,8 +88,8 @@ CONFIGURATION = mapping(
             {
                 "source": text,
                 "measure": text,
-                "by": text,
-                "values": mapping(others=either(number(), mapping(others=number()))),
+                "by": either(text, listing(text)),
+                "values": _by_argument(_by_argument(mapping(others=number()))),
             },
             required=("source", "measure", "values"),
         ),

@@ -205,7 +205,7 @@ def test_a_preset_is_found_by_its_name(
 ) -> None:
     """E13: from any folder, with and without .json; a file of that name comes first."""
     monkeypatch.chdir(tmp_path)
-    for name in ("lm-scratch", "lm-scratch.json", "paper/cifar-resnet18"):
+    for name in ("lm-scratch", "lm-scratch.json", "paper/cifar-cnn"):
         assert find_configuration(Path(name)).resolve().is_relative_to(CONFIGS.resolve())
     assert script().main(["lm-scratch", "--dry_run"]) == 0
     assert "cells, 0 of them finished" in capsys.readouterr().out
