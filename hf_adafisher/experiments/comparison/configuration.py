@@ -21,7 +21,7 @@ from hf_adafisher.experiments.comparison.schema import (
     with_schema,
 )
 from hf_adafisher.experiments.comparison.tasks import TASKS
-from hf_adafisher.experiments.json_files import read_json
+from hf_adafisher.experiments.settings_files import read_json
 from hf_adafisher.optimizers.factory.records import did_you_mean
 
 PRESETS = Path(__file__).parents[1] / "presets"

@@ -19,9 +19,9 @@ from hf_adafisher.data.images.epochs import DatasetEpochs
 from hf_adafisher.data.images.metrics import TOP_K, accuracies, confusion_matrix, image_metrics, logits_and_labels
 from hf_adafisher.data.images.normalization import Normalization, image_processor
 from hf_adafisher.experiments.outputs import write_json
-from hf_adafisher.experiments.runs.confusion_matrix import write_confusion_matrix
 from hf_adafisher.experiments.runs.image_arguments import ImageDataArguments, ImageModelArguments
 from hf_adafisher.experiments.runs.image_trainer import ImageTrainer
+from hf_adafisher.experiments.runs.pictures import write_confusion_matrix
 from hf_adafisher.experiments.runs.run import SPLITS, Evaluation, PreparedRun
 from hf_adafisher.models import LoadReport
 from hf_adafisher.training.trainer import AdaFisherTrainer

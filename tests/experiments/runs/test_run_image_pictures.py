@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from hf_adafisher.experiments.runs.confusion_matrix import write_confusion_matrix
-from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
+from hf_adafisher.experiments.runs.pictures import write_confusion_matrix, write_learning_curves
 from tests.experiments.runs.image_runs import TINY, run
 from tests.scripts import read_results
 

@@ -1,11 +1,22 @@
-"""Muon (Jordan et al. 2024)."""
+"""LAMB (You et al. 2020, arXiv 1904.00962) and Muon (Jordan et al. 2024) of pytorch_optimizer, each with one change."""
 
 from __future__ import annotations
+
+import math
 
 import pytorch_optimizer
 from pytorch_optimizer.base.type import ParamGroup
 from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
 from torch import Tensor
+
+
+class Lamb(pytorch_optimizer.Lamb):
+    """LAMB of pytorch_optimizer with the unclipped weight norm in the trust ratio (Algorithm 2, ``phi(z) = z``).
+
+    The library clips the norm at 10, so that the steps of larger weights are shorter than ``lr`` times their norm.
+    """
+
+    clamp = math.inf
 
 
 class Muon(pytorch_optimizer.Muon):
