@@ -13,8 +13,7 @@ import pytest
 
 from hf_adafisher.cli.main import COMMANDS, FIGURES, describe, main
 from hf_adafisher.experiments.comparison.configuration import PRESETS, available_presets
-from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_command
+from tests.scripts import folder_of, load_command
 
 ROOT = Path(__file__).parents[2]
 FIGURE_WORDS = [["figures", name] for name in FIGURES]

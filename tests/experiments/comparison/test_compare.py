@@ -20,8 +20,7 @@ from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.comparison.stored import load_result
 from hf_adafisher.experiments.figures.training_run import parse_optimizer
 from hf_adafisher.optimizers.factory.create import available_optimizers
-from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_command
+from tests.scripts import folder_of, load_command
 
 CONFIGS = PRESET_FOLDER
 PRESETS = sorted(CONFIGS.rglob("*.json"))

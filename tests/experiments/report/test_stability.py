@@ -21,8 +21,8 @@ from hf_adafisher.experiments.report import stability as stability_module
 from hf_adafisher.experiments.report.results import best_settings, group_by_setting, read_results
 from hf_adafisher.experiments.report.stability import draw_stability, read_stability
 from hf_adafisher.experiments.report.write_report import stability_sections, write_report
-from tests.experiments.cell_folders import folder_of, name_of
 from tests.experiments.comparison.test_compare import CONFIGS, script
+from tests.scripts import folder_of, name_of
 
 SIZES, SEEDS = (16, 64, 128), (0, 1)
 EXAMPLES = 640
