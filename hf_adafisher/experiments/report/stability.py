@@ -29,9 +29,8 @@ from hf_adafisher.experiments.drawing import (
 )
 from hf_adafisher.experiments.outputs import json_ready
 from hf_adafisher.experiments.report.pictures import RATE_TITLE, draw_with_range
-from hf_adafisher.experiments.report.rendering import Picture
 from hf_adafisher.experiments.report.results import EPOCH_SECONDS, SettingResults, best_settings
-from hf_adafisher.experiments.report.tables import Table
+from hf_adafisher.experiments.report.tables import Picture, Table
 
 BATCH_SIZE = "per_device_train_batch_size"
 LEARNING_RATE = "learning_rate"

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
 from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence, show_progress
-from hf_adafisher.experiments.runs.checkpoints import STAGING_FOLDER, SetAside, swap_in
+from hf_adafisher.experiments.runs.earlier_run import STAGING_FOLDER, SetAside, swap_in
 from hf_adafisher.experiments.runs.pictures import write_learning_curves
 from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
 from hf_adafisher.optimizers.validation.environment import unwrapped

@@ -20,7 +20,7 @@ from hf_adafisher.fisher.averages import MovingAverage, statistics_dtype
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD, ParameterDiagonal
 from hf_adafisher.fisher.layers import LayerRule, find_rule
 from hf_adafisher.fisher.tracked_module import TrackedModule
-from hf_adafisher.optimizers.baselines.kfac_curvature import damped_inverse, split_damping, trace
+from hf_adafisher.optimizers.baselines.kfac_inverse import damped_inverse, split_damping, trace
 
 ROW_INVERSE, COLUMN_INVERSE, READY = "row_inverse", "column_inverse", "inverse_ready"
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from hf_adafisher.optimizers.baselines.kfac import KFAC
-from hf_adafisher.optimizers.baselines.kfac_curvature import damped_inverse, split_damping
+from hf_adafisher.optimizers.baselines.kfac_inverse import damped_inverse, split_damping
 from tests.cases import mlp
 
 PLAIN: dict[str, Any] = {"kl_clip": None, "update_interval": 1, "inverse_interval": 1}
