@@ -147,7 +147,7 @@ _TEMPLATE = "report.html.jinja"
 
 
 class Picture(NamedTuple):
-    """What stands below a picture, and what stands in its place for those who do not see it: trend and winner."""
+    """Text below a picture, and text in its place for those who do not see it: trend and winner."""
 
     caption: str
     alt: str
