@@ -192,8 +192,7 @@ def api_page() -> str:
 
 def cli_page() -> str:
     """Show the help of every command."""
-    from hf_adafisher.cli.figures.main import FIGURES
-    from hf_adafisher.cli.main import COMMANDS
+    from hf_adafisher.cli.main import COMMANDS, FIGURES
 
     text = ["# Command line", fenced(help_of(), "text")]
     for name, (_, line) in COMMANDS.items():

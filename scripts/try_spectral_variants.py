@@ -3,7 +3,7 @@
     python scripts/try_spectral_variants.py --seeds 10 11 12 13 14 --output_dir out/variants
     python scripts/try_spectral_variants.py --task image --variants "every head of them apart" --output_dir out/vit
 
-Tasks are those of the presets step-sizes-text and step-sizes-vit at the default rates (0.02, fine-tuning 3e-4);
+Tasks are those of the presets lm-scratch and step-sizes-vit at the default rates (0.02, fine-tuning 3e-4);
 ``--set key=value`` changes their arguments. A variant is a patch of the optimizer in the process of its run, so that
 what does not earn its place is in no other file. Leaves ``variants.json`` and ``variants.md``: test loss or accuracy,
 mean difference from the rule as it is, and its 95 % interval by Student's t. Finished runs are kept.
@@ -37,7 +37,7 @@ from hf_adafisher.optimizers import polar, spectral
 from hf_adafisher.optimizers.polar import polar_factor
 
 TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
-    "text": (prepare_clm, "step-sizes-text.json", 0.02, "loss"),
+    "text": (prepare_clm, "lm-scratch.json", 0.02, "loss"),
     "image": (prepare_image, "step-sizes-vit.json", 3e-4, "accuracy"),
 }
 AS_IT_IS = "as it is"

@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
-BY_LIBRARIES = ("/platform.py", "/torch/_inductor/", "/experiments/source_state.py")
+BY_LIBRARIES = ("/platform.py", "/torch/_inductor/", "/experiments/outputs.py")
 """Code whose processes do not count: ``uname``, ``git``, and the compilers of torch, which a warm cache saves."""
 started: list[str] = []
 """Processes and process groups that the running test has started, in its fixtures or in itself."""

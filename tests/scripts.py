@@ -38,3 +38,13 @@ def as_command(line: str) -> str:
     for script, command in SCRIPTS.items():
         line = line.replace(f"python scripts/{script}.py ", f"hf-adafisher {command} ")
     return line
+
+
+def folder_of(output_dir: Path, name: str) -> Path:
+    """The folder of the cell of this name."""
+    return {name_of(path.parent): path.parent for path in output_dir.glob("*/command.json")}[name]
+
+
+def name_of(folder: Path) -> str:
+    """The name of the cell in this folder."""
+    return json.loads((folder / "command.json").read_text())["name"]

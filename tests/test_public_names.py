@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +37,23 @@ def test_every_public_name_is_listed_and_there() -> None:
         assert getattr(hf_adafisher, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'AdaFisherTrainr'"):
         hf_adafisher.AdaFisherTrainr  # noqa: B018
+
+
+EXTRAS = ("PIL", "kornia", "sklearn", "timm", "torchvision")
+CODE = """
+import sys
+sys.modules.update(dict.fromkeys(sys.argv[1:]))
+import hf_adafisher
+before = set(sys.modules)
+from hf_adafisher.data.images import *
+from hf_adafisher.data.text import *
+print(*{name.split(".")[1] for name in set(sys.modules) - before if name.startswith("hf_adafisher.")})
+print(load_images.__name__, load_corpus.__name__)
+"""
+
+
+@pytest.mark.subprocess
+def test_public_names_need_no_extras_and_nothing_else_of_the_package() -> None:
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", CODE, *EXTRAS], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["data", "load_images", "load_corpus"], done.stderr

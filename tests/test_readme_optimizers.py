@@ -11,7 +11,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from hf_adafisher import available_optimizers, create_optimizer, optimizer_state_bytes
-from hf_adafisher.experiments.benchmark.memory import MODELS, OPTIMIZERS, state_bytes
+from hf_adafisher.experiments.benchmark.counts import MODELS, OPTIMIZERS, state_bytes
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from tests.scripts import load_command
 

@@ -22,13 +22,11 @@ from pathlib import Path
 
 import torch
 
-from hf_adafisher.experiments.benchmark.iteration import measure_cost, measure_iteration
-from hf_adafisher.experiments.benchmark.measurement import as_table
-from hf_adafisher.experiments.benchmark.operators import measure_operators, operators_table
+from hf_adafisher.experiments.benchmark.counts import measure_operators, operators_table
+from hf_adafisher.experiments.benchmark.measurement import MODELS, as_table
 from hf_adafisher.experiments.benchmark.scaling import draw_scaling, measure_scaling
-from hf_adafisher.experiments.benchmark.step import measure_optimizers, measure_step
+from hf_adafisher.experiments.benchmark.step import measure_cost, measure_iteration, measure_optimizers, measure_step
 from hf_adafisher.experiments.benchmark.trainer_step import measure_trainer
-from hf_adafisher.experiments.benchmark.workloads import MODELS
 from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from hf_adafisher.experiments.runs.arguments import show_help
 from hf_adafisher.experiments.runs.clm import ClmRun
 from hf_adafisher.experiments.runs.clm_arguments import (
     ClmTrainingArguments,
@@ -29,7 +30,6 @@ from hf_adafisher.experiments.runs.clm_arguments import (
     parse_clm_arguments,
 )
 from hf_adafisher.experiments.runs.clm_setup import prepare_clm_run
-from hf_adafisher.experiments.runs.help import show_help
 from hf_adafisher.experiments.runs.run import run_script
 
 ARGUMENTS = {"Model": ModelArguments, "Data": DataArguments, "Training": ClmTrainingArguments}

@@ -22,7 +22,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hf_adafisher.experiments.runs.help import show_help
+from hf_adafisher.experiments.runs.arguments import show_help
 from hf_adafisher.experiments.runs.image import ImageRun
 from hf_adafisher.experiments.runs.image_arguments import (
     ImageDataArguments,

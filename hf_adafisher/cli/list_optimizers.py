@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _memory() -> str:
-    from hf_adafisher.experiments.benchmark.memory import memory_as_markdown  # transformers takes seconds to import
+    from hf_adafisher.experiments.benchmark.counts import memory_as_markdown  # transformers takes seconds to import
 
     return memory_as_markdown()
 

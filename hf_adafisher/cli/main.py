@@ -1,7 +1,7 @@
-"""``hf-adafisher``: the table of its commands, and their call.
+"""``hf-adafisher``: the tables of its commands and figures, and their call.
 
-A command is a module with ``main(argv) -> exit status``. It is imported when it is called, so that ``--help`` of all of
-them is quick.
+A command is a function of its arguments that returns the exit status. Its module is imported when it is called, so that
+``--help`` of all of them is quick.
 """
 
 from __future__ import annotations
@@ -21,10 +21,23 @@ COMMANDS = {
     "list": ("hf_adafisher.cli.list_optimizers:main", "list the optimizers and their options"),
     "doctor": ("hf_adafisher.cli.doctor:main", "say what is wrong with a run, after its first steps"),
     "benchmark": ("hf_adafisher.cli.benchmark:main", "time the steps of optimizers"),
-    "figures": ("hf_adafisher.cli.figures.main:main", "draw the curvature, the loss and other figures"),
+    "figures": ("hf_adafisher.cli.main:figures", "draw the curvature, the loss and other figures"),
     "soak": ("hf_adafisher.cli.soak:main", "kill runs at random moments and check what is left"),
 }
 """Commands by name: their function as ``module:function``, and what they do in one line."""
+FIGURES = {
+    "curvature": ("hf_adafisher.cli.figures:curvature", "step size of each layer over a run"),
+    "differences": ("hf_adafisher.cli.figures:differences", "differences from a reference, with intervals"),
+    "factors": ("hf_adafisher.cli.figures:factors", "how diagonal a layer's Kronecker factors are (Figure 3)"),
+    "fisher-accuracy": ("hf_adafisher.cli.figures:fisher_accuracy", "how close the diagonal is to the exact one"),
+    "fisher-histogram": (
+        "hf_adafisher.cli.figures:fisher_histogram",
+        "a layer's Fisher diagonal beside Adam's second moment (Figure 4)",
+    ),
+    "landscape": ("hf_adafisher.cli.figures:landscape", "paths of optimizers over the loss (Figure 1)"),
+    "learning-rates": ("hf_adafisher.cli.figures:learning_rates", "loss against learning rate of comparisons"),
+}
+"""The figures of ``hf-adafisher figures``, as ``COMMANDS``."""
 
 Commands = Mapping[str, tuple[str, str]]
 
@@ -39,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     about = "AdaFisher, AdaFisherW and SpectralAdaFisher for Hugging Face Transformers."
     return dispatch(PROGRAM, about, COMMANDS, words)
+
+
+def figures(argv: Sequence[str] | None = None) -> int:
+    """Draw the figure that the first word names; return its exit status."""
+    return dispatch(f"{PROGRAM} figures", "Draw a figure, with its numbers as JSON.", FIGURES, argv)
 
 
 def dispatch(program: str, about: str, commands: Commands, argv: Sequence[str] | None = None) -> int:

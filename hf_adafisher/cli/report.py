@@ -1,11 +1,11 @@
 """Write the report of a comparison again, or archive the comparison; or hold pages against archives. Nothing is run.
 
-    hf-adafisher report out/wikitext2-small                                       # of a comparison's folder
-    hf-adafisher report out/wikitext2-small --archive docs/results/wikitext2-small
-    hf-adafisher report docs/results/wikitext2-small                              # of an archive: in its place
-    hf-adafisher report docs/results/wikitext2-small --output_dir out/report      # with HTML and all pictures
-    hf-adafisher report --write docs README.md                                    # tables in pages, from archives
-    hf-adafisher report --check docs README.md                                    # is every number that of its file?
+    hf-adafisher report out/lm-scratch                                       # of a comparison's folder
+    hf-adafisher report out/lm-scratch --archive docs/results/lm-scratch
+    hf-adafisher report docs/results/lm-scratch                              # of an archive: in its place
+    hf-adafisher report docs/results/lm-scratch --output_dir out/report      # with HTML and all pictures
+    hf-adafisher report --write docs README.md                               # tables in pages, from archives
+    hf-adafisher report --check docs README.md                               # is every number that of its file?
 
 A comparison leaves its configuration in its folder. Cells without a result are left out. An archive is runs.jsonl.gz,
 with every run's results.json as a line, and report.md and cells.csv made from it; pictures that stand beside it are

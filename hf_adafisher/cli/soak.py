@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 from hf_adafisher.experiments.command_line import StrictParser
-from hf_adafisher.experiments.faults.soak import Soak, summarize
 from hf_adafisher.experiments.outputs import write_json
+from hf_adafisher.experiments.soak import Soak, summarize
 
 PROGRAMS = Path(__file__).resolve().parent
 """Folder of the programs that are killed."""

@@ -10,8 +10,7 @@ import pytest
 
 from hf_adafisher.data.text import load_corpus
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
-from tests.experiments.cell_folders import name_of
-from tests.scripts import load_command
+from tests.scripts import load_command, name_of
 
 TINY = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300", "--block_size", "16"]
 QUICK = ["--per_device_train_batch_size", "4", "--logging_steps", "1", "--disable_tqdm", "true", "--use_cpu"]

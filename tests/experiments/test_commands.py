@@ -1,8 +1,7 @@
-"""The command ``hf-adafisher`` and the thin scripts of a clone."""
+"""The command ``hf-adafisher``."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import re
@@ -12,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_adafisher.cli.figures.main import FIGURES
-from hf_adafisher.cli.main import COMMANDS, describe, main
+from hf_adafisher.cli.main import COMMANDS, FIGURES, describe, main
 from hf_adafisher.experiments.comparison.configuration import PRESETS, available_presets
-from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_command
+from tests.scripts import folder_of, load_command
 
 ROOT = Path(__file__).parents[2]
 FIGURE_WORDS = [["figures", name] for name in FIGURES]
@@ -61,18 +58,6 @@ def test_the_list_of_commands_imports_no_transformers() -> None:
     assert run.stdout.splitlines()[-1] == "False"
 
 
-def test_every_script_is_a_command_and_nothing_else() -> None:
-    targets = {entry.partition(":")[0] for entry, _ in [*COMMANDS.values(), *FIGURES.values()]}
-    for path in (ROOT / "scripts").glob("*.py"):
-        if path.stem == "trace_step" or path.stem.startswith("try_"):  # of this repository's documentation
-            continue
-        tree = ast.parse(path.read_text())
-        (module,) = [node.module for node in tree.body if isinstance(node, ast.ImportFrom)]
-        assert module in targets and callable(importlib.import_module(str(module)).main)
-        targets.discard(str(module))
-    assert targets == {"hf_adafisher.cli.report", "hf_adafisher.cli.doctor", "hf_adafisher.cli.figures.main"}
-
-
 def test_the_package_names_the_command() -> None:
     (entry,) = re.findall(r'^hf-adafisher = "(.*):main"$', (ROOT / "pyproject.toml").read_text(), re.M)
     assert importlib.import_module(entry).main is main
@@ -93,7 +78,7 @@ def test_a_comparison_by_name_and_its_report_again(
     compare = load_command("compare")
     monkeypatch.setattr(compare, "PROGRAMS", program.parent)
     monkeypatch.setattr(load_command("report"), "PROGRAMS", program.parent)
-    assert {"demo", "wikitext2-small", "python-docs-small"} <= set(available_presets())
+    assert {"demo", "lm-scratch", "python-docs-small"} <= set(available_presets())
     assert main(["compare", "demo", "--budget", "steps=4"]) == 0
     out = tmp_path / "out" / "demo"
     report = (out / "report.md").read_text()

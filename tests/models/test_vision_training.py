@@ -15,9 +15,9 @@ from hf_adafisher import AdaFisherTrainer, AdaFisherTrainingArguments
 from hf_adafisher.data.images.augmentation import Augmentation, ImageCollator
 from hf_adafisher.data.images.corpora import ImageCorpus, load_images
 from hf_adafisher.data.images.dataset import ImageDataset, ImageItem
-from hf_adafisher.data.images.epochs import DatasetEpochs
 from hf_adafisher.data.images.metrics import image_metrics
 from hf_adafisher.data.images.normalization import corpus_normalization
+from hf_adafisher.data.images.sampling import DatasetEpochs
 from hf_adafisher.models import create_model
 
 SIDE = 16

@@ -10,7 +10,6 @@ Pillow, scikit-learn, kornia and torchvision are imported by the functions that 
 from hf_adafisher.data.images.augmentation import Augmentation, ImageCollator
 from hf_adafisher.data.images.corpora import ImageCorpus, ImageSplit, available_images, load_images
 from hf_adafisher.data.images.dataset import ImageDataset
-from hf_adafisher.data.images.epochs import DatasetEpochs
 from hf_adafisher.data.images.files import BrokenImageError
 from hf_adafisher.data.images.metrics import confusion_matrix, image_metrics, top_k_accuracy
 from hf_adafisher.data.images.normalization import (
@@ -19,6 +18,7 @@ from hf_adafisher.data.images.normalization import (
     image_processor,
     pretrained_normalization,
 )
+from hf_adafisher.data.images.sampling import DatasetEpochs
 
 __all__ = [
     "Augmentation",

@@ -1,8 +1,11 @@
-"""Stratified sampling of labelled examples."""
+"""Stratified sampling of labelled examples, and the epoch by which a data set orders them."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 def stratified_positions(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -61,3 +64,20 @@ def held_out_positions(labels: np.ndarray, fraction: float, seed: int) -> np.nda
     if not any(map(len, held_out)):
         held_out = [np.flatnonzero(labels == np.unique(labels)[sizes.argmax()])[:1]]
     return np.sort(np.concatenate(held_out))
+
+
+class DatasetEpochs(TrainerCallback):
+    """Call ``set_epoch`` of the training data set at the start of every epoch.
+
+    Accelerate's data loader does not do so after a resume in the middle of an epoch. With several processes it calls
+    the sampler's ``set_epoch`` only.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Set the epoch before its first batch, or before the first batch after a resume."""
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        set_epoch = getattr(dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(int((state.epoch or 0.0) + 1e-6))  # 1.5 in the middle of the second epoch

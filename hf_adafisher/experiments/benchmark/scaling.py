@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hf_adafisher.experiments.benchmark.measurement import alternate, timed, timer
-from hf_adafisher.experiments.benchmark.workloads import Workload, gpt2
+from hf_adafisher.experiments.benchmark.measurement import Workload, alternate, gpt2, timed, timer
 from hf_adafisher.experiments.drawing import line_style, new_figure, write_picture
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 

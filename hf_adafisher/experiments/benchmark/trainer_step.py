@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from hf_adafisher.experiments.benchmark.iteration import T_COV
-from hf_adafisher.experiments.benchmark.measurement import compare_times
-from hf_adafisher.experiments.benchmark.workloads import gpt2
+from hf_adafisher.experiments.benchmark.measurement import compare_times, gpt2
+from hf_adafisher.experiments.benchmark.step import T_COV
 from hf_adafisher.experiments.runs.callbacks import StepTimer
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from hf_adafisher.training.trainer import AdaFisherTrainer
@@ -92,7 +91,7 @@ def measure_trainer(rounds: int, device: str = "cpu", **sizes: int) -> dict[str,
     Args:
         rounds: Number of turns of each run that count.
         device: ``cpu`` or ``cuda``.
-        sizes: Sizes of the GPT-2, see ``hf_adafisher.experiments.benchmark.workloads.gpt2``.
+        sizes: Sizes of the GPT-2, see ``hf_adafisher.experiments.benchmark.measurement.gpt2``.
     """
     names = ("adamw_torch_fused", "adafisherw", "adafisherw root")
     turns, watches, threads = _Turns(len(names)), [], []

@@ -21,7 +21,7 @@ from hf_adafisher.experiments.comparison.schema import (
     with_schema,
 )
 from hf_adafisher.experiments.comparison.tasks import TASKS
-from hf_adafisher.experiments.json_files import read_json
+from hf_adafisher.experiments.settings_files import read_json
 from hf_adafisher.optimizers.factory.records import did_you_mean
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -65,6 +65,13 @@ _ENTRY = _arguments(
     {"optim": either(_name, listing(_name, empty=False)), "seeds": _SEEDS},
     required=("optim",),
 )
+
+
+def _by_argument(deeper: Check) -> Check:
+    """Accept numbers by name, or one more level, the value of an argument."""
+    return mapping(others=either(number(), deeper))
+
+
 CONFIGURATION = mapping(
     {
         "description": text,
@@ -81,8 +88,8 @@ CONFIGURATION = mapping(
             {
                 "source": text,
                 "measure": text,
-                "by": text,
-                "values": mapping(others=either(number(), mapping(others=number()))),
+                "by": either(text, listing(text)),
+                "values": _by_argument(_by_argument(mapping(others=number()))),
             },
             required=("source", "measure", "values"),
         ),

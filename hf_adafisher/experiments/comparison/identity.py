@@ -13,10 +13,9 @@ from typing import Any
 from hf_adafisher.data.fingerprint import file_sha256
 from hf_adafisher.experiments.comparison.cells import Cell, canonical
 from hf_adafisher.experiments.comparison.schema import anything, listing, mapping, optional, scalar, text
-from hf_adafisher.experiments.json_files import read_json
-from hf_adafisher.experiments.outputs import write_json
+from hf_adafisher.experiments.outputs import source_state, write_json
 from hf_adafisher.experiments.runs.run import RESULTS_FILE
-from hf_adafisher.experiments.source_state import source_state
+from hf_adafisher.experiments.settings_files import read_json
 
 COMMAND_FILE = "command.json"
 _DATA = ("train_file", "validation_file", "test_file", "data_dir", "train_dir")

@@ -22,7 +22,7 @@ from hf_adafisher.experiments.comparison.cells import Cell, expand_cells, select
 from hf_adafisher.experiments.comparison.configuration import check_configuration
 from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.identity import cell_folder
-from hf_adafisher.experiments.comparison.published import read_published_results
+from hf_adafisher.experiments.comparison.published import decided_by, read_published_results
 from hf_adafisher.experiments.comparison.stored import is_done, load_result, stored_result
 from hf_adafisher.experiments.comparison.tasks import Task
 
@@ -241,9 +241,9 @@ def create_comparison(
     if parsed is not None and parsed.optim is not None:  # it may be one that is not compared this time
         reference = reference_cell(expand_cells(select_optimizers(full, [parsed.optim])))
     if read_published_results(full) is None and "paper" in full:
-        by = full["paper"].get("by")
-        value = full.get("common", {}).get(by, "not given")
-        logger.warning("there are no published numbers for this comparison (%s: %s): no column for them", by, value)
+        common = full.get("common", {})
+        chosen = ", ".join(f"{name}: {common.get(name, 'not given')}" for name in decided_by(full["paper"]))
+        logger.warning("there are no published numbers for this comparison (%s): no column for them", chosen)
     return Comparison(selected, cells, parsed, reference, scripts / task_of(full).script, output_dir, jobs, backend)
 
 

@@ -44,7 +44,8 @@ def read_published_results(config: Mapping[str, Any]) -> PublishedResults | None
 
     Args:
         config: With ``"paper": {"source": text, "measure": title, "values": {optimizer: number}}``. With
-            ``"by": "dataset"`` the values have one more level, the value of that shared argument.
+            ``"by": "dataset"`` the values have one more level, the value of that shared argument; a list of arguments
+            has as many levels.
 
     Raises:
         ValueError: A missing or an unknown key, or values that are no numbers.
@@ -56,9 +57,18 @@ def read_published_results(config: Mapping[str, Any]) -> PublishedResults | None
     if unknown or not {"source", "measure", "values"} <= set(paper):
         raise ValueError(f'"paper" needs "source", "measure" and "values", may have "by"; unknown: {unknown or "none"}')
     values = paper["values"]
-    if "by" in paper:
-        values = values.get(str(config.get("common", {}).get(paper["by"])), {})
+    by = decided_by(paper)
+    for name in by:
+        values = values.get(str(config.get("common", {}).get(name)), {})
+        if not isinstance(values, Mapping):
+            raise ValueError(f'the values of "paper" need a level for each of "by", {by}, got {values} there')
     if not all(isinstance(value, int | float) for value in values.values()):
         raise ValueError(f'the values of "paper" are numbers by optimizer, got {values}; is "by" missing?')
     by_optimizer = {canonical_name(name): value for name, value in values.items()}
     return PublishedResults(paper["source"], paper["measure"], by_optimizer) if values else None
+
+
+def decided_by(paper: Mapping[str, Any]) -> list[str]:
+    """Return the shared arguments on which the published numbers depend, outermost first."""
+    by = paper.get("by", [])
+    return by if isinstance(by, list) else [by]

@@ -17,8 +17,8 @@ from hf_adafisher.experiments.comparison.schema import (
     refuse,
     text,
 )
-from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.experiments.runs.run import RESULTS_FILE, SPLITS
+from hf_adafisher.experiments.settings_files import read_json
 
 _NUMBER, _OBJECT = optional(number()), optional(mapping(others=anything))
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import TrainerCallback, TrainingArguments
 
 from hf_adafisher.data.images.dataset import ImageDataset
-from hf_adafisher.experiments.figures.reserved_arguments import refuse_reserved
+from hf_adafisher.experiments.figures.command_line import refuse_reserved
 from hf_adafisher.experiments.runs import clm_arguments, clm_setup, image_arguments, image_setup
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.optimizers.factory.catalog import canonical_name
@@ -98,7 +98,7 @@ def prepare_run(task: str, steps: int, output: Path, optimizer: str | None, furt
     """Prepare the run of one optimizer as its script would, without evaluations and checkpoints.
 
     Args:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         steps: Number of optimizer steps.
         output: File of the picture; Trainer's own files, if any, go into a folder of that name beside it. An empty one
             is removed with the last reference to the run.

@@ -48,7 +48,7 @@ class FisherSettings:
     """Settings of the training runs and of the exact diagonal.
 
     Attributes:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         output: File of the picture.
         optimizer: AdaFisher or AdaFisherW, as ``prepare_run`` reads it; None for the one that fits the network.
         steps: Number of optimizer steps, at least 1.

@@ -18,12 +18,12 @@ from typing import Any
 from hf_adafisher.experiments.comparison.identity import COMMAND_FILE, read_record
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison, with_measured_jobs
 from hf_adafisher.experiments.comparison.schema import anything, mapping, optional, refuse, text
-from hf_adafisher.experiments.json_files import parse_json, read_json
 from hf_adafisher.experiments.outputs import json_ready, replacing, write_json
 from hf_adafisher.experiments.report.results import CellResult
 from hf_adafisher.experiments.report.tables import escape_paragraph
 from hf_adafisher.experiments.report.write_report import NO_PICTURES, read_comparison, write_report
 from hf_adafisher.experiments.runs.run import RESULTS_FILE
+from hf_adafisher.experiments.settings_files import parse_json, read_json
 
 ARCHIVE_FILE = "runs.jsonl.gz"
 DATA_VARIABLE = "HF_ADAFISHER_DATA"

@@ -25,11 +25,11 @@ from hf_adafisher.experiments.drawing import (
     plain_text,
     save_figure,
 )
-from hf_adafisher.experiments.json_files import parse_json, read_json
 from hf_adafisher.experiments.report.paired import LEAST_SEEDS, paired_interval
 from hf_adafisher.experiments.report.rates import read_cells
-from hf_adafisher.experiments.report.rendering import Picture
 from hf_adafisher.experiments.report.results import SettingResults
+from hf_adafisher.experiments.report.tables import Picture
+from hf_adafisher.experiments.settings_files import parse_json, read_json
 
 REFERENCE = "adamw"
 _ROW = mapping(

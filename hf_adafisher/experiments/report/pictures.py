@@ -28,8 +28,8 @@ from hf_adafisher.experiments.drawing import (
     save_figure,
 )
 from hf_adafisher.experiments.report.differences import draw_differences, paired_differences
-from hf_adafisher.experiments.report.rendering import Picture
 from hf_adafisher.experiments.report.results import COST, CellResult, SettingResults
+from hf_adafisher.experiments.report.tables import Picture
 
 logger = logging.getLogger(__name__)
 

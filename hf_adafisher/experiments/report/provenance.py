@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_adafisher.experiments.comparison.protocol import Comparison
+from hf_adafisher.experiments.outputs import describe_source
 from hf_adafisher.experiments.report.results import CellResult
 from hf_adafisher.experiments.report.tables import Table
-from hf_adafisher.experiments.source_state import describe_source
 
 _SOURCE = ("hf_adafisher", "commit", "uncommitted_changes")
 _MACHINE = ("platform", "device", "cpu_count", "torch_threads")

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from hf_adafisher.experiments.json_files import read_json
 from hf_adafisher.experiments.report.paired import CONFIDENCE, LEAST_SEEDS
+from hf_adafisher.experiments.settings_files import read_json
 
 _NUMBER = re.compile(r"(?<![\w.,-])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 _MEASURED = re.compile(r"\d\.\d|±")

@@ -12,7 +12,6 @@ from hf_adafisher.experiments.outputs import write_text
 from hf_adafisher.experiments.report.paired import paired_table
 from hf_adafisher.experiments.report.pictures import draw_pictures
 from hf_adafisher.experiments.report.provenance import describe_mixture, settings_table, software_table, step_time_table
-from hf_adafisher.experiments.report.rendering import Section, render_html, render_markdown
 from hf_adafisher.experiments.report.results import (
     CellResult,
     SettingResults,
@@ -21,9 +20,16 @@ from hf_adafisher.experiments.report.results import (
     read_results,
     write_csv,
 )
-from hf_adafisher.experiments.report.stability import read_stability
-from hf_adafisher.experiments.report.stability_picture import STABILITY_PICTURE, draw_stability
-from hf_adafisher.experiments.report.tables import best_table, cell_table, escape_bars, failure_table
+from hf_adafisher.experiments.report.stability import STABILITY_PICTURE, draw_stability, read_stability
+from hf_adafisher.experiments.report.tables import (
+    Section,
+    best_table,
+    cell_table,
+    escape_bars,
+    failure_table,
+    render_html,
+    render_markdown,
+)
 from hf_adafisher.experiments.report.tuning import best_of_each, claimed_settings, tuning_table, tuning_trials
 
 _PAIRED = (

@@ -31,8 +31,7 @@ from hf_adafisher.experiments.runs.checkpoints import (
 )
 from hf_adafisher.experiments.runs.clm import ClmRun, EncodedSplit
 from hf_adafisher.experiments.runs.clm_arguments import ClmTrainingArguments, DataArguments, ModelArguments
-from hf_adafisher.experiments.runs.clm_embeddings import copy_embeddings
-from hf_adafisher.experiments.runs.clm_lora import add_lora, base_model, check_lora
+from hf_adafisher.experiments.runs.clm_model import add_lora, base_model, check_lora, copy_embeddings
 
 logger = logging.getLogger(__name__)
 

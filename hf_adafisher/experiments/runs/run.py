@@ -22,7 +22,7 @@ from hf_adafisher.experiments.outputs import hardware, software_versions, write_
 from hf_adafisher.experiments.runs.arguments import RunTrainingArguments
 from hf_adafisher.experiments.runs.callbacks import StepTimer, StopOnDivergence, show_progress
 from hf_adafisher.experiments.runs.earlier_run import STAGING_FOLDER, SetAside, swap_in
-from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
+from hf_adafisher.experiments.runs.pictures import write_learning_curves
 from hf_adafisher.optimizers.factory.create import optimizer_state_bytes
 from hf_adafisher.optimizers.validation.environment import unwrapped
 from hf_adafisher.training.arguments import optimizer_name

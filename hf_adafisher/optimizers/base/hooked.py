@@ -23,8 +23,8 @@ from hf_adafisher.optimizers.validation.checkpoints import (
     check_shapes,
     warn_changed_options,
 )
-from hf_adafisher.optimizers.validation.keywords import check_keywords
 from hf_adafisher.optimizers.validation.models import check_model, check_parameters
+from hf_adafisher.optimizers.validation.option_values import check_keywords
 from hf_adafisher.optimizers.validation.training_modes import Needs
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

@@ -148,7 +148,7 @@ _add(
 )
 _add(
     "lamb",
-    "hf_adafisher.optimizers.baselines.lamb:Lamb",
+    "hf_adafisher.optimizers.baselines.library_fixes:Lamb",
     library=_PO,
     paper="You et al., ICLR 2020, arXiv 1904.00962",
     lr=SourcedDefault(1e-2, _TINY),
@@ -180,7 +180,7 @@ _add(
 )
 _add(
     "muon",
-    "hf_adafisher.optimizers.baselines.muon:Muon",
+    "hf_adafisher.optimizers.baselines.library_fixes:Muon",
     library=_PO,
     paper="Jordan et al., 2024, kellerjordan.github.io/posts/muon",
     lr=SourcedDefault(0.02, "Keller Jordan's README"),

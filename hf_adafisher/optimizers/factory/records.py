@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hf_adafisher.optimizers.base.options import OneOf, OptimizerOptions
 from hf_adafisher.optimizers.factory.param_groups import Groups
 from hf_adafisher.optimizers.validation.checkpoints import foreign_checkpoint
-from hf_adafisher.optimizers.validation.library_option_ranges import check_values
+from hf_adafisher.optimizers.validation.option_values import check_values
 from hf_adafisher.optimizers.validation.training_modes import TRAINING_MODES, Needs
 
 EXTRA = 'pip install "hf_adafisher[baselines]"'

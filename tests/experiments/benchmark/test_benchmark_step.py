@@ -12,11 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-from hf_adafisher.experiments.benchmark import iteration, scaling, step, trainer_step
-from hf_adafisher.experiments.benchmark.measurement import alternate, compare_times, peak_extra_bytes
-from hf_adafisher.experiments.benchmark.operators import count_operators, measure_operators
+from hf_adafisher.experiments.benchmark import scaling, step, trainer_step
+from hf_adafisher.experiments.benchmark.counts import count_operators, measure_operators
+from hf_adafisher.experiments.benchmark.measurement import (
+    MODELS,
+    SmallTensors,
+    Workload,
+    alternate,
+    compare_times,
+    gpt2,
+    peak_extra_bytes,
+)
 from hf_adafisher.experiments.benchmark.step import measure_step
-from hf_adafisher.experiments.benchmark.workloads import MODELS, SmallTensors, Workload, gpt2
 from hf_adafisher.experiments.comparison.configuration import load_configuration
 from tests.scripts import load_command
 
@@ -65,7 +72,7 @@ def test_operators_are_counted_by_their_callers() -> None:
 
 def test_launches_grow_with_foreach_no_more_than_with_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "hf_adafisher.experiments.benchmark.operators.gpt2",
+        "hf_adafisher.experiments.benchmark.counts.gpt2",
         lambda device, depth, **_: gpt2(device, width=16, depth=depth, vocabulary=50, batch=1, length=4),
     )
     counts = measure_operators()["operators"]
@@ -195,20 +202,20 @@ def test_a_run_that_fails_ends_the_comparison_under_trainer(monkeypatch: pytest.
 
 
 def test_cost_of_a_comparison_counts_no_waiting(main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert iteration._cpu_time(lambda: time.sleep(0.2))() * iteration.T_COV < 50
+    assert step._cpu_time(lambda: time.sleep(0.2))() * step.T_COV < 50
     tiny = {"width": 64, "depth": 1, "vocabulary": 50, "batch": 2, "length": 4}
-    monkeypatch.setattr(iteration, "LM_SCRATCH", tiny)
+    monkeypatch.setattr(step, "LM_SCRATCH", tiny)
     assert main(["--comparison-cost", "--rounds", "2", "--json", str(tmp_path / "cost.json")]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
-    assert set(rows) == {f"whole iteration, {name}" for name in iteration.LM_SCRATCH_OPTIMIZERS}
+    assert set(rows) == {f"whole iteration, {name}" for name in step.LM_SCRATCH_OPTIMIZERS}
     assert rows["whole iteration, adamw"]["ratio"] == 1.0 and all(row["fastest_ms"] > 0 for row in rows.values())
 
 
 def test_cost_is_that_of_the_comparisons_model_and_optimizers() -> None:
     preset = load_configuration(Path("lm-scratch"))
     names = {"width": "n_embd", "depth": "n_layer", "vocabulary": "vocab_size", "batch": "per_device_train_batch_size"}
-    assert {key: preset["common"][name] for key, name in names.items()} == iteration.LM_SCRATCH
-    assert {cell["optim"] for cell in preset["cells"]} >= set(iteration.LM_SCRATCH_OPTIMIZERS)
+    assert {key: preset["common"][name] for key, name in names.items()} == step.LM_SCRATCH
+    assert {cell["optim"] for cell in preset["cells"]} >= set(step.LM_SCRATCH_OPTIMIZERS)
 
 
 @pytest.mark.parametrize("bad", [["--rounds", "1"], ["--plot", "x.png"], ["--model", "nothing"]])

@@ -14,7 +14,7 @@ from hf_adafisher.experiments.comparison.forecast import forecast, format_durati
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.comparison.stored import load_result
 from hf_adafisher.experiments.report.write_report import read_comparison
-from tests.experiments.cell_folders import folder_of
+from tests.scripts import folder_of
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]

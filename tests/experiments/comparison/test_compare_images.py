@@ -134,6 +134,8 @@ def test_what_is_published_depends_on_the_data() -> None:
     )
     with pytest.raises(ValueError, match='is "by" missing'):
         read_published_results({"paper": {**PAPER, "values": values}})
+    with pytest.raises(ValueError, match='a level for each of "by"'):
+        read_published_results(config | {"paper": {**PAPER, "by": ["dataset", "dataset"], "values": {"cifar10": 3.0}}})
     for paper in ({**PAPER, "value": {}}, {"source": "a", "values": {}}):
         with pytest.raises(ValueError, match='"paper" needs'):
             read_published_results({"paper": paper})
@@ -325,11 +327,15 @@ PUBLISHED = ["adam", "adamw", "adafisher", "adafisherw", "sgd", "adahessian", "k
 @pytest.mark.parametrize(
     ("name", "chosen", "expected"),
     [
-        ("paper/cifar-resnet18", "dataset=cifar10", [94.85, None, 96.25, None, 95.64, 95.44, 95.17, 94.08]),
-        ("paper/cifar-resnet50", "dataset=cifar100", [74.65, None, 79.77, None, 78.01, 75.81, 77.40, 78.07]),
-        ("paper/cifar-swin-t", "dataset=cifar100", [None, 60.21, None, 66.05, 54.89, 56.86, 34.45, 30.39]),
-        ("paper/cifar-cct-2-3x2", "dataset=cifar10", [None, 83.89, None, 84.94, 78.76, None, 33.08, 35.16]),
-        ("paper/transfer-cifar-resnet50", "dataset=cifar10", [96.45, None, 97.13, None, 96.50, 96.35, 96.45, 96.03]),
+        ("paper/cifar-cnn", "dataset=cifar10", [94.85, None, 96.25, None, 95.64, 95.44, 95.17, 94.08]),
+        ("paper/cifar-cnn", "dataset=cifar100 model=resnet50", [74.65, None, 79.77, None, 78.01, 75.81, 77.40, 78.07]),
+        (
+            "paper/cifar-transformers",
+            "dataset=cifar100 model=swin-t",
+            [None, 60.21, None, 66.05, 54.89, 56.86, 34.45, 30.39],
+        ),
+        ("paper/cifar-transformers", "dataset=cifar10", [None, 83.89, None, 84.94, 78.76, None, 33.08, 35.16]),
+        ("paper/transfer-cifar", "dataset=cifar10", [96.45, None, 97.13, None, 96.50, 96.35, 96.45, 96.03]),
         ("paper/imagenet1k-resnet50", "flip=0.5", [67.78, None, 76.95, None, 76.40, None, 70.96, 72.82]),
         ("wikitext2-gpt1-paper", "block_size=256", [None, 175.06, None, 152.72, None, 407.69, None, 1727.75]),
         ("ptb-gpt1-paper", "block_size=256", [None, 44.70, None, 41.15, None, 59.43, None, None]),
@@ -337,7 +343,7 @@ PUBLISHED = ["adam", "adamw", "adafisher", "adafisherw", "sgd", "adahessian", "k
 )
 def test_published_numbers(name: str, chosen: str, expected: list[float | None]) -> None:
     config = preset(name)
-    paper = read_published_results(set_arguments(config, [chosen]))
+    paper = read_published_results(set_arguments(config, chosen.split()))
     assert [paper.values.get(optim) if paper else None for optim in PUBLISHED] == expected
     if paper is not None:
         assert set(paper.values) <= {entry["optim"] for entry in config["cells"]} and "2405.16397" in paper.source
@@ -348,6 +354,9 @@ def test_the_paper_has_its_own_optimizer_first(path: Path) -> None:
     """What it claims of every network and data set; a slip of the pen in a table would be likely to break it."""
     config = preset(f"paper/{path.stem}")
     own = config["budget"].removeprefix("like=").split(":")[0]
-    for dataset in ("cifar10", "cifar100"):
-        paper = read_published_results(set_arguments(config, [f"dataset={dataset}"]))
-        assert paper is not None and max(paper.values, key=lambda name: paper.values[name]) == own
+    network, _ = config["paper"]["by"]
+    for model, tables in config["paper"]["values"].items():
+        assert set(tables) == {"cifar10", "cifar100"}
+        for dataset in tables:
+            paper = read_published_results(set_arguments(config, [f"{network}={model}", f"dataset={dataset}"]))
+            assert paper is not None and max(paper.values, key=lambda name: paper.values[name]) == own

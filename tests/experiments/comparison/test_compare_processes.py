@@ -19,8 +19,7 @@ import pytest
 from hf_adafisher.experiments.comparison.cell_process import available_cores
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.experiments.comparison.stored import load_result
-from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_command
+from tests.scripts import folder_of, load_command
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]

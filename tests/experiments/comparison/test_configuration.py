@@ -205,14 +205,14 @@ def test_a_preset_is_found_by_its_name(
 ) -> None:
     """E13: from any folder, with and without .json; a file of that name comes first."""
     monkeypatch.chdir(tmp_path)
-    for name in ("wikitext2-small", "wikitext2-small.json", "paper/cifar-resnet18"):
+    for name in ("lm-scratch", "lm-scratch.json", "paper/cifar-cnn"):
         assert find_configuration(Path(name)).resolve().is_relative_to(CONFIGS.resolve())
-    assert script().main(["wikitext2-small", "--dry_run"]) == 0
+    assert script().main(["lm-scratch", "--dry_run"]) == 0
     assert "cells, 0 of them finished" in capsys.readouterr().out
-    assert script().main(["wikitext2-smal", "--dry_run"]) == 2
-    assert "no configuration 'wikitext2-smal', did you mean 'wikitext2-small'? Presets: cct" in capsys.readouterr().err
-    (tmp_path / "wikitext2-small").write_text(json.dumps(GOOD))
-    assert find_configuration(Path("wikitext2-small")) == Path("wikitext2-small")
+    assert script().main(["lm-scratc", "--dry_run"]) == 2
+    assert "no configuration 'lm-scratc', did you mean 'lm-scratch'? Presets: cct" in capsys.readouterr().err
+    (tmp_path / "lm-scratch").write_text(json.dumps(GOOD))
+    assert find_configuration(Path("lm-scratch")) == Path("lm-scratch")
 
 
 def test_numbers_may_be_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

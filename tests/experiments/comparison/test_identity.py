@@ -18,9 +18,8 @@ from hf_adafisher.experiments.comparison import identity
 from hf_adafisher.experiments.comparison.cells import Cell, expand_cells
 from hf_adafisher.experiments.comparison.identity import data_fingerprints
 from hf_adafisher.experiments.comparison.protocol import Comparison
-from hf_adafisher.experiments.outputs import software_versions
+from hf_adafisher.experiments.outputs import NO_COMMIT, describe_source, software_versions, source_state
 from hf_adafisher.experiments.report.write_report import read_comparison, write_report
-from hf_adafisher.experiments.source_state import NO_COMMIT, describe_source, source_state
 
 pytestmark = pytest.mark.subprocess
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from hf_adafisher.experiments.figures.factors import picture, study
-from hf_adafisher.experiments.figures.factors.diagonal_dominance import gershgorin_disks
-from hf_adafisher.experiments.figures.factors.full_factors import collect_factors, factor_layers
+from hf_adafisher.experiments.figures.factors.full_factors import collect_factors, factor_layers, gershgorin_disks
 from hf_adafisher.experiments.figures.factors.study import FactorSettings, choose_layer, measure_layer
 from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.fisher.diagonals import INPUT, OUTPUT_GRAD
@@ -106,7 +105,7 @@ def test_the_training_is_bitwise_that_without_the_figure(
 
 def run_script(tmp_path: Path, *arguments: str) -> tuple[int, dict[str, Any], list[Path]]:
     output = tmp_path / "factors.svg"
-    status = load_command("figures.factors").main([*arguments, "--output", str(output)])
+    status = load_command("figures").factors([*arguments, "--output", str(output)])
     files = sorted(path for path in tmp_path.iterdir() if path.is_file())
     return status, json.loads(output.with_suffix(".json").read_text()) if status == 0 else {}, files
 

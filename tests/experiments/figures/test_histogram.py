@@ -190,7 +190,7 @@ def test_script_on_text_with_zeros(
     output = tmp_path / "pictures" / "text.svg"
     cut = command.index("--max_steps")
     flags = ["--task", "clm", "--layer", "transformer.wpe", "--steps", "3", "--output", str(output), *command[:cut]]
-    assert load_command("figures.fisher_histogram").main(flags) == 0
+    assert load_command("figures").fisher_histogram(flags) == 0
     found = json.loads(output.with_suffix(".json").read_text())
     assert {file.suffix for file in output.parent.glob("text.*")} == {".json", ".svg"}
     fisher, moment = found["panels"]
@@ -210,7 +210,7 @@ def test_script_on_text_with_zeros(
 
 def test_script_says_what_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     flags = ["--layer", "nothing", "--steps", "2", "--output", str(tmp_path / "a.png"), *RUN, *TINY]
-    assert load_command("figures.fisher_histogram").main(flags) == 2
+    assert load_command("figures").fisher_histogram(flags) == 2
     assert "layers that can be named: cct.tokenizer" in caplog.text
     assert not (tmp_path / "a.png").exists()
 

@@ -17,20 +17,19 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from hf_adafisher.experiments.figures.landscape import directions, picture, trace
+from hf_adafisher.experiments.figures.landscape import picture, trace
 from hf_adafisher.experiments.figures.landscape import plane as plane_module
-from hf_adafisher.experiments.figures.landscape.losses import losses_at
 from hf_adafisher.experiments.figures.landscape.model_state import (
     copy_buffers,
     flat_weights,
     load_buffers,
     load_weights,
+    losses_at,
     refresh_statistics,
 )
 from hf_adafisher.experiments.figures.landscape.plane import Plane, grid_axes, principal_plane
-from hf_adafisher.experiments.figures.landscape.settings import LandscapeSettings
 from hf_adafisher.experiments.figures.landscape.trace import trace_landscape
-from hf_adafisher.experiments.figures.landscape.trajectories import Trajectory, prepare_optimizers
+from hf_adafisher.experiments.figures.landscape.trajectories import LandscapeSettings, Trajectory, prepare_optimizers
 from hf_adafisher.experiments.figures.training_run import fixed_batches, mean_loss
 from hf_adafisher.training.trainer import AdaFisherTrainer
 from tests.experiments.runs.image_runs import TINY, TINY_RESNET
@@ -98,7 +97,7 @@ def test_plane_through_the_start_is_that_of_the_singular_vectors(narrow: None) -
 
 
 def test_projection_is_least_squares_and_the_rest_is_counted(narrow: None) -> None:
-    points, (first, second) = walks()[0], directions.random_directions(37, 0)
+    points, (first, second) = walks()[0], plane_module.random_directions(37, 0)
     plane = Plane(walks()[1][0], torch.stack([first, 0.2 * first + second]))
     found = plane.project(points)
     for point, coordinates, distance in zip(points, found.coordinates, found.distances, strict=True):
@@ -176,7 +175,7 @@ def test_a_planar_trajectory_keeps_its_losses_in_the_plane() -> None:
     model, inputs, labels = network().train(), torch.randn(20, 5), torch.randint(3, (20,))
     model[1].running_mean.normal_()
     weights = flat_weights(model)
-    sides = [0.3 * side for side in directions.random_directions(len(weights), 5)]
+    sides = [0.3 * side for side in plane_module.random_directions(len(weights), 5)]
     points = torch.stack([weights + math.cos(t) * sides[0] + t * sides[1] for t in range(5)])
     plane = principal_plane([points[:2], points[2:]])
     assert sum(plane.explained or ()) == pytest.approx(1)
@@ -270,11 +269,11 @@ class Filters(nn.Module):
 
 def test_filters_of_a_direction_get_the_norms_of_the_weights() -> None:
     model = Filters()
-    weights, (direction, _) = flat_weights(model), directions.random_directions(0, 0)
+    weights, (direction, _) = flat_weights(model), plane_module.random_directions(0, 0)
     direction = torch.randn(len(weights))
     target, given = Filters(), Filters()
     load_weights(given, direction)
-    load_weights(target, directions.filter_normalized(model, weights, direction))
+    load_weights(target, plane_module.filter_normalized(model, weights, direction))
     parts = {name: value.detach() for name, value in target.named_parameters() if value.requires_grad}
     filters = {
         "embedding.weight": lambda w: [w[row] for row in range(6)],
@@ -301,7 +300,7 @@ def test_filters_of_a_direction_get_the_norms_of_the_weights() -> None:
 def test_a_filter_without_direction_stays_without() -> None:
     model = nn.Linear(3, 2, bias=False)
     direction = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-    found = directions.filter_normalized(model, flat_weights(model), direction)
+    found = plane_module.filter_normalized(model, flat_weights(model), direction)
     assert not found[:3].any() and found[3] == found[4] > 0
 
 
@@ -534,7 +533,6 @@ def test_a_diverged_optimizer_leaves_the_others_their_picture(tmp_path: Path) ->
     np.testing.assert_array_equal(lifted.lines[0].get_data_3d()[2], np.minimum(good["loss_in_plane"], top))
 
 
-COMMAND = "figures.landscape"
 TEXT = ["--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--vocab_size", "300"]
 TEXT += ["--block_size", "16", *RUN]
 
@@ -542,7 +540,7 @@ TEXT += ["--block_size", "16", *RUN]
 def test_script_writes_the_picture_and_its_numbers(tmp_path: Path) -> None:
     output = tmp_path / "new" / "figure.png"
     sizes = ["--steps", "4", "--grid", "3", "--examples", "24", "--output", str(output)]
-    assert load_command(COMMAND).main(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
+    assert load_command("figures").landscape(["--optimizers", *PAIR, *sizes, *RUN, *TINY]) == 0
     assert output.read_bytes().startswith(b"\x89PNG")
     numbers = json.loads(output.with_suffix(".json").read_text())
     assert list(numbers["optimizers"]) == PAIR
@@ -611,7 +609,7 @@ def test_bad_input_is_named_before_training(
     no_training: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, flags: list[str], message: str
 ) -> None:
     base = ["--optimizers", *PAIR, "--steps", "4", "--output", str(tmp_path / "figure.png")]
-    assert load_command(COMMAND).main([*base, *RUN, *TINY, *flags]) == 2
+    assert load_command("figures").landscape([*base, *RUN, *TINY, *flags]) == 2
     assert message in caplog.text
 
 
@@ -636,12 +634,12 @@ def test_directions_of_another_model_are_refused(tmp_path: Path, change: Any, me
     path, model = tmp_path / "directions.pt", network()
     pair = [model_parameters(model), model_parameters(model)]
     torch.save(pair, path)
-    for found, given in zip(directions.read_directions(path, model), pair, strict=True):
+    for found, given in zip(plane_module.read_directions(path, model), pair, strict=True):
         load_weights(model, found)
         assert all(torch.equal(model.get_parameter(name), value) for name, value in given.items())
     torch.save(change(pair), path)
     with pytest.raises(ValueError) as caught:
-        directions.read_directions(path, model)
+        plane_module.read_directions(path, model)
     assert message in str(caught.value)
 
 

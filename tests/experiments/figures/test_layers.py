@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from hf_adafisher import CurvatureCallback
-from hf_adafisher.experiments.figures.layers.picture import common_prefix, draw_record
-from hf_adafisher.experiments.figures.layers.record import CurvatureRecord, load_record
+from hf_adafisher.experiments.figures.layers import CurvatureRecord, common_prefix, draw_record, load_record
 from hf_adafisher.experiments.figures.training_run import prepare_run
 from hf_adafisher.optimizers.diagnostics.layer_curvature import NUMBERS
 from hf_adafisher.training.curvature_callback import CURVATURE_FILE
@@ -86,7 +85,7 @@ def test_chosen_layers_stay_relative_to_the_whole_model(tmp_path: Path) -> None:
 
 def test_the_script_draws_prints_and_keeps_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_record(tmp_path / "run", GAINS)
-    assert load_command("figures.curvature").main([str(run)]) == 0
+    assert load_command("figures").curvature([str(run)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert "4 layers, 3 refreshes up to step 21" in said
     up, down = (
@@ -100,7 +99,7 @@ def test_the_script_draws_prints_and_keeps_the_numbers(tmp_path: Path, capsys: p
     assert drawn["layers"][3] == "net.late" and drawn["step_gain"][3] == [None, 16.0, 64.0]
     assert drawn["ranking"][0]["layer"] == "net.late" and drawn["steps"] == [1, 11, 21]
     output = tmp_path / "elsewhere" / "weights.svg"
-    assert load_command("figures.curvature").main([str(run), "--layers", "*.weight", "--output", str(output)]) == 0
+    assert load_command("figures").curvature([str(run), "--layers", "*.weight", "--output", str(output)]) == 0
     assert json.loads(output.with_suffix(".json").read_text())["layers"] == ["net.a.weight", "net.b.weight"]
 
 
@@ -116,7 +115,7 @@ def test_nothing_to_draw_is_one_line_and_status_2(
     make: Any, flags: tuple[str, ...], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make(tmp_path / "run")
-    assert load_command("figures.curvature").main([str(tmp_path / "run"), *flags]) == 2
+    assert load_command("figures").curvature([str(tmp_path / "run"), *flags]) == 2
     assert words in caplog.text and len(caplog.records) == 1
 
 
@@ -176,7 +175,7 @@ def test_from_a_run_of_a_training_script_to_its_picture(tmp_path: Path, capsys: 
     ]
     run = prepare_run("digits", 7, tmp_path / "cct.png", None, [*quick, *TINY])
     run.new_trainer([CurvatureCallback()]).train()
-    assert load_command("figures.curvature").main([str(run.output_dir)]) == 0
+    assert load_command("figures").curvature([str(run.output_dir)]) == 0
     record = load_record(run.output_dir)
     assert record.steps == [1, 4, 7]
     trained = [name for name, p in run.model.named_parameters() if p.requires_grad]

@@ -479,7 +479,7 @@ def test_script_on_text(tmp_path: Path, command: list[str], capsys: pytest.Captu
     output = tmp_path / "pictures" / "fisher.svg"
     flags = [*command[: command.index("--max_steps")], "--task", "clm", "--steps", "3", "--examples", "6"]
     flags += ["--seeds", "0", "1", "--kind", "true", "--output", str(output)]
-    assert load_command("figures.fisher_accuracy").main(flags) == 0
+    assert load_command("figures").fisher_accuracy(flags) == 0
     assert {file.suffix for file in output.parent.glob("fisher.*")} == {".json", ".svg"}
     found = json.loads(output.with_suffix(".json").read_text())
     assert (found["kind"], found["examples"], found["terms"], found["seeds"]) == ("true", 6, 90, [0, 1])

@@ -16,8 +16,7 @@ from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.archive import ARCHIVE_FILE, pack, report_archive, unpack
 from hf_adafisher.experiments.report.write_report import write_report
-from tests.experiments.cell_folders import folder_of
-from tests.scripts import load_command
+from tests.scripts import folder_of, load_command
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "docs" / "results"

@@ -11,8 +11,7 @@ import pytest
 
 from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison
-from hf_adafisher.experiments.report.rendering import Picture, Section, render_markdown
-from hf_adafisher.experiments.report.tables import Table, escape_paragraph
+from hf_adafisher.experiments.report.tables import Picture, Section, Table, escape_paragraph, render_markdown
 from hf_adafisher.experiments.report.write_report import read_comparison, write_report
 from tests.experiments.comparison.test_compare import TINY, script
 

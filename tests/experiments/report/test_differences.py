@@ -58,7 +58,7 @@ def test_a_bar_is_hollow_where_its_interval_holds_0(tmp_path: Path) -> None:
 
 def test_variants_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, output = ROOT / "docs/results/step-sizes-variants/variants.json", tmp_path / "v.svg"
-    assert load_command("figures.differences").main([str(source), "--output", str(output)]) == 0
+    assert load_command("figures").differences([str(source), "--output", str(output)]) == 0
     rows = [row for row in json.loads(source.read_text())["rows"] if "difference" in row]
     bars = json.loads(output.with_suffix(".json").read_text())["bars"]
     assert [bar["mean"] for bar in bars] == sorted(row["difference"] for row in rows)
@@ -71,7 +71,7 @@ def test_a_trend_has_a_line_for_each_optimizer(tmp_path: Path) -> None:
     folders = [str(comparison(tmp_path / name, shift)) for name, shift in (("a", 0.0), ("b", -1.0))]
     output = tmp_path / "t.svg"
     flags = ["--at", "512", "128", "--label", "width", "--output", str(output)]
-    assert load_command("figures.differences").main([*folders, *flags]) == 0
+    assert load_command("figures").differences([*folders, *flags]) == 0
     numbers: dict[str, Any] = json.loads(output.with_suffix(".json").read_text())
     mean = statistics.mean(LOSSES["muon"]) - statistics.mean(LOSSES["adamw"])
     assert numbers["muon"]["size"] == [128, 512] and numbers["muon"]["mean"] == pytest.approx([mean - 1, mean])
@@ -79,7 +79,7 @@ def test_a_trend_has_a_line_for_each_optimizer(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    main, folder = load_command("figures.differences").main, str(comparison(tmp_path / "a"))
+    main, folder = load_command("figures").differences, str(comparison(tmp_path / "a"))
     (tmp_path / "v.json").write_text('{"metric": "loss", "rows": [{"variant": "a", "difference": "b"}]}')
     for arguments, words in (
         ([folder, "--reference", "lion"], "no run of 'lion'"),

@@ -69,7 +69,7 @@ def test_picture_of_two_comparisons(tmp_path: Path, relative: bool) -> None:
     folders = [str(comparison(tmp_path / name)) for name in ("a", "b")]
     output = tmp_path / "rates.svg"
     flags = ["--titles", "One", "Two", "--output", str(output), *["--relative"] * relative]
-    assert load_command("figures.learning_rates").main([*folders, *flags]) == 0
+    assert load_command("figures").learning_rates([*folders, *flags]) == 0
     numbers = json.loads(output.with_suffix(".json").read_text())
     assert list(numbers["panels"]) == ["One", "Two"] and numbers["panels"]["One"] == numbers["panels"]["Two"]
     adamw = numbers["panels"]["One"]["adamw"]
@@ -93,7 +93,7 @@ def test_cells_without_rates_are_named(tmp_path: Path, text: str, message: str) 
 
 
 def test_bad_command_lines_are_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    main = load_command("figures.learning_rates").main
+    main = load_command("figures").learning_rates
     assert main([str(tmp_path / "missing"), "--output", str(tmp_path / "a.png")]) == 2
     assert "does not exist" in caplog.text
     with pytest.raises(SystemExit):

@@ -26,7 +26,7 @@ from hf_adafisher.experiments.report.pictures import draw_pictures
 from hf_adafisher.experiments.report.results import CellResult, best_settings, group_by_setting, read_results
 from hf_adafisher.experiments.report.tables import best_table
 from hf_adafisher.experiments.report.write_report import write_report
-from tests.experiments.cell_folders import folder_of
+from tests.scripts import folder_of
 
 Compare = Callable[..., Comparison]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

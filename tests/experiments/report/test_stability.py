@@ -17,13 +17,12 @@ from hf_adafisher.experiments.comparison.forecast import forecast
 from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.drawing import OPTIMIZER_COLOURS
-from hf_adafisher.experiments.report import stability_picture
+from hf_adafisher.experiments.report import stability as stability_module
 from hf_adafisher.experiments.report.results import best_settings, group_by_setting, read_results
-from hf_adafisher.experiments.report.stability import read_stability
-from hf_adafisher.experiments.report.stability_picture import draw_stability
+from hf_adafisher.experiments.report.stability import draw_stability, read_stability
 from hf_adafisher.experiments.report.write_report import stability_sections, write_report
-from tests.experiments.cell_folders import folder_of, name_of
 from tests.experiments.comparison.test_compare import CONFIGS, script
+from tests.scripts import folder_of, name_of
 
 SIZES, SEEDS = (16, 64, 128), (0, 1)
 EXAMPLES = 640
@@ -146,8 +145,8 @@ def test_the_table_has_the_seconds_of_an_epoch_step_time_times_steps(swept: Comp
 
 def test_what_is_drawn_are_these_numbers(swept: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures = []
-    create = stability_picture.new_figure
-    monkeypatch.setattr(stability_picture, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
+    create = stability_module.new_figure
+    monkeypatch.setattr(stability_module, "new_figure", lambda *a, **k: figures.append(create(*a, **k)) or figures[-1])
     settings = group_by_setting(read_results(swept.cells, swept.output_dir, swept.task))
     stability = read_stability(settings)
     assert stability is not None

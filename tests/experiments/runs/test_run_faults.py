@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hf_adafisher.experiments.outputs import replacing
-from hf_adafisher.experiments.runs.learning_curve import write_learning_curves
+from hf_adafisher.experiments.runs.pictures import write_learning_curves
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from hf_adafisher.training.arguments import AdaFisherTrainingArguments
 from tests.data.images.image_samples import class_folders

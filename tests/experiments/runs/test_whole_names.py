@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_adafisher.experiments.command_line import StrictParser
-from hf_adafisher.experiments.figures.reserved_arguments import given_arguments
+from hf_adafisher.experiments.figures.command_line import given_arguments
 from hf_adafisher.experiments.runs.clm_arguments import parse_clm_arguments
 from hf_adafisher.experiments.runs.image_arguments import parse_image_arguments
 from tests.scripts import load_command
@@ -69,11 +70,14 @@ def test_an_option_of_a_file_has_two_names(tmp_path: Path) -> None:
         ("compare", ["demo", "--dry_ru"], "--dry_run"),
         ("benchmark", ["--round", "3"], "--rounds"),
         ("list_optimizers", ["--jso"], "--json"),
-        ("figures.curvature", ["a", "--layer", "b"], "--layers"),
+        ("main", ["figures", "curvature", "a", "--layer", "b"], "--layers"),
     ],
 )
-def test_the_other_commands(command: str, words: list[str], near: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_commands(
+    command: str, words: list[str], near: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """E15, for commands that are no runs."""
+    monkeypatch.setattr(sys, "argv", sys.argv)  # main sets it
     with pytest.raises(SystemExit) as stop:
         load_command(command).main(words)
     assert stop.value.code == 2 and f"did you mean '{near}'" in capsys.readouterr().err

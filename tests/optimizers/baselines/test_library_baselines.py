@@ -31,7 +31,7 @@ from transformers.trainer_utils import set_seed
 
 import hf_adafisher.optimizers.factory.create as factory
 from hf_adafisher import available_optimizers, create_optimizer, optimizer_state_bytes
-from hf_adafisher.optimizers.baselines.muon import Muon
+from hf_adafisher.optimizers.baselines.library_fixes import Muon
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
 from hf_adafisher.optimizers.factory.param_groups import hidden_matrices
 from hf_adafisher.optimizers.factory.records import RECORDS

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from hf_adafisher.experiments.drawing import COLOURS, Style, empty_figure, new_figure, save_figure
-from hf_adafisher.experiments.figures.factors.diagonal_dominance import DiagonalDominance
-from hf_adafisher.experiments.figures.factors.full_factors import SIDES, SYMBOLS
+from hf_adafisher.experiments.figures.factors.full_factors import SIDES, SYMBOLS, DiagonalDominance
 from hf_adafisher.experiments.figures.factors.study import DrawnFactor, FactorStudy, MeasuredLayer
 from hf_adafisher.experiments.report.tables import Table
 from hf_adafisher.fisher.diagonals import INPUT

@@ -13,19 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafisher.experiments.figures.command_line import require_at_least
-from hf_adafisher.experiments.figures.factors.diagonal_dominance import (
-    DiagonalDominance,
-    Spectrum,
-    gershgorin_disks,
-    spectrum_of,
-)
 from hf_adafisher.experiments.figures.factors.full_factors import (
     SIDES,
     SYMBOLS,
+    DiagonalDominance,
     FactorLayer,
     LayerFactors,
+    Spectrum,
     collect_factors,
     factor_layers,
+    gershgorin_disks,
+    spectrum_of,
 )
 from hf_adafisher.experiments.figures.training_run import (
     StepCallback,
@@ -43,7 +41,7 @@ class FactorSettings:
     """Settings of the training run and of its factors.
 
     Attributes:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         output: File of the picture.
         layer: Name of the module to draw; None for the middle one of those whose factors are both full.
         optimizer: As ``prepare_run`` reads it; None for the script's own choice.

@@ -48,7 +48,7 @@ class HistogramSettings:
     """Settings of the two runs and of the histograms.
 
     Attributes:
-        task: One of ``reserved_arguments.TASKS``.
+        task: One of ``command_line.TASKS``.
         output: File of the picture.
         layer: Name of the module whose ``weight`` is counted.
         optimizers: Two names, as ``prepare_run`` reads them: AdaFisher or AdaFisherW, and one with a second moment;

@@ -13,22 +13,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hf_adafisher.experiments.figures.landscape.directions import normalized_plane, random_directions, read_directions
-from hf_adafisher.experiments.figures.landscape.losses import losses_at
 from hf_adafisher.experiments.figures.landscape.model_state import (
     batch_norms_with_statistics,
     flat_weights,
     load_buffers,
+    losses_at,
     refresh_statistics,
 )
 from hf_adafisher.experiments.figures.landscape.plane import (
     Plane,
     Projection,
     grid_axes,
+    normalized_plane,
     principal_plane,
+    random_directions,
+    read_directions,
 )
-from hf_adafisher.experiments.figures.landscape.settings import LandscapeSettings
-from hf_adafisher.experiments.figures.landscape.trajectories import Trajectory, prepare_optimizers, train
+from hf_adafisher.experiments.figures.landscape.trajectories import (
+    LandscapeSettings,
+    Trajectory,
+    prepare_optimizers,
+    train,
+)
 from hf_adafisher.experiments.figures.training_run import fixed_batches, mean_loss
 from hf_adafisher.experiments.runs.run import PreparedRun
 from hf_adafisher.training.trainer import AdaFisherTrainer

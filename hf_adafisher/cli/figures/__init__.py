@@ -1,1 +1,0 @@
-"""The commands of ``hf-adafisher figures``, one file each."""

@@ -1,1 +1,0 @@
-"""Random faults over runs and comparisons."""

@@ -1,1 +1,0 @@
-"""Two real processes over gloo."""
