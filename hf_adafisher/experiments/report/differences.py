@@ -98,7 +98,9 @@ def paired_differences(best: Sequence[SettingResults], reference: str = REFERENC
     values = {}
     for setting in reversed(best):
         by_seed = {cell.settings.get("seed"): cell.values[metric] for cell in setting.cells}
-        values[setting.optim] = {seed: value for seed, value in by_seed.items() if value is not None}
+        known = {seed: value for seed, value in by_seed.items() if value is not None}
+        if len(known) == len(by_seed):  # the seeds that are left of one that diverged would flatter it
+            values[setting.optim] = known
     unit = "" if metric.endswith("%") else " (nats)"
     return _subtract(values, reference, metric + unit, more_is_better=task.more_is_better)
 
@@ -157,8 +159,8 @@ def read_differences(source: Path, reference: str, seeds: Sequence[int] | None, 
         groups = rows.fillna({"learning rate": -1.0}).groupby(["setting", "learning rate"])
         settings = groups["loss"].agg(["size", "mean"]).sort_values(["size", "mean"], ascending=[False, True])
         kept = groups.get_group(settings.index[0])
-        values[str(optimizer)] = {seed: loss for seed, loss in zip(kept["seed"], kept["loss"], strict=True)
-                                  if math.isfinite(loss)}  # fmt: skip
+        if kept["loss"].map(math.isfinite).all():  # the seeds that are left of one that diverged would flatter it
+            values[str(optimizer)] = dict(zip(kept["seed"], kept["loss"], strict=True))
     if reference not in values:
         raise ValueError(f"{source} has no run of {reference!r} with these seeds; it has {', '.join(values)}")
     found = _subtract(values, reference, f"{metric} (nats)", more_is_better=False)

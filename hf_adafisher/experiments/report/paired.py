@@ -15,6 +15,8 @@ from hf_adafisher.experiments.report.tables import Table, describe_seeds, with_s
 from hf_adafisher.experiments.report.tuning import distinct_names
 
 CONFIDENCE = 0.95
+OURS = "spectral-adafisher"
+"""What rivals are compared with beside the reference."""
 LEAST_SEEDS = 3
 """Fewer seeds in common are not compared: an interval of two means next to nothing."""
 
@@ -59,7 +61,7 @@ def paired_interval(first: Sequence[float], second: Sequence[float], rivals: int
 
 
 def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:
-    """Tabulate differences of all settings to ``reference``'s, where it ran, and to the best one's.
+    """Tabulate differences of all settings to ``reference``'s and to ``OURS``'s; without the latter to the best one's.
 
     Only seeds that both have count, and only pairs with ``LEAST_SEEDS`` of them; trials are left out. The intervals of
     all pairs with one reference hold together. Marked rows are those whose interval of the test metric (without one:
@@ -72,7 +74,10 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
     shown = [setting for setting in claims if not setting.tuning]
     names = {id(setting): name for setting, name in zip(shown, distinct_names(shown), strict=True)}
     references = [setting for setting in shown if setting.optim == reference]
-    references += shown[:1] if not any(setting is shown[0] for setting in references) else []
+    # One named in advance: the best by these same seeds would flatter itself.
+    references += [setting for setting in shown if setting.optim == OURS != reference]
+    if shown and all(setting.optim != OURS for setting in references):
+        references += [shown[0]] if not any(setting is shown[0] for setting in references) else []
     metrics = _metrics(shown[0]) if shown else []
     rows: list[list[str]] = []
     clear, seen = set(), set()
@@ -97,19 +102,21 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
 def summary_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:
     """Tabulate the test metric of all claims, its difference from the first setting of ``reference``, and the cost.
 
+    Marked rows are better, with an interval that leaves out 0. Trials stand last.
+
     Args:
         claims: At least one, of ``claimed_settings``, the best first.
         reference: An optimizer that all are compared with, as by ``paired_table``; without it there is no difference.
     """
-    metric = _metrics(claims[0])[-1]
+    metric, metric_rises = _metrics(claims[0])[-1], claims[0].task.more_is_better
     other = next((one for one in claims if one.optim == reference and not one.tuning), None)
     rivals = [] if other is None else rivals_of(other, [one for one in claims if not one.tuning])
     rows: list[list[str]] = []
     clear = set()
-    for setting in claims:
+    for setting in sorted(claims, key=lambda setting: setting.tuning):
         compared = other is not None and any(setting is rival for rival in rivals)
         found = _difference(setting, other, metric, len(rivals)) if other is not None and compared else None
-        if found is not None and found.leaves_out_0:
+        if found is not None and (found.low > 0 if metric_rises else found.high < 0):
             clear.add(len(rows))
         size = setting.mean("optimizer bytes")
         rows.append([

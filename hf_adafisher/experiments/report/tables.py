@@ -137,8 +137,8 @@ def with_spread(metric: Metric) -> Callable[[SettingResults], str]:
     """Return what formats a metric's mean and standard deviation over the seeds: ``5.056 ± 0.021``."""
 
     def text(setting: SettingResults) -> str:
-        spread = setting.spread(metric.name)
-        return metric.format(setting.mean(metric.name)) + ("" if spread is None else f" ± {metric.format(spread)}")
+        mean, spread = setting.mean(metric.name), setting.spread(metric.name)
+        return metric.format(mean) + ("" if mean is None or spread is None else f" ± {metric.format(spread)}")
 
     return text
 

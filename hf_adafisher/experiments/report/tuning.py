@@ -98,8 +98,10 @@ def is_default(setting: SettingResults) -> bool:
 
 
 def _mark(frozen: SettingResults, best: SettingResults | None) -> str:
-    if best is not None and canonical(frozen.others) == canonical(best.others):
-        return ""
+    steps = "max_steps" in frozen.others and (best is None or "max_steps" not in best.others)
+    others = {key: value for key, value in frozen.others.items() if key != "max_steps" or not steps}
+    if best is not None and canonical(others) == canonical(best.others):
+        return " (the best trial at another number of steps)" if steps else ""
     return " (default)" if is_default(frozen) else " (not the best trial)"
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from hf_adafisher.experiments.report.differences import draw_differences, read_differences
+from hf_adafisher.experiments.report.differences import draw_differences, paired_differences, read_differences
+from hf_adafisher.experiments.report.results import CellResult, group_by_setting
 from tests.scripts import load_command
 
 ROOT = Path(__file__).parents[3]
@@ -41,6 +42,24 @@ def test_differences_are_paired_by_seed_and_their_intervals_hold_together(tmp_pa
         mean, error = statistics.mean(each), statistics.stdev(each) / 4**0.5
         reach = stats.t.ppf(1 - 0.05 / 2 / 2, 3) * error  # two rivals
         assert (bar.mean, bar.low, bar.high) == pytest.approx((mean, mean - reach, mean + reach)) and bar.seeds == 4
+
+
+def test_an_optimizer_with_a_seed_that_diverged_has_no_bar(tmp_path: Path) -> None:
+    """The seeds that are left would flatter it; the tables have none either."""
+    folder = comparison(tmp_path / "a")
+    text = (folder / "cells.csv").read_text()
+    lost = next(line for line in text.splitlines() if f",muon,0.1,{SEEDS[1]}," in line)
+    (folder / "cells.csv").write_text(text.replace(lost, lost.replace("completed", "diverged")))
+    assert [bar.name for bar in read_differences(folder, "adamw", None, "test loss").bars] == ["sgd"]
+    cells = [
+        CellResult(
+            "c", {"optim": optim, "seed": seed}, "completed", "", {"validation loss": loss, "test loss": loss}, []
+        )
+        for optim, losses in {"adamw": (5.0, 5.1, 5.0), "muon": (1.0, None, 1.0, 1.1), "lion": (5.2, 5.2, 5.3)}.items()
+        for seed, loss in enumerate(losses)
+    ]
+    found = paired_differences(group_by_setting(cells))
+    assert found is not None and [bar.name for bar in found.bars] == ["lion"]
 
 
 def test_a_bar_is_hollow_where_its_interval_holds_0(tmp_path: Path) -> None:

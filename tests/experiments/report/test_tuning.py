@@ -86,6 +86,9 @@ def test_the_table_of_trials() -> None:
     ]  # fmt: skip
     worse = [*grouped(), SettingResults([run("adamw", 20, 5.0, learning_rate=0.001)])]
     assert tuning_table(worse, [0]).rows[0][-1] == "learning_rate=0.001 (not the best trial); learning_rate=0.002"
+    shorter = [*grouped(), SettingResults([run("adamw", 20, 5.0, learning_rate=0.002, max_steps=9)])]
+    said = "learning_rate=0.002, max_steps=9 (the best trial at another number of steps)"
+    assert said in tuning_table(shorter, [0]).rows[0][-1].split("; ")
 
 
 @pytest.mark.parametrize(
@@ -219,6 +222,16 @@ def test_pairs_of_a_table() -> None:
     assert table.rows[1][2].startswith("-0.0333 (-0.")
 
 
+def test_the_second_reference_is_named_in_advance() -> None:
+    """Not the best one, which was found by these seeds."""
+    names = ("muon", "spectral-adafisher", "soap", "adamw")
+    claims = [setting(name, dict(enumerate((place, place + 0.1, place)))) for place, name in enumerate(names)]
+    assert [row[0] for row in paired_table(claims).rows][3:] == [
+        "muon - spectral-adafisher",
+        "soap - spectral-adafisher",
+    ]
+
+
 def test_too_few_seeds_in_common_and_missing_values() -> None:
     assert not paired_table([setting("a", {1: 1.0, 2: 1.0, 3: 2.0}), setting("adamw", {2: 1.0, 3: 1.0, 4: 1.0})]).rows
     rows = paired_table([setting("a", {1: 1.0, 2: 1.0, 3: 2.0}), setting("adamw", {1: None, 2: 1.0, 3: 1.0})]).rows
@@ -288,3 +301,7 @@ def test_a_summary_has_the_differences_of_the_paired_table_and_the_cost() -> Non
     ]
     assert table.bold == {0} and paired.bold == {0}
     assert summary_table(claims[:1]).columns[4:] == ["CPU ms per step", "optimizer MiB"]
+    worse = setting("c", {1: 6.0, 2: 6.1, 3: 6.0})
+    table = summary_table([claims[2], claims[0], claims[1], worse])
+    assert [row[0] for row in table.rows] == ["a", "adamw", "c", "b"] and table.bold == {0}
+    assert summary_table([setting("lost", {1: 1.0, 2: None, 3: 1.0}), worse]).rows[0][3] == "-"
