@@ -157,7 +157,9 @@ def test_a_damaged_archive_is_named_with_the_line(lines: list[Any], message: str
     assert not (tmp_path / "adamw").exists()
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"configuration": {}}' * 40)[:-20]])
+@pytest.mark.parametrize(
+    "content", [b"no gzip", gzip.compress(b'{"configuration": {}}' * 40)[:-20]], ids=["another", "cut off"]
+)
 def test_what_is_no_whole_gzip_file_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ARCHIVE_FILE).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{ARCHIVE_FILE} is no archive of a comparison, or damaged"):
