@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from hf_adafisher.optimizers.baselines.hutchinson import prepare_model
+from hf_adafisher.optimizers.baselines.second_derivatives import prepare_model
 from hf_adafisher.optimizers.factory.catalog import available_optimizers, optimizer_record
 from hf_adafisher.optimizers.factory.learning_rates import warn_of_learning_rate, warn_without_clipping
 from hf_adafisher.optimizers.factory.param_groups import decay_groups
