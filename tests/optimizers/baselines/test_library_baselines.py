@@ -691,7 +691,9 @@ def test_frozen_parameters_and_empty_groups(name: str, frozen: str) -> None:
 @pytest.mark.parametrize("name", FROM_LIBRARIES)
 def test_weights_in_bfloat16(name: str) -> None:
     model = family("resnet").build().to(torch.bfloat16)
-    losses = train(model, of_family(family("resnet"), seed=0), create_optimizer(name, model), 12)
+    # Next to a factor in bfloat16 the default of 1e-6 is nothing: on some CPUs its inverse root overflows.
+    options = {"matrix_eps": 1e-4} if name == "shampoo" else {}
+    losses = train(model, of_family(family("resnet"), seed=0), create_optimizer(name, model, **options), 12)
     assert losses[-1] < losses[0]
 
 
