@@ -32,7 +32,7 @@ LINKS = [
 def test_the_readme_is_a_front_door() -> None:
     text = README.read_text(encoding="utf-8")
     assert len(text.encode()) <= 8000 and len(text.splitlines()) <= 150
-    assert max(map(len, text.splitlines())) <= 120
+    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

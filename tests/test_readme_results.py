@@ -37,9 +37,3 @@ def test_rates_at_the_ends_of_the_grids() -> None:
     assert f"{words[str(17 - len(inside))]} of the seventeen rates shown lie at an end" in " ".join(PAGE.split())
     assert inside == {"adam", "kfac", "lamb", "lion", "soap", "spectral-adafisher"}
     assert "all but those of Adam, K-FAC, LAMB, Lion, SOAP and the spectral AdaFisher" in " ".join(PAGE.split())
-
-
-def test_the_readme_is_a_page() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.encode()) <= 8000 and len(text.splitlines()) <= 150
-    assert all(len(line) <= 120 for line in text.splitlines() if not line.startswith("|"))

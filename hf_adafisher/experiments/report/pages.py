@@ -97,7 +97,7 @@ class Archives:
                 yield from (
                     f"{folder / name} is not what its runs give: hf-adafisher report {folder}" for name in stale
                 )
-            elif (folder / "report.md").is_file() or (folder / "cells.csv").is_file():
+            elif (folder / "report.md").is_file():
                 yield f"{folder} has a report and no {ARCHIVE_FILE} that it could be made from"
 
 
