@@ -92,6 +92,16 @@ class Task:
         """Return the metric of this name."""
         return next(metric for metric in self.metrics if metric.name == name)
 
+    @property
+    def selection(self) -> Metric:
+        """The metric that selects settings."""
+        return self.metric(self.selection_metric)
+
+    @property
+    def compared_metrics(self) -> list[Metric]:
+        """The metric that selects settings, and the same of the test data."""
+        return [self.selection, *(m for m in self.metrics if m.split == "test" and m.key == self.selection.key)]
+
     def cost(self, values: Mapping[str, float | None]) -> float:
         """Selection metric as a cost, lower is better; infinite without a value."""
         value = values[self.selection_metric]
@@ -99,13 +109,13 @@ class Task:
 
     def logged_cost(self, entry: Mapping[str, Any]) -> float | None:
         """Return the cost in an entry of Trainer's log, or None if it is no evaluation."""
-        metric = self.metric(self.selection_metric)
+        metric = self.selection
         value = entry.get(f"eval_{metric.key}")
         return None if value is None else self.to_cost(metric.convert(value))
 
     def headline(self, result: Mapping[str, Any]) -> str | None:
         """Format the selection metric, ``validation loss 4.1250``; None if a run has none."""
-        metric = self.metric(self.selection_metric)
+        metric = self.selection
         value = metric.read(result)
         if value is None:
             return None

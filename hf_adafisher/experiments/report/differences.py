@@ -25,7 +25,7 @@ from hf_adafisher.experiments.drawing import (
     plain_text,
     save_figure,
 )
-from hf_adafisher.experiments.report.paired import LEAST_SEEDS, paired_interval
+from hf_adafisher.experiments.report.paired import LEAST_SEEDS, Interval, paired_interval
 from hf_adafisher.experiments.report.rates import read_cells
 from hf_adafisher.experiments.report.results import SettingResults
 from hf_adafisher.experiments.report.tables import Picture
@@ -52,7 +52,7 @@ class Difference(NamedTuple):
     @property
     def clear(self) -> bool:
         """True where the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        return Interval(self.mean, self.low, self.high).leaves_out_0
 
     @property
     def described(self) -> str:
@@ -92,12 +92,11 @@ def paired_differences(best: Sequence[SettingResults], reference: str = REFERENC
     base = next((setting for setting in best if setting.optim == reference), None)
     if task is None or base is None:
         return None
-    selection = task.metric(task.selection_metric)
-    names = [m.name for m in task.metrics if m.split == "test" and m.key == selection.key] + [selection.name]
-    metric = next(name for name in names if name == selection.name or base.mean(name) is not None)
+    names = [one.name for one in reversed(task.compared_metrics)]
+    metric = next((name for name in names if base.mean(name) is not None), task.selection_metric)
     values = {}
     for setting in reversed(best):
-        by_seed = {cell.settings.get("seed"): cell.values[metric] for cell in setting.cells}
+        by_seed = setting.by_seed(metric)
         known = {seed: value for seed, value in by_seed.items() if value is not None}
         if len(known) == len(by_seed):  # the seeds that are left of one that diverged would flatter it
             values[setting.optim] = known

@@ -76,9 +76,9 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
     references = [setting for setting in shown if setting.optim == reference]
     # One named in advance: the best by these same seeds would flatter itself.
     references += [setting for setting in shown if setting.optim == OURS != reference]
-    if shown and all(setting.optim != OURS for setting in references):
-        references += [shown[0]] if not any(setting is shown[0] for setting in references) else []
-    metrics = _metrics(shown[0]) if shown else []
+    if all(setting.optim != OURS for setting in references):
+        references += [setting for setting in shown[:1] if setting.optim != reference]
+    metrics = shown[0].task.compared_metrics if shown else []
     rows: list[list[str]] = []
     clear, seen = set(), set()
     for other in references:
@@ -108,14 +108,14 @@ def summary_table(claims: Sequence[SettingResults], reference: str = "adamw") ->
         claims: At least one, of ``claimed_settings``, the best first.
         reference: An optimizer that all are compared with, as by ``paired_table``; without it there is no difference.
     """
-    metric, metric_rises = _metrics(claims[0])[-1], claims[0].task.more_is_better
+    metric, metric_rises = claims[0].task.compared_metrics[-1], claims[0].task.more_is_better
     other = next((one for one in claims if one.optim == reference and not one.tuning), None)
     rivals = [] if other is None else rivals_of(other, [one for one in claims if not one.tuning])
+    compared = {id(rival) for rival in rivals}
     rows: list[list[str]] = []
     clear = set()
     for setting in sorted(claims, key=lambda setting: setting.tuning):
-        compared = other is not None and any(setting is rival for rival in rivals)
-        found = _difference(setting, other, metric, len(rivals)) if other is not None and compared else None
+        found = _difference(setting, other, metric, len(rivals)) if other and id(setting) in compared else None
         if found is not None and (found.low > 0 if metric_rises else found.high < 0):
             clear.add(len(rows))
         size = setting.mean("optimizer bytes")
@@ -137,22 +137,15 @@ def rivals_of(reference: SettingResults, claims: Sequence[SettingResults]) -> li
     return [setting for setting in others if len(_common(setting, reference)) >= LEAST_SEEDS]
 
 
-def _metrics(setting: SettingResults) -> list[Metric]:
-    """The metric that selects settings, and the same of the test data."""
-    selection = setting.task.metric(setting.task.selection_metric)
-    test = [m for m in setting.task.metrics if m.split == "test" and m.key == selection.key]
-    return [selection, *test]
-
-
 def _common(first: SettingResults, second: SettingResults) -> list[int]:
     """Seeds that both settings ran with."""
-    seeds = [{cell.settings.get("seed") for cell in setting.cells} for setting in (first, second)]
-    return sorted(seed for seed in seeds[0] & seeds[1] if seed is not None)
+    seeds = [setting.by_seed(setting.task.selection_metric).keys() for setting in (first, second)]
+    return sorted(seeds[0] & seeds[1])
 
 
 def _difference(first: SettingResults, second: SettingResults, metric: Metric, rivals: int) -> Interval | None:
     """First minus second; None where a seed has no value."""
-    by_seed = [{cell.settings.get("seed"): cell.values[metric.name] for cell in one.cells} for one in (first, second)]
+    by_seed = [one.by_seed(metric.name) for one in (first, second)]
     pairs = [(by_seed[0][seed], by_seed[1][seed]) for seed in _common(first, second)]
     known = [(one, other) for one, other in pairs if one is not None and other is not None]
     if len(known) < len(pairs):

@@ -21,6 +21,7 @@ from hf_adafisher.experiments.drawing import (
     plain_text,
     save_figure,
 )
+from hf_adafisher.experiments.report.results import FORM
 
 METRIC = "validation loss"
 RATE = "learning rate"
@@ -28,7 +29,6 @@ BAND = math.log(1.02)
 """Height of the band of forgiveness in nats: 2 % of perplexity."""
 REACH = 8.0
 """Learning rates are shown from an eighth of an optimizer's best to eight times of it: a factor of 64."""
-_FORM = "step_size"
 
 
 def read_cells(folder: Path, seeds: Sequence[int] | None = None, metric: str = METRIC) -> pd.DataFrame:
@@ -57,9 +57,9 @@ def read_cells(folder: Path, seeds: Sequence[int] | None = None, metric: str = M
     if chosen[metric].notna().sum() == 0:
         raise ValueError(f"{path} has no finished run with seeds {seeds}: it has {sorted(set(table['seed']))}")
     optimizer = chosen["optim"]
-    arguments = [name for name in _arguments(table) if name not in ("optim", "learning_rate", "seed", _FORM)]
-    if _FORM in table:
-        forms = chosen[_FORM].map(lambda form: "" if pd.isna(form) else f" ({form})")
+    arguments = [name for name in _arguments(table) if name not in ("optim", "learning_rate", "seed", FORM)]
+    if FORM in table:
+        forms = chosen[FORM].map(lambda form: "" if pd.isna(form) else f" ({form})")
         optimizer = optimizer + forms
     texts = [
         ", ".join(f"{name}={row[name]}" for name in arguments if not pd.isna(row[name])) for _, row in chosen.iterrows()

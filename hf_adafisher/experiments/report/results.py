@@ -20,7 +20,8 @@ from hf_adafisher.experiments.outputs import replacing
 COST = "cost"
 EPOCH_SECONDS = "seconds per epoch"
 CPU_TIME = "CPU ms per step"
-_FORM = "step_size"
+FORM = "step_size"
+"""Argument that makes two forms of an optimizer two optimizers in tables and pictures."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class SettingResults:
     @property
     def optim(self) -> str:
         """Name of the optimizer; with the form where its cells say one, as ``adafisherw (paper)``: a row of its own."""
-        form = self.cells[0].settings.get(_FORM)
+        form = self.cells[0].settings.get(FORM)
         return self.base if form is None else f"{self.base} ({form})"
 
     @property
@@ -88,7 +89,7 @@ class SettingResults:
     @property
     def name(self) -> str:
         """The other arguments as text, but for the form: ``damping=0.001, learning_rate=0.02``, or ``defaults``."""
-        return ", ".join(f"{key}={value}" for key, value in self.others.items() if key != _FORM) or "defaults"
+        return ", ".join(f"{key}={value}" for key, value in self.others.items() if key != FORM) or "defaults"
 
     @property
     def task(self) -> Task:
@@ -99,6 +100,11 @@ class SettingResults:
     def values(self) -> pd.DataFrame:
         """Metrics and cost (columns) by seed (rows); nan where there is no value."""
         return pd.DataFrame([{**result.values, COST: result.cost} for result in self.cells], dtype=float)
+
+    def by_seed(self, metric: str) -> dict[int, float | None]:
+        """Values of a metric by seed; runs without a seed are left out."""
+        runs = {cell.settings.get("seed"): cell.values[metric] for cell in self.cells}
+        return {seed: value for seed, value in runs.items() if seed is not None}
 
     @property
     def cost(self) -> float:

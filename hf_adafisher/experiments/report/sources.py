@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
-from hf_adafisher.experiments.report.paired import CONFIDENCE, LEAST_SEEDS
+from hf_adafisher.experiments.report.paired import LEAST_SEEDS, paired_interval
 from hf_adafisher.experiments.settings_files import read_json
 
 _NUMBER = re.compile(r"(?<![\w.,-])[+-]?\d+(?:,\d{3})*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
@@ -121,9 +120,6 @@ def _of_runs(table: pd.DataFrame, path: str, seeds: range | None) -> Iterator[fl
     for first, second in itertools.permutations(runs, 2):
         common = first.index.intersection(second.index)
         if len(common) >= LEAST_SEEDS:
-            differences = (first.loc[common] - second.loc[common]).to_numpy()
-            mean, error = differences.mean(axis=0), differences.std(axis=0, ddof=1) / len(common) ** 0.5
-            reach = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(common) - 1)) * error
-            found += [mean, mean - reach, mean + reach]
+            found += [paired_interval(first.loc[common, name], second.loc[common, name]) for name in first]
     numbers = np.concatenate([np.ravel(np.asarray(values, dtype=float)) for values in found])
     yield from numbers[np.isfinite(numbers)].tolist()

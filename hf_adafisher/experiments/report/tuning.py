@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from hf_adafisher.experiments.comparison.cells import canonical
-from hf_adafisher.experiments.comparison.tasks import Metric
 from hf_adafisher.experiments.report.results import SettingResults, best_settings
 from hf_adafisher.experiments.report.tables import Table
 from hf_adafisher.optimizers.factory.catalog import optimizer_record
@@ -80,9 +79,10 @@ def tuning_table(settings: Sequence[SettingResults], tuning_seeds: Collection[in
         if chosen is None:
             rows.append([optim, count, "-", "-", "-", marks])
         else:
-            value = _selection(chosen).format(chosen.mean(_selection(chosen).name))
+            selection = chosen.task.selection
+            value = selection.format(chosen.mean(selection.name))
             rows.append([optim, count, chosen.name, value, _place_of_rate(chosen, tried), marks])
-    metric = _selection(trials[0]).name if trials else "result"
+    metric = trials[0].task.selection_metric if trials else "result"
     return Table(["optimizer", "trials", "best trial", metric, "its learning rate", "frozen"], rows)
 
 
@@ -98,10 +98,11 @@ def is_default(setting: SettingResults) -> bool:
 
 
 def _mark(frozen: SettingResults, best: SettingResults | None) -> str:
-    steps = "max_steps" in frozen.others and (best is None or "max_steps" not in best.others)
-    others = {key: value for key, value in frozen.others.items() if key != "max_steps" or not steps}
+    if best is not None and canonical(frozen.others) == canonical(best.others):
+        return ""
+    others = {key: value for key, value in frozen.others.items() if key != "max_steps"}
     if best is not None and canonical(others) == canonical(best.others):
-        return " (the best trial at another number of steps)" if steps else ""
+        return " (the best trial at another number of steps)"
     return " (default)" if is_default(frozen) else " (not the best trial)"
 
 
@@ -114,10 +115,6 @@ def _place_of_rate(best: SettingResults, tried: Sequence[SettingResults]) -> str
     rate = float(best.others[RATE])
     ends = {rates[0]: "lowest", rates[-1]: "highest"}
     return f"{ends[rate]} of {len(rates)}: edge" if rate in ends else f"inside of {len(rates)}"
-
-
-def _selection(setting: SettingResults) -> Metric:
-    return setting.task.metric(setting.task.selection_metric)
 
 
 def _restricted(
