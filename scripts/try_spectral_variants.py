@@ -142,13 +142,60 @@ def constant(module: Any, name: str, value: Any) -> Callable[[], None]:
     return lambda: setattr(module, name, value)
 
 
+def rest_by_adamw() -> None:
+    """Everything but hidden matrices by AdamW at the same rate, with the betas of Muon's library, (0.9, 0.95)."""
+    squares: dict[Tensor, Tensor] = {}
+
+    def move(self: SpectralAdaFisher, members: Sequence[Any]) -> None:
+        for member in members:
+            p, grad, m, group = member.param.detach(), member.grad, member.exp_avg, member.group
+            m.lerp_(grad, 1 - group["beta"])
+            v = squares.setdefault(member.param, torch.zeros_like(p)).lerp_(grad.square(), 0.05)
+            root = (v / (1 - 0.95**member.step)).sqrt_().add_(1e-10)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.addcdiv_(m, root, value=-group["lr"] / (1 - group["beta"] ** member.step))
+            self._last_steps.pop(id(member.param), None)
+
+    SpectralAdaFisher._move_by_root = move  # type: ignore[assignment]
+
+
+def together(*patches: Callable[[], None]) -> Callable[[], None]:
+    """Patch of several."""
+
+    def patch() -> None:
+        for one in patches:
+            one()
+
+    return patch
+
+
 def no_patch() -> None:
     """The rule as it is; options may differ."""
 
 
+NO_METRIC = use_directions(rows=0.0, columns=0.0)
+MUON_POLYNOMIALS = constant(polar, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
+NO_BOUND = {"optim_args": "max_relative_step=None"}
+
 VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     AS_IT_IS: (no_patch, {}),
-    "no metric (Muon's polar factor)": (use_directions(rows=0.0, columns=0.0), {}),
+    "no metric (Muon's polar factor)": (NO_METRIC, {}),
+    "everything else by AdamW": (rest_by_adamw, {}),
+    "no bound": (no_patch, NO_BOUND),
+    "no bound, half the learning rate": (no_patch, {**NO_BOUND, "learning_rate": 0.01}),
+    "Muon's polynomials": (MUON_POLYNOMIALS, {}),
+    "no Nesterov step": (no_patch, {"optim_args": "nesterov=False"}),
+    "Muon: none of these four, half the learning rate": (
+        together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS),
+        {**NO_BOUND, "learning_rate": 0.01},
+    ),
+    "Muon with the metric": (together(rest_by_adamw, MUON_POLYNOMIALS), {**NO_BOUND, "learning_rate": 0.01}),
+    "Muon with our diagonal for everything else": (
+        together(NO_METRIC, MUON_POLYNOMIALS),
+        {**NO_BOUND, "learning_rate": 0.01},
+    ),
+    "Muon with our polynomials": (together(NO_METRIC, rest_by_adamw), {**NO_BOUND, "learning_rate": 0.01}),
+    "Muon with the bound": (together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS), {}),
     "metric of the rows alone": (use_directions(columns=0.0), {}),
     "metric without the way back (MuonEq)": (use_directions(back=False), {}),
     "rows normalised after it (NorMuon), with the metric": (normalised_rows(), {}),

@@ -17,7 +17,7 @@ from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.comparison.published import read_published_results
 from hf_adafisher.experiments.outputs import write_text
 from hf_adafisher.experiments.report.archive import ARCHIVE_FILE, ArchivedReport, read_archive
-from hf_adafisher.experiments.report.paired import paired_table, summary_table
+from hf_adafisher.experiments.report.paired import OURS, paired_table, summary_table
 from hf_adafisher.experiments.report.results import CellResult
 from hf_adafisher.experiments.report.sources import is_measured, unknown_numbers
 from hf_adafisher.experiments.report.tables import Table, best_table, cell_table
@@ -38,11 +38,11 @@ VIEWS: Mapping[str, Callable[[Comparison, Sequence[CellResult]], Table]] = {
         settings_and_claims(comparison, results)[1], read_published_results(comparison.config)
     ),
     "summary": lambda comparison, results: summary_table(settings_and_claims(comparison, results)[1]),
-    "paired": lambda comparison, results: paired_table(settings_and_claims(comparison, results)[1]),
+    "paired": lambda comparison, results: paired_table(settings_and_claims(comparison, results)[1], OURS),
     "tuning": _tuning,
     "runs": lambda comparison, results: cell_table(results, settings_and_claims(comparison, results)[1]),
 }
-"""Tables of an archive by name."""
+"""Tables of an archive by name; ``summary`` has the differences from AdamW, ``paired`` those from ``OURS``."""
 
 
 @dataclass

@@ -10,9 +10,9 @@ import numpy as np
 from scipy import stats
 
 from hf_adafisher.experiments.comparison.tasks import Metric, format_number
-from hf_adafisher.experiments.report.results import CPU_TIME, SettingResults
+from hf_adafisher.experiments.report.results import SettingResults
 from hf_adafisher.experiments.report.tables import Table, describe_seeds, with_spread
-from hf_adafisher.experiments.report.tuning import distinct_names
+from hf_adafisher.experiments.report.tuning import distinct_names, is_default
 
 CONFIDENCE = 0.95
 OURS = "spectral-adafisher"
@@ -100,9 +100,10 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
 
 
 def summary_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:
-    """Tabulate the test metric of all claims, its difference from the first setting of ``reference``, and the cost.
+    """Tabulate the test metric of all claims, its difference from the first setting of ``reference``, and the memory.
 
-    Marked rows are better, with an interval that leaves out 0. Trials stand last.
+    Marked rows are better, with an interval that leaves out 0. The best come first, trials last. Times are left out:
+    runs of different hours compare with a benchmark in turns only.
 
     Args:
         claims: At least one, of ``claimed_settings``, the best first.
@@ -114,21 +115,30 @@ def summary_table(claims: Sequence[SettingResults], reference: str = "adamw") ->
     compared = {id(rival) for rival in rivals}
     rows: list[list[str]] = []
     clear = set()
-    for setting in sorted(claims, key=lambda setting: setting.tuning):
+    for setting in sorted(claims, key=lambda setting: (setting.tuning, _rank(setting, metric, metric_rises))):
         found = _difference(setting, other, metric, len(rivals)) if other and id(setting) in compared else None
         if found is not None and (found.low > 0 if metric_rises else found.high < 0):
             clear.add(len(rows))
         size = setting.mean("optimizer bytes")
         rows.append([
-            setting.optim, setting.name, describe_seeds(setting), with_spread(metric)(setting), _text(found, metric),
-            _ratio(found), format_number(setting.mean(CPU_TIME), 0),
+            setting.optim, _named(setting), describe_seeds(setting),
+            with_spread(metric)(setting), _text(found, metric), _ratio(found),
             format_number(None if size is None else size / 2**20, 2),
         ])  # fmt: skip
-    columns = ["optimizer", "setting", "seeds", metric.name, f"minus {reference}", _RATIO]
-    columns += [CPU_TIME, "optimizer MiB"]
+    columns = ["optimizer", "setting", "seeds", metric.name, f"minus {reference}", _RATIO, "optimizer MiB"]
     kept = [index for index in range(len(columns)) if any(row[index] != "-" for row in rows)]
     kept = [index for index in kept if metric.key == "loss" or columns[index] != _RATIO]
     return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], frozenset(clear))
+
+
+def _named(setting: SettingResults) -> str:
+    return f"{setting.name} (default)" if setting.others and is_default(setting) else setting.name
+
+
+def _rank(setting: SettingResults, metric: Metric, metric_rises: bool) -> float:
+    """Key that sorts the best mean of a metric first, and settings without one last."""
+    mean = setting.mean(metric.name)
+    return math.inf if mean is None else -mean if metric_rises else mean
 
 
 def rivals_of(reference: SettingResults, claims: Sequence[SettingResults]) -> list[SettingResults]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from hf_adafisher.experiments.comparison.cells import canonical
 from hf_adafisher.experiments.report.results import SettingResults, best_settings
 from hf_adafisher.experiments.report.tables import Table
-from hf_adafisher.optimizers.factory.catalog import optimizer_record
+from hf_adafisher.optimizers.factory.catalog import RECORDS, canonical_name, optimizer_record
 
 RATE = "learning_rate"
 _NO_OPTIONS = (RATE, "lr_scheduler_type")
@@ -58,8 +59,8 @@ def distinct_names(settings: Sequence[SettingResults]) -> list[str]:
 def tuning_table(settings: Sequence[SettingResults], tuning_seeds: Collection[int]) -> Table:
     """Tabulate each optimizer's trials: how many, the best one, where its rate lies, and what was frozen.
 
-    A rate at the end of those tried is an ``edge``: a better one may lie beyond. A frozen setting that is not the best
-    trial is named as such, or as the optimizer's default.
+    A rate at the end of those tried with the same other arguments is an ``edge``: a better one may lie beyond. A frozen
+    setting that is not the best trial is named as such, or as the optimizer's default.
 
     Args:
         settings: With all of their runs.
@@ -88,6 +89,8 @@ def tuning_table(settings: Sequence[SettingResults], tuning_seeds: Collection[in
 
 def is_default(setting: SettingResults) -> bool:
     """Check that a setting is what its optimizer does by itself: its rate, or that for fine-tuning, and its options."""
+    if canonical_name(setting.base) not in RECORDS:  # Trainer's own
+        return False
     record = optimizer_record(setting.base)
     options = {key: value for key, value in setting.others.items() if key not in _NO_OPTIONS}
     rates = (record.learning_rate.value, record.fine_tuning_rate)
@@ -100,21 +103,26 @@ def is_default(setting: SettingResults) -> bool:
 def _mark(frozen: SettingResults, best: SettingResults | None) -> str:
     if best is not None and canonical(frozen.others) == canonical(best.others):
         return ""
-    others = {key: value for key, value in frozen.others.items() if key != "max_steps"}
-    if best is not None and canonical(others) == canonical(best.others):
+    if best is not None and _other_arguments(frozen, "max_steps") == _other_arguments(best, "max_steps"):
         return " (the best trial at another number of steps)"
     return " (default)" if is_default(frozen) else " (not the best trial)"
 
 
 def _place_of_rate(best: SettingResults, tried: Sequence[SettingResults]) -> str:
-    rates = sorted({float(setting.others[RATE]) for setting in tried if RATE in setting.others})
+    """Where the best rate lies among those that were tried with the same other arguments."""
     if RATE not in best.others:
         return "its default"
+    alike = [one for one in tried if _other_arguments(one, RATE) == _other_arguments(best, RATE)]
+    rates = sorted({float(setting.others[RATE]) for setting in alike if RATE in setting.others})
     if len(rates) == 1:
         return "the only one"
     rate = float(best.others[RATE])
     ends = {rates[0]: "lowest", rates[-1]: "highest"}
     return f"{ends[rate]} of {len(rates)}: edge" if rate in ends else f"inside of {len(rates)}"
+
+
+def _other_arguments(setting: SettingResults, left_out: str) -> Mapping[str, Any]:
+    return canonical({key: value for key, value in setting.others.items() if key != left_out})
 
 
 def _restricted(

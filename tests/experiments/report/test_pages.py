@@ -97,8 +97,8 @@ def test_tables_are_renewed_from_the_archive_and_then_hold(docs: Path) -> None:
     text = (docs / "page.md").read_text()
     assert "| lion | learning_rate=0.001 | 3 | 4.1167 ± 0.1258 | 4.1167 ± 0.1258 | 1,572,864 |\n" in text
     assert "stale" not in text and "<!-- end of mine paired -->\n" in text and "Text, `code`.\n" in text
-    low, high = stats.ttest_rel(LOSSES["lion"], LOSSES["adamw"]).confidence_interval(0.95)
-    assert f"| **lion - adamw** | 3 | -1.1000 ({low:+.4f} to {high:+.4f}) |" in text
+    low, high = stats.ttest_rel(LOSSES["adamw"], LOSSES["lion"]).confidence_interval(0.95)
+    assert f"| **adamw - lion** | 3 | +1.1000 ({low:+.4f} to {high:+.4f}) |" in text
     assert problems(docs) == [] and renew_pages(pages(docs), PROGRAMS) == []
 
 

@@ -89,6 +89,17 @@ def test_the_table_of_trials() -> None:
     shorter = [*grouped(), SettingResults([run("adamw", 20, 5.0, learning_rate=0.002, max_steps=9)])]
     said = "learning_rate=0.002, max_steps=9 (the best trial at another number of steps)"
     assert said in tuning_table(shorter, [0]).rows[0][-1].split("; ")
+    other = [SettingResults([run("adamw", 0, 5.0, learning_rate=0.002, max_steps=9)]), *grouped()]
+    frozen = "learning_rate=0.002 (the best trial at another number of steps)"
+    assert tuning_table(other, [0]).rows[0][-1] == frozen
+
+
+def test_the_place_of_a_rate_is_among_trials_with_the_same_other_arguments() -> None:
+    runs = [run("muon", 0, 5.0 - rate, learning_rate=rate, momentum=0.9) for rate in (0.1, 0.2, 0.3)]
+    alone = [run("muon", 0, 4.0, learning_rate=0.2, momentum=0.8)]
+    assert tuning_table(group_by_setting([*runs, *alone]), [0]).rows[0][4] == "the only one"
+    beside = run("muon", 0, 4.1, learning_rate=0.1, momentum=0.8)
+    assert tuning_table(group_by_setting([*runs, *alone, beside]), [0]).rows[0][4] == "highest of 2: edge"
 
 
 @pytest.mark.parametrize(
@@ -279,7 +290,7 @@ def test_trials_are_not_compared_and_two_settings_of_one_optimizer_are_two_rows(
     ]
 
 
-def test_a_summary_has_the_differences_of_the_paired_table_and_the_cost() -> None:
+def test_a_summary_has_the_differences_of_the_paired_table_and_the_memory() -> None:
     claims = [
         setting("a", {1: 4.0, 2: 4.2, 3: 4.1}, learning_rate=0.1),
         setting("adamw", {1: 5.0, 2: 5.1, 3: 5.0}),
@@ -288,20 +299,17 @@ def test_a_summary_has_the_differences_of_the_paired_table_and_the_cost() -> Non
     table = summary_table(claims)
     paired = paired_table(claims)
     assert table.rows == [
-        ["a", "learning_rate=0.1", "3", "5.1000 ± 0.1000", paired.rows[0][3], paired.rows[0][4], "202", "1.50"],
-        ["adamw", "defaults", "3", "6.0333 ± 0.0577", "-", "-", "202", "1.50"],
-        ["b", "defaults", "1 (tuning)", "5.5000", "-", "-", "207", "1.50"],
+        ["a", "learning_rate=0.1", "3", "5.1000 ± 0.1000", paired.rows[0][3], paired.rows[0][4], "1.50"],
+        ["adamw", "defaults", "3", "6.0333 ± 0.0577", "-", "-", "1.50"],
+        ["b", "defaults", "1 (tuning)", "5.5000", "-", "-", "1.50"],
     ]
-    assert table.columns[3:] == [
-        "test loss",
-        "minus adamw",
-        "ratio of perplexities",
-        "CPU ms per step",
-        "optimizer MiB",
-    ]
+    assert table.columns[3:] == ["test loss", "minus adamw", "ratio of perplexities", "optimizer MiB"]
     assert table.bold == {0} and paired.bold == {0}
-    assert summary_table(claims[:1]).columns[4:] == ["CPU ms per step", "optimizer MiB"]
+    assert summary_table(claims[:1]).columns[4:] == ["optimizer MiB"]
     worse = setting("c", {1: 6.0, 2: 6.1, 3: 6.0})
     table = summary_table([claims[2], claims[0], claims[1], worse])
     assert [row[0] for row in table.rows] == ["a", "adamw", "c", "b"] and table.bold == {0}
-    assert summary_table([setting("lost", {1: 1.0, 2: None, 3: 1.0}), worse]).rows[0][3] == "-"
+    lost = setting("lost", {1: 1.0, 2: None, 3: 1.0})
+    assert [(row[0], row[3]) for row in summary_table([lost, worse]).rows] == [("c", "7.0333 ± 0.0577"), ("lost", "-")]
+    default = setting("adafisherw", {1: 4.0}, learning_rate=0.004)
+    assert summary_table([default]).rows[0][1] == "learning_rate=0.004 (default)"
