@@ -1,12 +1,15 @@
-"""Measure changes to the spectral AdaFisher: each alone, against the rule as it is, with paired seeds.
+"""Measure changes to the spectral AdaFisher against the rule as it is, and its parts against Muon, with paired seeds.
 
     python scripts/try_spectral_variants.py --seeds 10 11 12 13 14 --output_dir out/variants
     python scripts/try_spectral_variants.py --task image --variants "every head of them apart" --output_dir out/vit
 
 Tasks are those of the presets lm-scratch and step-sizes-vit at the default rates (0.02, fine-tuning 3e-4);
 ``--set key=value`` changes their arguments. A variant is a patch of the optimizer in the process of its run, so that
-what does not earn its place is in no other file. Leaves ``variants.json`` and ``variants.md``: test loss or accuracy,
-mean difference from the rule as it is, and its 95 % interval by Student's t. Finished runs are kept.
+what does not earn its place is in no other file. "Muon in this code" is the rule without its metric, with Muon's
+polynomials and no bound, and everything else by AdamW: Muon with Moonlight's size of a step, and one rate for all, half
+the rule's, which was the best of 0.005, 0.01 and 0.02 with seed 9.
+Leaves ``variants.json`` and ``variants.md``: test loss or accuracy, mean difference from the reference, and its 95 %
+interval by Student's t. Finished runs are kept.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.comparison.cells import use_local_data
 from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.outputs import write_json
-from hf_adafisher.experiments.report.paired import paired_interval
+from hf_adafisher.experiments.report.paired import LEAST_SEEDS, paired_interval
 from hf_adafisher.experiments.runs.run import run_script
 from hf_adafisher.optimizers import polar, spectral
 from hf_adafisher.optimizers.polar import polar_factor
@@ -41,6 +44,7 @@ TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
     "image": (prepare_image, "step-sizes-vit.json", 3e-4, "accuracy"),
 }
 AS_IT_IS = "as it is"
+RATE = "learning_rate"
 
 
 def directions(rows: float = 0.5, columns: float = 0.5, back: bool = True) -> Callable[..., Tensor]:
@@ -176,26 +180,18 @@ def no_patch() -> None:
 NO_METRIC = use_directions(rows=0.0, columns=0.0)
 MUON_POLYNOMIALS = constant(polar, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) * 5)
 NO_BOUND = {"optim_args": "max_relative_step=None"}
+HALF = {RATE: 0.5}
+MUON = "Muon in this code, half the rate"
 
 VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     AS_IT_IS: (no_patch, {}),
     "no metric (Muon's polar factor)": (NO_METRIC, {}),
-    "everything else by AdamW": (rest_by_adamw, {}),
+    "everything else by AdamW, without the bound": (rest_by_adamw, {}),
     "no bound": (no_patch, NO_BOUND),
-    "no bound, half the learning rate": (no_patch, {**NO_BOUND, "learning_rate": 0.01}),
+    "no bound, half the rate": (no_patch, NO_BOUND | HALF),
     "Muon's polynomials": (MUON_POLYNOMIALS, {}),
     "no Nesterov step": (no_patch, {"optim_args": "nesterov=False"}),
-    "Muon: none of these four, half the learning rate": (
-        together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS),
-        {**NO_BOUND, "learning_rate": 0.01},
-    ),
-    "Muon with the metric": (together(rest_by_adamw, MUON_POLYNOMIALS), {**NO_BOUND, "learning_rate": 0.01}),
-    "Muon with our diagonal for everything else": (
-        together(NO_METRIC, MUON_POLYNOMIALS),
-        {**NO_BOUND, "learning_rate": 0.01},
-    ),
-    "Muon with our polynomials": (together(NO_METRIC, rest_by_adamw), {**NO_BOUND, "learning_rate": 0.01}),
-    "Muon with the bound": (together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS), {}),
+    MUON: (together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS), NO_BOUND | HALF),
     "metric of the rows alone": (use_directions(columns=0.0), {}),
     "metric without the way back (MuonEq)": (use_directions(back=False), {}),
     "rows normalised after it (NorMuon), with the metric": (normalised_rows(), {}),
@@ -206,20 +202,31 @@ VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     "three polar iterations": (constant(polar, "COEFFICIENTS", polar.COEFFICIENTS[:3]), {}),
     "relative steps of lr (Hyperball)": (relative_step(1.0), {}),
 }
+"""Changes to the rule, each with its options; ``RATE`` there multiplies the rate."""
+
+ADDITIONS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
+    "Muon with the metric": (together(rest_by_adamw, MUON_POLYNOMIALS), NO_BOUND | HALF),
+    "Muon with the diagonal for everything else": (together(NO_METRIC, MUON_POLYNOMIALS), NO_BOUND | HALF),
+    "Muon with four other polynomials": (together(NO_METRIC, rest_by_adamw), NO_BOUND | HALF),
+    "Muon with the bound": (together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS), HALF),
+}
+"""Changes to ``MUON``, which they are compared with: the parts of the rule, each alone."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is missing, then write the table."""
+    known = [*VARIANTS, *ADDITIONS]
     parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="text")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--variants", nargs="+", choices=known, default=known, metavar="VARIANT")
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12, 13, 14])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other arguments of the task")
     parser.add_argument("--local_data", type=Path, help="folder to take the data from, where there is no network")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args(argv)
-    variants = list(dict.fromkeys([AS_IT_IS, *args.variants]))
+    references = [AS_IT_IS, *([MUON] if ADDITIONS.keys() & set(args.variants) else [])]
+    variants = list(dict.fromkeys([*references, *args.variants]))
     todo = [(args, variant, seed) for seed in args.seeds for variant in variants]
     with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:
         for _ in tqdm(pool.imap(_run, todo, chunksize=1), total=len(todo), desc="runs"):
@@ -235,19 +242,22 @@ def _folder(args: argparse.Namespace, variant: str, seed: int) -> Path:
 def _run(job: tuple[argparse.Namespace, str, int]) -> None:
     args, variant, seed = job
     folder = _folder(args, variant, seed)
-    if (folder / "results.json").exists():
-        return
-    patch, options = VARIANTS[variant]
+    patch, options = (VARIANTS | ADDITIONS)[variant]
     prepare, preset, rate, _ = TASKS[args.task]
     config = json.loads((PRESETS / preset).read_text())
     if args.local_data is not None:
         config = use_local_data(config, args.local_data)
     settings = dict(config["common"])
-    settings |= {"optim": "spectral-adafisher", "learning_rate": rate, "seed": seed, **options}
-    settings |= dict(pair.split("=", 1) for pair in args.set)
+    settings |= {"optim": "spectral-adafisher", RATE: rate, **dict(pair.split("=", 1) for pair in args.set)}
+    settings |= {**options, RATE: float(settings[RATE]) * options.get(RATE, 1.0), "seed": seed}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    if (folder / "results.json").exists():
+        if json.loads((folder / "arguments.json").read_text()) != words:
+            raise ValueError(f"{folder} holds a run with other arguments: use another --output_dir")
+        return
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "arguments.json").write_text(json.dumps(words))
     patch()
     with (folder / "log.txt").open("w") as log:
         sys.stdout = sys.stderr = log
@@ -266,17 +276,20 @@ def _write(args: argparse.Namespace, variants: Sequence[str]) -> None:
                 values.setdefault(variant, {})[seed] = json.loads(path.read_text())["test"][metric]
     rows = []
     for variant, found in values.items():
-        seeds = sorted(found.keys() & values.get(AS_IT_IS, {}).keys())
+        reference = MUON if variant in ADDITIONS else AS_IT_IS
+        seeds = sorted(found.keys() & values.get(reference, {}).keys())
         row: dict[str, Any] = {"variant": variant, "values": found, "mean": statistics.mean(found.values())}
-        if variant != AS_IT_IS and len(seeds) > 1:
-            pair = [found[s] for s in seeds], [values[AS_IT_IS][s] for s in seeds]
-            row |= dict(zip(("difference", "low", "high"), paired_interval(*pair), strict=True), seeds=len(seeds))
+        if variant != reference and len(seeds) >= LEAST_SEEDS:
+            pair = [found[s] for s in seeds], [values[reference][s] for s in seeds]
+            row |= dict(zip(("difference", "low", "high"), paired_interval(*pair), strict=True))
+            row |= {"seeds": len(seeds), "reference": reference}
         rows.append(row)
     write_json(args.output_dir / "variants.json", {"task": args.task, "metric": metric, "rows": rows})
-    lines = [f"| variant | seeds | test {metric} | difference, 95 % interval |", "|---|---|---|---|"]
+    lines = [f"| variant | seeds | test {metric} | difference, 95 % interval | from |", "|---|---|---|---|---|"]
     for row in rows:
         text = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**row) if "difference" in row else ""
-        lines.append(f"| {row['variant']} | {len(row['values'])} | {row['mean']:.3f} | {text} |")
+        shown = f"{row['variant']} | {len(row['values'])} | {row['mean']:.3f} | {text} | {row.get('reference', '')}"
+        lines.append(f"| {shown} |")
     (args.output_dir / "variants.md").write_text("\n".join(lines) + "\n")
 
 

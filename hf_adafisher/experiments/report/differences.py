@@ -127,7 +127,8 @@ def read_differences(source: Path, reference: str, seeds: Sequence[int] | None, 
 
     Args:
         source: Folder of a comparison or an archive (see ``read_cells``), or a file whose ``rows`` have ``variant``,
-            ``difference``, ``low``, ``high`` and ``seeds``; there the row without a difference is the reference.
+            ``difference``, ``low``, ``high`` and ``seeds``; there the row without a difference is the reference, and
+            rows that name another ``reference`` are left out.
         reference: Name of the optimizer that all others are compared with.
         seeds: Runs with these alone; None: all that choose nothing (see ``tuning_seeds``).
         metric: Column of a loss.
@@ -138,12 +139,12 @@ def read_differences(source: Path, reference: str, seeds: Sequence[int] | None, 
     if source.is_file():
         content = read_json(source)
         _VARIANTS(content, str(source))
+        base = next((row["variant"] for row in content["rows"] if "difference" not in row), "the reference")
         bars = [
             Difference(row["variant"], row["difference"], row["low"], row["high"], row["seeds"])
             for row in content["rows"]
-            if {"difference", "low", "high", "seeds"} <= row.keys()
+            if {"difference", "low", "high", "seeds"} <= row.keys() and row.get("reference", base) == base
         ]
-        base = next((row["variant"] for row in content["rows"] if "difference" not in row), "the reference")
         if not bars:
             raise ValueError(f"{source} has no row with a difference, its interval and its seeds")
         more_is_better = content["metric"] == "accuracy"

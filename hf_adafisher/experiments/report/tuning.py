@@ -12,7 +12,7 @@ from hf_adafisher.experiments.report.tables import Table
 from hf_adafisher.optimizers.factory.catalog import RECORDS, canonical_name, optimizer_record
 
 RATE = "learning_rate"
-_NO_OPTIONS = (RATE, "lr_scheduler_type")
+_NO_OPTIONS = (RATE, "lr_scheduler_type", "warmup_steps")
 """Arguments that a setting may have beside options of the optimizer."""
 
 

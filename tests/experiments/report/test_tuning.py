@@ -106,7 +106,7 @@ def test_the_place_of_a_rate_is_among_trials_with_the_same_other_arguments() -> 
     ("optim", "settings", "expected"),
     [
         ("adafisherw", {}, True),
-        ("adafisherw", {"learning_rate": 0.004, "beta": 0.9, "lr_scheduler_type": "cosine"}, True),
+        ("adafisherw", {"learning_rate": 0.004, "beta": 0.9, "lr_scheduler_type": "cosine", "warmup_steps": 0.25}, True),
         ("adafisherw", {"learning_rate": 0.004, "beta": 0.95}, False),
         ("adafisherw", {"learning_rate": 0.008}, False),
         ("adafisherw", {"step_size": "paper"}, False),
