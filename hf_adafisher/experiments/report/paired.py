@@ -61,7 +61,7 @@ def paired_interval(first: Sequence[float], second: Sequence[float], rivals: int
 
 
 def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:
-    """Tabulate differences of all settings to ``reference``'s and to ``OURS``'s; without the latter to the best one's.
+    """Tabulate differences of all settings to one of ``reference`` and to one of ``OURS``; without it to the best one.
 
     Only seeds that both have count, and only pairs with ``LEAST_SEEDS`` of them; trials are left out. The intervals of
     all pairs with one reference hold together. Marked rows are those whose interval of the test metric (without one:
@@ -73,11 +73,7 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
     """
     shown = [setting for setting in claims if not setting.tuning]
     names = {id(setting): name for setting, name in zip(shown, distinct_names(shown), strict=True)}
-    references = [setting for setting in shown if setting.optim == reference]
-    # One named in advance: the best by these same seeds would flatter itself.
-    references += [setting for setting in shown if setting.optim == OURS != reference]
-    if all(setting.optim != OURS for setting in references):
-        references += [setting for setting in shown[:1] if setting.optim != reference]
+    references = _references(shown, reference)
     metrics = shown[0].task.compared_metrics if shown else []
     rows: list[list[str]] = []
     clear, seen = set(), set()
@@ -97,6 +93,20 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
                 rows[-1].append(_ratio(found[-1]))
     ratio = [f"{_RATIO} ({metrics[-1].split})"] if metrics and metrics[-1].key == "loss" else []
     return Table(["difference", "seeds", *(metric.name for metric in metrics), *ratio], rows, frozenset(clear))
+
+
+def _references(shown: Sequence[SettingResults], reference: str) -> list[SettingResults]:
+    """The best setting of ``reference``, and the default one of ``OURS``.
+
+    A choice by these same seeds makes a rival's lead smaller and would make ours larger.
+    """
+    found = [] if reference == OURS else [setting for setting in shown if setting.optim == reference][:1]
+    ours = [setting for setting in shown if setting.optim == OURS]
+    if ours:
+        found.append(next((setting for setting in ours if is_default(setting)), ours[0]))
+    elif shown and shown[0].optim != reference:
+        found.append(shown[0])
+    return found
 
 
 def summary_table(claims: Sequence[SettingResults], reference: str = "adamw") -> Table:

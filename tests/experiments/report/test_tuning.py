@@ -106,7 +106,11 @@ def test_the_place_of_a_rate_is_among_trials_with_the_same_other_arguments() -> 
     ("optim", "settings", "expected"),
     [
         ("adafisherw", {}, True),
-        ("adafisherw", {"learning_rate": 0.004, "beta": 0.9, "lr_scheduler_type": "cosine", "warmup_steps": 0.25}, True),
+        (
+            "adafisherw",
+            {"learning_rate": 0.004, "beta": 0.9, "lr_scheduler_type": "cosine", "warmup_steps": 0.25},
+            True,
+        ),
         ("adafisherw", {"learning_rate": 0.004, "beta": 0.95}, False),
         ("adafisherw", {"learning_rate": 0.008}, False),
         ("adafisherw", {"step_size": "paper"}, False),
@@ -287,6 +291,27 @@ def test_trials_are_not_compared_and_two_settings_of_one_optimizer_are_two_rows(
         "adafisherw (paper) - adamw",
         "adafisherw, learning_rate=0.004 - adafisherw, learning_rate=0.01",
         "adafisherw (paper) - adafisherw, learning_rate=0.01",
+    ]
+
+
+def test_differences_are_from_the_best_setting_of_the_reference_and_the_default_of_ours() -> None:
+    ours = [
+        setting("spectral-adafisher", {1: 4.0, 2: 4.2, 3: 4.1}, beta=0.8),
+        setting("spectral-adafisher", {1: 4.3, 2: 4.2, 3: 4.4}, beta=0.9),
+    ]
+    others = [
+        setting("adamw", {1: 5.0, 2: 5.1, 3: 5.0}, beta=0.8),
+        setting("adamw", {1: 6.0, 2: 6.1, 3: 6.0}, beta=0.9),
+    ]
+    tuned, default = (f"spectral-adafisher, beta={beta}" for beta in (0.8, 0.9))
+    best, other = (f"adamw, beta={beta}" for beta in (0.8, 0.9))
+    from_ours = [f"{tuned} - {default}", f"{best} - {default}", f"{other} - {default}"]
+    found = [row[0] for row in paired_table([*ours, *others]).rows]
+    assert found == [f"{tuned} - {best}", f"{default} - {best}", f"{other} - {best}", from_ours[0], from_ours[2]]
+    assert [row[0] for row in paired_table([*ours, *others], "spectral-adafisher").rows] == from_ours
+    assert [row[0] for row in paired_table([ours[0], *others], "spectral-adafisher").rows] == [
+        f"{best} - spectral-adafisher",
+        f"{other} - spectral-adafisher",
     ]
 
 
