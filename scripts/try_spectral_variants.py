@@ -147,7 +147,7 @@ def constant(module: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def rest_by_adamw() -> None:
-    """Everything but hidden matrices by AdamW at the same rate, with the betas of Muon's library, (0.9, 0.95)."""
+    """Everything but hidden matrices by AdamW: the rule's rate and beta, Muon's beta2 of 0.95, and no bound."""
     squares: dict[Tensor, Tensor] = {}
 
     def move(self: SpectralAdaFisher, members: Sequence[Any]) -> None:
@@ -252,8 +252,9 @@ def _run(job: tuple[argparse.Namespace, str, int]) -> None:
     settings |= {**options, RATE: float(settings[RATE]) * options.get(RATE, 1.0), "seed": seed}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     if (folder / "results.json").exists():
-        if json.loads((folder / "arguments.json").read_text()) != words:
-            raise ValueError(f"{folder} holds a run with other arguments: use another --output_dir")
+        record = folder / "arguments.json"
+        if not record.exists() or json.loads(record.read_text()) != words:
+            raise ValueError(f"{folder} holds a run with other or unknown arguments: use another --output_dir")
         return
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ VIEWS: Mapping[str, Callable[[Comparison, Sequence[CellResult]], Table]] = {
     "tuning": _tuning,
     "runs": lambda comparison, results: cell_table(results, settings_and_claims(comparison, results)[1]),
 }
-"""Tables of an archive by name; ``summary`` has the differences from AdamW, ``paired`` those from ``OURS``."""
+"""Tables of an archive by name; ``summary`` has differences from AdamW, ``paired`` from ``OURS`` or the best one."""
 
 
 @dataclass

@@ -96,7 +96,10 @@ def paired_table(claims: Sequence[SettingResults], reference: str = "adamw") -> 
 
 
 def _references(shown: Sequence[SettingResults], reference: str) -> list[SettingResults]:
-    """All settings of ``reference``, and the default one of ``OURS``, since a choice by these same seeds flatters."""
+    """All settings of ``reference``, and the default one of ``OURS``, since a choice by these same seeds flatters.
+
+    Without the default it is the best one.
+    """
     found = [] if reference == OURS else [setting for setting in shown if setting.optim == reference]
     ours = [setting for setting in shown if setting.optim == OURS]
     if ours:
