@@ -35,6 +35,7 @@ from hf_adafisher.experiments.comparison.cells import use_local_data
 from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.paired import LEAST_SEEDS, paired_interval
+from hf_adafisher.experiments.report.tuning import RATE
 from hf_adafisher.experiments.runs.run import run_script
 from hf_adafisher.optimizers import polar, spectral
 from hf_adafisher.optimizers.polar import polar_factor
@@ -44,7 +45,6 @@ TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
     "image": (prepare_image, "step-sizes-vit.json", 3e-4, "accuracy"),
 }
 AS_IT_IS = "as it is"
-RATE = "learning_rate"
 
 
 def directions(rows: float = 0.5, columns: float = 0.5, back: bool = True) -> Callable[..., Tensor]:
@@ -182,6 +182,7 @@ MUON_POLYNOMIALS = constant(polar, "COEFFICIENTS", ((3.4445, -4.7750, 2.0315),) 
 NO_BOUND = {"optim_args": "max_relative_step=None"}
 HALF = {RATE: 0.5}
 MUON = "Muon in this code, half the rate"
+MUON_RULE = together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS)
 
 VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     AS_IT_IS: (no_patch, {}),
@@ -191,7 +192,7 @@ VARIANTS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     "no bound, half the rate": (no_patch, NO_BOUND | HALF),
     "Muon's polynomials": (MUON_POLYNOMIALS, {}),
     "no Nesterov step": (no_patch, {"optim_args": "nesterov=False"}),
-    MUON: (together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS), NO_BOUND | HALF),
+    MUON: (MUON_RULE, NO_BOUND | HALF),
     "metric of the rows alone": (use_directions(columns=0.0), {}),
     "metric without the way back (MuonEq)": (use_directions(back=False), {}),
     "rows normalised after it (NorMuon), with the metric": (normalised_rows(), {}),
@@ -208,7 +209,7 @@ ADDITIONS: dict[str, tuple[Callable[[], None], dict[str, Any]]] = {
     "Muon with the metric": (together(rest_by_adamw, MUON_POLYNOMIALS), NO_BOUND | HALF),
     "Muon with the diagonal for everything else": (together(NO_METRIC, MUON_POLYNOMIALS), NO_BOUND | HALF),
     "Muon with four other polynomials": (together(NO_METRIC, rest_by_adamw), NO_BOUND | HALF),
-    "Muon with the bound": (together(NO_METRIC, rest_by_adamw, MUON_POLYNOMIALS), HALF),
+    "Muon with the bound": (MUON_RULE, HALF),
 }
 """Changes to ``MUON``, which they are compared with: the parts of the rule, each alone."""
 

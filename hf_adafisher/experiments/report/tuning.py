@@ -9,7 +9,7 @@ from typing import Any
 from hf_adafisher.experiments.comparison.cells import canonical
 from hf_adafisher.experiments.report.results import SettingResults, best_settings
 from hf_adafisher.experiments.report.tables import Table
-from hf_adafisher.optimizers.factory.catalog import RECORDS, canonical_name, optimizer_record
+from hf_adafisher.optimizers.factory.catalog import RECORDS, canonical_name
 
 RATE = "learning_rate"
 _NO_OPTIONS = (RATE, "lr_scheduler_type", "warmup_steps")
@@ -89,9 +89,9 @@ def tuning_table(settings: Sequence[SettingResults], tuning_seeds: Collection[in
 
 def is_default(setting: SettingResults) -> bool:
     """Check that a setting is what its optimizer does by itself: its rate, or that for fine-tuning, and its options."""
-    if canonical_name(setting.base) not in RECORDS:  # Trainer's own
+    record = RECORDS.get(canonical_name(setting.base))
+    if record is None:  # Trainer's own
         return False
-    record = optimizer_record(setting.base)
     options = {key: value for key, value in setting.others.items() if key not in _NO_OPTIONS}
     rates = (record.learning_rate.value, record.fine_tuning_rate)
     if RATE in setting.others and float(setting.others[RATE]) not in rates:
