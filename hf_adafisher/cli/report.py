@@ -18,8 +18,9 @@ In pages (*.md of a folder that has results/ in it, and single files) a table st
 
 and --write makes it from results/NAME: VIEW is claims (may be left out), summary, paired, tuning or runs. A table of
 other measurements follows a line that names its files, <!-- source: docs/results/a.json docs/results/b/cells.csv -->
-(FILE.json#KEY: of one key alone; seeds=20-24: of these seeds alone), and one of numbers that were not measured
-<!-- no measurement -->. --check prints what is wrong, with page and line, and exits 1.
+(FILE.json#KEY: of one key alone; seeds=20-24: of these seeds alone; a row has the numbers of one setting or row of
+them), and one of numbers that were not measured <!-- no measurement -->. --check prints what is wrong, with page and
+line, and exits 1.
 """
 
 from __future__ import annotations

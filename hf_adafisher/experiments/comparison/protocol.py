@@ -62,9 +62,9 @@ class Comparison:
         return task_of(self.config)
 
     @property
-    def tuning_seeds(self) -> tuple[int, ...]:
-        """Seeds whose runs choose settings and stand in no claim; empty where all runs do both."""
-        return tuple(self.config.get("tuning_seeds", ()))
+    def tuning_seeds(self) -> tuple[int, ...] | None:
+        """Seeds whose runs choose settings and stand in no claim; empty: no run chooses; None: all runs do both."""
+        return tuple(self.config["tuning_seeds"]) if "tuning_seeds" in self.config else None
 
     def step_times(self) -> dict[str, StepTime]:
         """Read the step times measured so far, by the name of the measurement."""
@@ -231,8 +231,9 @@ def create_comparison(
     if seeds:
         entries = [{**entry, "seeds": list(seeds)} if "seeds" in entry else entry for entry in config["cells"]]
         full |= {"seeds": list(seeds), "cells": entries}
-        left = [seed for seed in full.pop("tuning_seeds", ()) if seed in seeds]
-        full |= {"tuning_seeds": left} if left else {}
+        if full.get("tuning_seeds"):
+            left = [seed for seed in full.pop("tuning_seeds") if seed in seeds]
+            full |= {"tuning_seeds": left} if left else {}
     _check_tuning_seeds(full)
     selected = select_optimizers(full, optimizers) if optimizers else full
     cells = expand_cells(selected)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,15 +31,20 @@ def is_measured(rows: Sequence[str]) -> bool:
 def unknown_numbers(rows: Sequence[str], sources: str, root: Path) -> list[str]:
     """Return the numbers of a Markdown table that its files do not have, at the precision shown.
 
-    The heading and the first column are labels and are left out, and so are code and links.
+    All numbers of a row must be those of one record: of one setting of a ``cells.csv``, of one of the ``rows`` of a
+    JSON file, or of any other JSON file as a whole. The heading and the first column are labels and are left out, and
+    so are code and links.
 
     Args:
         rows: Lines of the table.
         sources: Paths of JSON files and of ``cells.csv``, with spaces between them. ``FILE.json#KEY`` takes the values
-            of one key alone; ``seeds=20-24`` runs with these seeds alone. Of JSON count all numbers in it; of
-            ``cells.csv`` its cells and, for each setting, numbers, means and standard deviations over the seeds, and
-            differences from other settings, seed by seed, with 95 % intervals; bytes also as MiB and MB.
+            of one key alone; ``seeds=20-24`` runs with these seeds alone. Of a setting count its cells and, over the
+            seeds, their number, means and standard deviations, and differences from other settings, seed by seed,
+            with 95 % intervals; bytes also as MiB and MB.
         root: Folder that the paths begin at.
+
+    Returns:
+        Of each row those that the record with most of its numbers does not have.
 
     Raises:
         ValueError: A file is missing or damaged, or is of another kind.
@@ -52,20 +56,21 @@ def unknown_numbers(rows: Sequence[str], sources: str, root: Path) -> list[str]:
             seeds = range(int(found[1]), int(found[2]) + 1)
         else:
             paths.append(word)
-    pool = [number for path in paths for number in _numbers(root, path, seeds)]
-    shown: dict[int, set[str]] = {}
+    records = [record for path in paths for record in _records(root, path, seeds)]
     unknown = []
     for row in rows[2:]:
-        for token in _NUMBER.findall(" | ".join(_cells(row)[1:])):
-            if "e" in token:
-                known = float(token) in pool
-            else:
-                digits = len(token.partition(".")[2])
-                if digits not in shown:
-                    shown[digits] = {_plain(f"{number:.{digits}f}") for number in pool}
-                known = _plain(token) in shown[digits]
-            unknown += [] if known else [token]
+        tokens = _NUMBER.findall(" | ".join(_cells(row)[1:]))
+        missing = [[token for token in tokens if not _has(record, token)] for record in records]
+        fewest = min(missing, key=len)
+        unknown += fewest
     return unknown
+
+
+def _has(record: set[float], token: str) -> bool:
+    if "e" in token:
+        return float(token) in record
+    digits = len(token.partition(".")[2])
+    return any(_plain(f"{number:.{digits}f}") == _plain(token) for number in record)
 
 
 def _cells(row: str) -> list[str]:
@@ -79,7 +84,8 @@ def _plain(number: str) -> str:
     return text.lstrip("-") if not text.strip("-0.") else text
 
 
-def _numbers(root: Path, name: str, seeds: range | None) -> Iterator[float]:
+def _records(root: Path, name: str, seeds: range | None) -> Iterator[set[float]]:
+    """Yield the numbers that one row of a table may have."""
     path, _, key = name.partition("#")
     if not (root / path).is_file():
         raise ValueError(f"{path} does not exist")
@@ -87,9 +93,11 @@ def _numbers(root: Path, name: str, seeds: range | None) -> Iterator[float]:
         content = read_json(root / path)
         if key and key not in content:
             raise ValueError(f"{path} has no {key!r}; it has {', '.join(content)}")
-        yield from _leaves(content[key] if key else content)
+        content = content[key] if key else content
+        listed = content["rows"] if isinstance(content, dict) and isinstance(content.get("rows"), list) else [content]
+        yield from ({*_leaves(record)} for record in listed)
     elif path.endswith(".csv"):
-        yield from _of_runs(pd.read_csv(root / path), path, seeds)
+        yield from _of_settings(pd.read_csv(root / path), path, seeds)
     else:
         raise ValueError(f"{path} must be a JSON file or a cells.csv")
 
@@ -107,19 +115,18 @@ def _leaves(value: Any, key: str = "") -> Iterator[float]:
             yield from (value / unit for unit in _UNITS)
 
 
-def _of_runs(table: pd.DataFrame, path: str, seeds: range | None) -> Iterator[float]:
+def _of_settings(table: pd.DataFrame, path: str, seeds: range | None) -> Iterator[set[float]]:
     if not {"cell", "seed", "optimizer bytes"} <= set(table.columns):
         raise ValueError(f"{path} must have the columns cell, seed and optimizer bytes, as those of comparisons have")
     table = table if seeds is None else table[table["seed"].isin(seeds)]
     table = table.assign(**{f"in {unit}": table["optimizer bytes"] / unit for unit in _UNITS})
     settings = table["cell"].str.replace(r",seed=\d+", "", regex=True)
     runs = [group.set_index("seed").select_dtypes("number") for _, group in table.groupby(settings)]
-    found: list[Any] = [table.select_dtypes("number")]
     for group in runs:
-        found += [[len(group)], group.mean(), group.std()]
-    for first, second in itertools.permutations(runs, 2):
-        common = first.index.intersection(second.index)
-        if len(common) >= LEAST_SEEDS:
-            found += [paired_interval(first.loc[common, name], second.loc[common, name]) for name in first]
-    numbers = np.concatenate([np.ravel(np.asarray(values, dtype=float)) for values in found])
-    yield from numbers[np.isfinite(numbers)].tolist()
+        found: list[Any] = [group, group.index, [len(group)], group.mean(), group.std()]
+        for other in runs:
+            common = group.index.intersection(other.index)
+            if other is not group and len(common) >= LEAST_SEEDS:
+                found += [paired_interval(group.loc[common, name], other.loc[common, name]) for name in group]
+        numbers = np.concatenate([np.ravel(np.asarray(values, dtype=float)) for values in found])
+        yield {*numbers[np.isfinite(numbers)].tolist()}

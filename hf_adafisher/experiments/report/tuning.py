@@ -21,15 +21,18 @@ def tuning_trials(settings: Sequence[SettingResults], tuning_seeds: Collection[i
     return _restricted(settings, lambda seed: seed in tuning_seeds, tuning=True)
 
 
-def claimed_settings(settings: Sequence[SettingResults], tuning_seeds: Collection[int] = ()) -> list[SettingResults]:
+def claimed_settings(
+    settings: Sequence[SettingResults], tuning_seeds: Collection[int] | None = None
+) -> list[SettingResults]:
     """Return the settings that stand in tables of claims, the best first.
 
     Args:
         settings: With all of their runs.
         tuning_seeds: Runs with these only choose. An optimizer with runs of other seeds is there with these alone, at
-            every setting that has some; one without them at its best trial. Empty: ``best_settings``.
+            every setting that has some; one without them at its best trial. Empty: every setting as it is. None:
+            ``best_settings``.
     """
-    if not tuning_seeds:
+    if tuning_seeds is None:
         return best_settings(settings)
     fresh = _restricted(settings, lambda seed: seed not in tuning_seeds, tuning=False)
     confirmed = {setting.optim for setting in fresh}

@@ -52,6 +52,7 @@ _FROZEN = (
     "Each optimizer at its frozen settings, with seeds that chose nothing: runs with seed {seeds} only choose (see "
     "Tuning). One without other seeds is shown at its best trial, and the column of seeds says tuning."
 )
+_AS_GIVEN = "Every setting as it was given: no run here chose it."
 _TUNING = (
     "Trials with seed {seeds}; the best has the {rule}. A rate at the edge of those tried says that a better one may "
     "lie beyond."
@@ -183,14 +184,17 @@ def _curves(
 def _best(comparison: Comparison, best: list[SettingResults]) -> Section:
     task, published = comparison.task, read_published_results(comparison.config)
     extent = task.describe_extent(cell.all_settings for cell in comparison.cells)
-    choice = _FROZEN.format(seeds=_listed(comparison)) if comparison.tuning_seeds else _BEST
-    method = _METHOD.format(choice=choice.format(rule=task.selection_rule), extent=extent)
+    if comparison.tuning_seeds is None:
+        choice = _BEST.format(rule=task.selection_rule)
+    else:
+        choice = _FROZEN.format(seeds=_listed(comparison)) if comparison.tuning_seeds else _AS_GIVEN
+    method = _METHOD.format(choice=choice, extent=extent)
     return Section("Best of each optimizer", method, best_table(best, published), published.note if published else "")
 
 
 def _paired(comparison: Comparison, best: list[SettingResults]) -> list[Section]:
     table = paired_table(best)
-    text = _PAIRED + ("" if comparison.tuning_seeds else _SAME_SEEDS)
+    text = _PAIRED + (_SAME_SEEDS if comparison.tuning_seeds is None else "")
     return [Section("Paired differences", text, table, mark="differs")] if table.rows else []
 
 
@@ -202,7 +206,7 @@ def _tuning(comparison: Comparison, settings: list[SettingResults]) -> list[Sect
 
 
 def _listed(comparison: Comparison) -> str:
-    return ", ".join(map(str, comparison.tuning_seeds))
+    return ", ".join(map(str, comparison.tuning_seeds or ()))
 
 
 def _unfinished(comparison: Comparison, results: list[CellResult]) -> str:

@@ -176,11 +176,15 @@ JSON = {"a": {"ratio": 1.2345, "bytes": 3145728, "list": [0.5, [7]]}, "b": {"rat
         ("4.088", "docs/results/mine/cells.csv seeds=20-22", ["4.088"]),
         ("4.1125", "docs/results/mine/cells.csv", []),  # with seed 0
         ("4.1125", "a.json docs/results/mine/cells.csv", []),
+        ("4.117, -1.100 and 5.217", "docs/results/mine/cells.csv seeds=20-22", ["5.217"]),  # of another optimizer
+        ("1.23 and 0.5", "rows.json", ["0.5"]),
+        ("2.5 and 0.5", "rows.json", []),
     ],
 )
 def test_the_numbers_of_a_file(cell: str, source: str, unknown: list[str], docs: Path) -> None:
     """Labels in the first column and headings do not count. The interval is that of the test above."""
     (docs.parent / "a.json").write_text(json.dumps(JSON))
+    (docs.parent / "rows.json").write_text(json.dumps({"rows": [{"mean": 1.2345}, {"mean": 2.5, "low": 0.5}]}))
     rows = ["| a | 99.9 |", "|---|---|", f"| 88.8 | {cell} |"]
     assert unknown_numbers(rows, source, docs.parent) == unknown
 

@@ -68,6 +68,14 @@ def test_claims_are_made_of_other_seeds_alone() -> None:
     assert len(without["adamw"].cells) == 3 and not without["adamw"].tuning  # seed 0 too: there are no tuning seeds
 
 
+def test_where_no_seed_chooses_every_setting_is_a_claim() -> None:
+    """That is what ``"tuning_seeds": []`` says; an absent key says that the best setting of each optimizer counts."""
+    every = claimed_settings(grouped(), [])
+    ranks = [one.rank for one in every]
+    assert len(every) == len(grouped()) and ranks == sorted(ranks) and not any(one.tuning for one in every)
+    assert len(claimed_settings(grouped())) == 3
+
+
 def test_a_frozen_setting_that_diverges_is_not_left_out() -> None:
     runs = [*trials("adamw", (5.0,)), run("adamw", 20, None, learning_rate=0.001)]
     (claim,) = claimed_settings(group_by_setting(runs), [0])
@@ -141,12 +149,14 @@ def test_a_tuning_seed_must_be_one_of_the_comparison(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'tuning_seeds' has 3, which is no seed .*\(its seeds: 0, 20, 21\)"):
         create_comparison({**CONFIG, "tuning_seeds": [0, 3]}, tmp_path, tmp_path)
     assert create_comparison(CONFIG, tmp_path, tmp_path).tuning_seeds == (0,)
-    for seeds, left in (([5, 6], ()), ([0, 5], (0,))):
+    for seeds, left in (([5, 6], None), ([0, 5], (0,))):
         given = create_comparison(CONFIG, tmp_path, tmp_path, seeds=seeds)
         assert given.tuning_seeds == create_comparison(given.config, tmp_path, tmp_path).tuning_seeds == left
     preset = json.loads((PRESETS / "lm-scratch.json").read_text())
     only = create_comparison(preset, tmp_path, tmp_path, optimizers=["muon"])
     assert only.tuning_seeds == (0,)
+    frozen = create_comparison({**CONFIG, "tuning_seeds": []}, tmp_path, tmp_path, seeds=[20])
+    assert frozen.tuning_seeds == ()
 
 
 def test_the_report_of_a_comparison_with_tuning_seeds(tmp_path: Path) -> None:
