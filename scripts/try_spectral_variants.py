@@ -3,7 +3,7 @@
     python scripts/try_spectral_variants.py --seeds 10 11 12 13 14 --output_dir out/variants
     python scripts/try_spectral_variants.py --task image --variants "every head of them apart" --output_dir out/vit
 
-Tasks are those of the presets lm-scratch and step-sizes-vit at the default rates (0.02, fine-tuning 3e-4);
+Tasks are those of the presets lm-scratch and vit-finetune at the default rates (0.02, fine-tuning 3e-4);
 ``--set key=value`` changes their arguments. A variant is a patch of the optimizer in the process of its run, so that
 what does not earn its place is in no other file. "Muon in this code" is the rule without its metric, with Muon's
 polynomials and no bound, and everything else by AdamW: Muon with Moonlight's size of a step, and one rate for all, half
@@ -42,7 +42,7 @@ from hf_adafisher.optimizers.polar import polar_factor
 
 TASKS: dict[str, tuple[Callable[..., Any], str, float, str]] = {
     "text": (prepare_clm, "lm-scratch.json", 0.02, "loss"),
-    "image": (prepare_image, "step-sizes-vit.json", 3e-4, "accuracy"),
+    "image": (prepare_image, "vit-finetune.json", 3e-4, "accuracy"),
 }
 AS_IT_IS = "as it is"
 
