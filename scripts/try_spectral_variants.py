@@ -3,7 +3,7 @@
     python scripts/try_spectral_variants.py --seeds 10 11 12 13 14 --output_dir out/variants
     python scripts/try_spectral_variants.py --task image --variants "every head of them apart" --output_dir out/vit
 
-Tasks are those of the presets lm-scratch and vit-finetune at the default rates (0.02, fine-tuning 3e-4);
+Tasks are those of the presets lm-scratch and vit-finetune (without its layer-wise decay), at 0.02 and 3e-4;
 ``--set key=value`` changes their arguments. A variant is a patch of the optimizer in the process of its run, so that
 what does not earn its place is in no other file. "Muon in this code" is the rule without its metric, with Muon's
 polynomials and no bound, and everything else by AdamW: Muon with Moonlight's size of a step, and one rate for all, half

@@ -125,7 +125,7 @@ class AdaFisher(KroneckerDiagonalOptimizer):
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
             ``model``. Default: all trainable parameters. Groups may set every option below but ``update_interval``,
             ``step_size`` and ``compiled``.
-        lr: Learning rate alpha, >= 0. Default 1e-3, with "root" 4e-3 (for fine-tuning AdamW's: 3e-5 to 1e-4).
+        lr: Learning rate alpha, >= 0. Default 1e-3, with "root" 4e-3 (for fine-tuning AdamW's).
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         damping: lambda, > 0. Default 1e-3, with "root" 0.1, in units of the diagonal's mean.
         ema_decay: Decay gamma of the factors' moving average, in [0, 1). Default 0.8, with "root" 0.95.

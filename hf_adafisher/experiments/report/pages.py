@@ -29,7 +29,7 @@ _MARKER = re.compile(r"<!-- (results:|source:|end of|no measurement)(?: (.+?))? 
 
 def _tuning(comparison: Comparison, results: Sequence[CellResult]) -> Table:
     if not comparison.tuning_seeds:
-        raise ValueError("its configuration has no tuning_seeds, so there is no table of trials")
+        raise ValueError("its configuration has no tuning seeds, so there is no table of trials")
     return tuning_table(settings_and_claims(comparison, results)[0], comparison.tuning_seeds)
 
 

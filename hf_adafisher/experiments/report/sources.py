@@ -57,6 +57,8 @@ def unknown_numbers(rows: Sequence[str], sources: str, root: Path) -> list[str]:
         else:
             paths.append(word)
     records = [record for path in paths for record in _records(root, path, seeds)]
+    if not records:
+        raise ValueError("there is no row or run in it that numbers could be of")
     unknown = []
     for row in rows[2:]:
         tokens = _NUMBER.findall(" | ".join(_cells(row)[1:]))
@@ -123,7 +125,7 @@ def _of_settings(table: pd.DataFrame, path: str, seeds: range | None) -> Iterato
     settings = table["cell"].str.replace(r",seed=\d+", "", regex=True)
     runs = [group.set_index("seed").select_dtypes("number") for _, group in table.groupby(settings)]
     for group in runs:
-        found: list[Any] = [group, group.index, [len(group)], group.mean(), group.std()]
+        found: list[Any] = [group, [len(group)], group.mean(), group.std()]
         for other in runs:
             common = group.index.intersection(other.index)
             if other is not group and len(common) >= LEAST_SEEDS:

@@ -150,7 +150,7 @@ def _sections(
         *_paired(comparison, best),
         *_tuning(comparison, settings),
         *pictures,
-        Section("Every run", "Those of the best settings stand out.", cell_table(results, best)),
+        _every_run(comparison, results, best),
     ]
     if failures.rows:
         sections.append(Section("Runs that did not end well", table=failures, is_text=True))
@@ -184,12 +184,21 @@ def _curves(
 def _best(comparison: Comparison, best: list[SettingResults]) -> Section:
     task, published = comparison.task, read_published_results(comparison.config)
     extent = task.describe_extent(cell.all_settings for cell in comparison.cells)
+    title = "Best of each optimizer"
     if comparison.tuning_seeds is None:
         choice = _BEST.format(rule=task.selection_rule)
+    elif comparison.tuning_seeds:
+        choice = _FROZEN.format(seeds=_listed(comparison))
     else:
-        choice = _FROZEN.format(seeds=_listed(comparison)) if comparison.tuning_seeds else _AS_GIVEN
+        title, choice = "Every setting", _AS_GIVEN
     method = _METHOD.format(choice=choice, extent=extent)
-    return Section("Best of each optimizer", method, best_table(best, published), published.note if published else "")
+    return Section(title, method, best_table(best, published), published.note if published else "")
+
+
+def _every_run(comparison: Comparison, results: list[CellResult], best: list[SettingResults]) -> Section:
+    if comparison.tuning_seeds == ():
+        return Section("Every run", "", cell_table(results, []))
+    return Section("Every run", "Those of the best settings stand out.", cell_table(results, best))
 
 
 def _paired(comparison: Comparison, best: list[SettingResults]) -> list[Section]:

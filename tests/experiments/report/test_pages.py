@@ -190,7 +190,12 @@ def test_the_numbers_of_a_file(cell: str, source: str, unknown: list[str], docs:
 
 
 @pytest.mark.parametrize(
-    ("source", "message"), [("a.json#c", "no 'c'; it has a, b"), ("page.md", "must be a JSON file")]
+    ("source", "message"),
+    [
+        ("a.json#c", "no 'c'; it has a, b"),
+        ("page.md", "must be a JSON file"),
+        ("docs/results/mine/cells.csv seeds=7-8", "no row or run in it"),
+    ],
 )
 def test_a_source_that_is_none(source: str, message: str, docs: Path) -> None:
     (docs.parent / "a.json").write_text(json.dumps(JSON))

@@ -13,7 +13,7 @@ from scipy import stats
 
 from hf_adafisher.experiments.comparison.configuration import PRESETS
 from hf_adafisher.experiments.comparison.identity import write_record
-from hf_adafisher.experiments.comparison.protocol import create_comparison
+from hf_adafisher.experiments.comparison.protocol import Comparison, create_comparison
 from hf_adafisher.experiments.comparison.tasks import TASKS
 from hf_adafisher.experiments.outputs import write_json
 from hf_adafisher.experiments.report.paired import paired_interval, paired_table, summary_table
@@ -159,9 +159,8 @@ def test_a_tuning_seed_must_be_one_of_the_comparison(tmp_path: Path) -> None:
     assert frozen.tuning_seeds == ()
 
 
-def test_the_report_of_a_comparison_with_tuning_seeds(tmp_path: Path) -> None:
-    """CPU time in the table of claims and in cells.csv, the range of the load, curves and tables of the right runs."""
-    comparison = create_comparison(CONFIG, tmp_path, tmp_path)
+def finished_comparison(config: dict[str, Any], tmp_path: Path) -> Comparison:
+    comparison = create_comparison(config, tmp_path, tmp_path)
     for cell in comparison.cells:
         seed = cell.settings["seed"]
         loss = cell.settings.get("learning_rate", 0.5) + seed
@@ -174,6 +173,19 @@ def test_the_report_of_a_comparison_with_tuning_seeds(tmp_path: Path) -> None:
                 "step_time": {"mean_ms": 30.0, "mean_cpu_ms": 20.0 + seed}, "hardware": {"load_average": 1 + seed / 8},
             },
         )  # fmt: skip
+    return comparison
+
+
+def test_the_report_of_settings_that_were_frozen_elsewhere(tmp_path: Path) -> None:
+    write_report(finished_comparison({**CONFIG, "tuning_seeds": []}, tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "## Every setting\n\nEvery setting as it was given" in text and "flatter themselves" not in text
+    assert text.count("\n| adamw | ") == 3 and "stand out.\n\n| run |" not in text and "| **adamw" not in text
+
+
+def test_the_report_of_a_comparison_with_tuning_seeds(tmp_path: Path) -> None:
+    """CPU time in the table of claims and in cells.csv, the range of the load, curves and tables of the right runs."""
+    comparison = finished_comparison(CONFIG, tmp_path)
     printed = write_report(comparison)
     text = (tmp_path / "report.md").read_text()
     assert "| adamw | defaults | 2 | 21.0000 ± 0.7071 | 21.0000 ± 0.7071 | 10 | 30 | 40 |" in printed
