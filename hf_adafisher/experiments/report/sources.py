@@ -71,8 +71,8 @@ def unknown_numbers(rows: Sequence[str], sources: str, root: Path) -> list[str]:
 def _has(record: set[float], token: str) -> bool:
     if "e" in token:
         return float(token) in record
-    digits = len(token.partition(".")[2])
-    return any(_plain(f"{number:.{digits}f}") == _plain(token) for number in record)
+    shown, digits = _plain(token), len(token.partition(".")[2])
+    return any(_plain(f"{number:.{digits}f}") == shown for number in record)
 
 
 def _cells(row: str) -> list[str]:
