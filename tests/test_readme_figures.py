@@ -1,18 +1,23 @@
-"""What docs/results.md says about its pictures stands in the numbers beside them."""
+"""What the pages say about their pictures stands in the numbers beside them, and these are those of the archives."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hf_adafisher.cli.figures import differences, learning_rates
 from tests.scripts import as_command
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
+FROM_ARCHIVES = {"learning-rates": learning_rates, "differences": differences}
+COMMAND = re.compile(r"^hf-adafisher figures (?:[^`]*?) --output (docs/figures/\S+)$", re.MULTILINE)
+"""A command in a page that draws a picture of the pages from their archives."""
 TEXT = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
 
@@ -51,3 +56,25 @@ def test_noise_moves_the_leading_eigenvalues_by_little() -> None:
     said = re.search(r"moves the leading eigenvalues by less than ([\d.]+) %", TEXT)
     assert said is not None
     assert max(factor["leading_shift"] for factor in numbers("factors")["factors"]) < float(said[1]) / 100
+
+
+def drawing_commands() -> dict[str, list[str]]:
+    """The words of each command that draws a picture in docs/figures from archives, by the picture."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages]
+    found = {match[1]: shlex.split(match[0])[2:] for text in texts for match in COMMAND.finditer(text)}
+    return {picture: words for picture, words in found.items() if words[0] in FROM_ARCHIVES}
+
+
+@pytest.mark.parametrize("picture", drawing_commands())
+def test_a_picture_is_that_of_the_archives(picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(ROOT)
+    subcommand, *words = drawing_commands()[picture]
+    assert FROM_ARCHIVES[subcommand]([*words[:-1], str(tmp_path / Path(picture).name)]) == 0
+    drawn = json.loads((tmp_path / Path(picture).name).with_suffix(".json").read_text(encoding="utf-8"))
+    assert drawn == numbers(Path(picture).stem)
+
+
+def test_pictures_of_archives_are_found() -> None:
+    assert "docs/figures/learning_rates.svg" in drawing_commands()
