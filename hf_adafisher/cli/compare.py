@@ -2,7 +2,7 @@
 
     hf-adafisher compare demo
     hf-adafisher compare python-docs-small --optimizers adamw sgd --seeds 0 1 --budget steps=400 --jobs 2
-    hf-adafisher compare resnet18-cifar10-small --local_data cifar10 --set image_size=24 cutout=8 --jobs 2
+    hf-adafisher compare cct-cifar10 --local_data cifar10 --set image_size=24 cutout=8 --jobs 2
     hf-adafisher compare mine.json --dry_run
 
 Presets: {presets}.

@@ -99,6 +99,20 @@ def test_a_trend_has_a_line_for_each_optimizer(tmp_path: Path) -> None:
     assert numbers["over"] == "width" and ">muon</text>" in output.read_text()
 
 
+def test_an_optimizer_of_one_size_alone_has_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    small, large, other = (comparison(tmp_path / name) for name in "abc")
+    for folder, renamed in ((large, {"sgd": "lion"}), (other, {"sgd": "lion", "muon": "soap"})):
+        text = (folder / "cells.csv").read_text()
+        for old, new in renamed.items():
+            text = text.replace(f",{old},", f",{new},")
+        (folder / "cells.csv").write_text(text)
+    main, output = load_command("figures").differences, tmp_path / "t.svg"
+    assert main([str(small), str(large), "--at", "1", "2", "--output", str(output)]) == 0
+    assert json.loads(output.with_suffix(".json").read_text()).keys() == {"metric", "reference", "over", "muon"}
+    assert main([str(small), str(other), "--at", "1", "2", "--output", str(output)]) == 2
+    assert "no optimizer but adamw stands in two of" in caplog.text
+
+
 def test_bad_input_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     main, folder = load_command("figures").differences, str(comparison(tmp_path / "a"))
     (tmp_path / "v.json").write_text('{"metric": "loss", "rows": [{"variant": "a", "difference": "b"}]}')
