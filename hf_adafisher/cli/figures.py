@@ -65,7 +65,7 @@ def differences(argv: Sequence[str] | None = None) -> int:
         hf-adafisher figures differences out/text --output differences.svg
         hf-adafisher figures differences docs/results/step-sizes-variants/variants.json --output variants.svg
 
-    With --at, a line for each optimizer over several comparisons, such as models of different widths:
+    With --at, a line for each optimizer that stands in two or more comparisons, such as models of different widths:
 
         hf-adafisher figures differences out/small out/middle out/large --at 128 256 512 --label "width of the model"
     """

@@ -258,17 +258,20 @@ def draw_trend(
         The files written.
 
     Raises:
-        ValueError: See ``read_differences``; or a size is not above 0, or no optimizer stands in two comparisons.
+        ValueError: See ``read_differences``; or a size is not above 0 or stands there twice, or no optimizer
+            stands in two comparisons.
     """
     if any(not size > 0 for size in sizes):
         raise ValueError(f"sizes must be above 0, got {list(sizes)}")
+    if len(set(sizes)) < len(sizes):
+        raise ValueError(f"sizes must differ, got {list(sizes)}")
     found = [read_differences(source, reference, seeds, metric) for source in sources]
     rows = [(size, *bar) for size, one in zip(sizes, found, strict=True) for bar in one.bars]
     table = pd.DataFrame(rows, columns=["size", *Difference._fields]).sort_values("size")
     if len(found) > 1:
         table = table[table.groupby("name")["size"].transform("nunique") > 1]
         if table.empty:
-            raise ValueError(f"no optimizer but {reference} stands in two of {', '.join(map(str, sources))}")
+            raise ValueError(f"no optimizer or variant but the reference stands in two of {', '.join(map(str, sources))}")
     ranked = list(table.groupby("name")["mean"].mean().sort_values(ascending=not found[0].more_is_better).index)
     coloured, styles = coloured_lines(ranked), optimizer_styles(ranked)
     figure, (axes,) = new_figure(1, 1, (7.0, 4.4))

@@ -110,7 +110,7 @@ def test_an_optimizer_of_one_size_alone_has_no_line(tmp_path: Path, caplog: pyte
     assert main([str(small), str(large), "--at", "1", "2", "--output", str(output)]) == 0
     assert json.loads(output.with_suffix(".json").read_text()).keys() == {"metric", "reference", "over", "muon"}
     assert main([str(small), str(other), "--at", "1", "2", "--output", str(output)]) == 2
-    assert "no optimizer but adamw stands in two of" in caplog.text
+    assert "no optimizer or variant but the reference stands in two of" in caplog.text
 
 
 def test_bad_input_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -122,6 +122,7 @@ def test_bad_input_is_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         ([folder, "--metric", "accuracy"], "or no accuracy"),
         ([str(tmp_path / "v.json")], "'difference' must be a number, got 'b'"),
         ([folder, "--at", "-1"], "sizes must be above 0"),
+        ([folder, folder, "--at", "1", "1"], "sizes must differ"),
     ):
         caplog.clear()
         assert main([*arguments, "--output", str(tmp_path / "a.svg")]) == 2
