@@ -67,7 +67,9 @@ def drawing_commands() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("picture", drawing_commands())
-def test_the_numbers_of_a_picture_are_those_of_the_archives(picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_numbers_of_a_picture_are_those_of_the_archives(
+    picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(ROOT)
     subcommand, *words = drawing_commands()[picture]

@@ -271,7 +271,9 @@ def draw_trend(
     if len(found) > 1:
         table = table[table.groupby("name")["size"].transform("nunique") > 1]
         if table.empty:
-            raise ValueError(f"no optimizer or variant but the reference stands in two of {', '.join(map(str, sources))}")
+            raise ValueError(
+                f"no optimizer or variant but the reference stands in two of {', '.join(map(str, sources))}"
+            )
     ranked = list(table.groupby("name")["mean"].mean().sort_values(ascending=not found[0].more_is_better).index)
     coloured, styles = coloured_lines(ranked), optimizer_styles(ranked)
     figure, (axes,) = new_figure(1, 1, (7.0, 4.4))
