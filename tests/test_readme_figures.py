@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 
-from hf_adafisher.cli.figures import differences, learning_rates
+from hf_adafisher.cli.main import main
 from tests.scripts import as_command
+from tests.test_readme import CALLS
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
-FROM_ARCHIVES = {"learning-rates": learning_rates, "differences": differences}
-COMMAND = re.compile(r"^hf-adafisher figures [^`\n]*? --output (docs/figures/\S+)$", re.MULTILINE)
-"""A command in a page that draws a picture of the pages from their archives."""
 TEXT = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
 
 
@@ -60,10 +58,9 @@ def test_noise_moves_the_leading_eigenvalues_by_little() -> None:
 
 def drawing_commands() -> dict[str, list[str]]:
     """The words of each command that draws a picture in docs/figures from archives, by the picture."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    texts = [page.read_text(encoding="utf-8").replace("\\\n", " ") for page in pages]
-    found = {match[1]: shlex.split(match[0])[2:] for text in texts for match in COMMAND.finditer(text)}
-    return {picture: words for picture, words in found.items() if words[0] in FROM_ARCHIVES}
+    calls = (shlex.split(call, comments=True)[1:] for call in CALLS)
+    drawing = [words for words in calls if words[0] == "figures" and words[1] in ("learning-rates", "differences")]
+    return {words[-1]: words for words in drawing if words[-1].startswith("docs/figures/")}
 
 
 @pytest.mark.parametrize("picture", drawing_commands())
@@ -72,8 +69,7 @@ def test_the_numbers_of_a_picture_are_those_of_the_archives(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(ROOT)
-    subcommand, *words = drawing_commands()[picture]
-    assert FROM_ARCHIVES[subcommand]([*words[:-1], str(tmp_path / Path(picture).name)]) == 0
+    assert main([*drawing_commands()[picture][:-1], str(tmp_path / Path(picture).name)]) == 0
     drawn, committed = (
         json.loads(path.with_suffix(".json").read_text(encoding="utf-8"), parse_float=lambda x: f"{float(x):.6g}")
         for path in (tmp_path / Path(picture).name, ROOT / picture)

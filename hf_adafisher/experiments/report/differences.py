@@ -269,7 +269,7 @@ def draw_trend(
     rows = [(size, *bar) for size, one in zip(sizes, found, strict=True) for bar in one.bars]
     table = pd.DataFrame(rows, columns=["size", *Difference._fields]).sort_values("size")
     if len(found) > 1:
-        table = table[table.groupby("name")["size"].transform("nunique") > 1]
+        table = table[table.duplicated("name", keep=False)]
         if table.empty:
             raise ValueError(
                 f"no optimizer or variant but the reference stands in two of {', '.join(map(str, sources))}"
