@@ -34,7 +34,7 @@ model = AutoModelForCausalLM.from_pretrained(MODEL).to(device)
 for block in model.model.layers:
     fully_shard(block)
 fully_shard(model)
-optimizer = SpectralAdaFisher(model, lr=3e-4)  # after sharding, as for every torch optimizer
+optimizer = SpectralAdaFisher(model, lr=1.5e-4)  # after sharding, as for every torch optimizer
 
 for step in range(STEPS):
     rows = stories[step * BATCH : (step + 1) * BATCH]["text"]

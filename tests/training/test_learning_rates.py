@@ -93,7 +93,7 @@ def test_the_default_of_other_arguments_is_usual(
 def test_defaults_follow_those_of_other_arguments() -> None:
     assert default_learning_rate("adafisherw") == 0.004 and default_learning_rate("adamw_torch") == 5e-5
     assert default_learning_rate("adafisherw", {}, 1e-6) == 1e-6 == default_learning_rate("adamw_torch", {}, 1e-6)
-    assert default_learning_rate("spectral-adafisher", {}, 1e-6) == 6e-6
+    assert default_learning_rate("spectral-adafisher", {}, 1e-6) == 3e-6
     assert default_learning_rate("adafisherw", {"step_size": "paper"}, 1e-6) == 1e-3
     assert default_learning_rate("lamb", {}, 1e-6) == 0.01 and default_learning_rate("sgd", {}, 1e-6) == 1e-6
 
@@ -117,7 +117,7 @@ def test_the_papers_form_without_clipping_is_one_warning(
     ("options", "scratch", "tuning"),
     [
         ({}, 0.004, 5e-5),
-        ({"optim": "spectral-adafisher"}, 0.02, 3e-4),
+        ({"optim": "spectral-adafisher"}, 0.02, 1.5e-4),
         ({"step_size": "paper", "damping": 0.01}, 0.01, 0.01),
         ({"arguments": OursFirst}, 1e-6, 1e-6),
         ({"optim": "adamw"}, None, None),

@@ -203,7 +203,7 @@ def test_spectral_curvature_has_adafishers_name_in_logs_and_its_own_options_on_t
 
 
 @pytest.mark.parametrize(
-    ("optim", "start"), [("adafisherw", 5e-5), ("adafisher", 5e-5), ("spectral-adafisher", 3e-4), ("adamw", None)]
+    ("optim", "start"), [("adafisherw", 5e-5), ("adafisher", 5e-5), ("spectral-adafisher", 1.5e-4), ("adamw", None)]
 )
 def test_pretrained_weights_with_a_default_for_scratch_are_pointed_out(
     optim: str, start: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture

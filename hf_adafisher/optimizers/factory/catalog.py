@@ -75,8 +75,8 @@ _own(
     "spectral-adafisher",
     SpectralAdaFisher,
     "this package, docs/spectral.md",
-    lr=SourcedDefault(0.02, "docs/spectral.md, from scratch; fine-tuning wants 3e-4"),
-    fine_tuning_rate=3e-4,
+    lr=SourcedDefault(0.02, "docs/results.md, from scratch; fine-tuning wants 1.5e-4"),
+    fine_tuning_rate=1.5e-4,
     momentum="beta",
     memory="4; 4 + 4 (r + c) / (r c) for what is no hidden matrix",
 )

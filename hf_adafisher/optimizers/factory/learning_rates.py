@@ -39,7 +39,7 @@ def default_learning_rate(
     tuned = record.fine_tuning_rate if rate == record.learning_rate.value else None  # not in another form
     if adamws == TRAINER_LEARNING_RATE or tuned is None:
         return rate
-    return float(f"{adamws * tuned / TRAINER_LEARNING_RATE:.6g}")  # six times 1e-6 is 6e-6
+    return float(f"{adamws * tuned / TRAINER_LEARNING_RATE:.6g}")  # three times 1e-6 is 3e-6
 
 
 def usual_learning_rates(

@@ -122,7 +122,7 @@ def test_the_place_of_a_rate_is_among_trials_with_the_same_other_arguments() -> 
         ("adafisherw", {"learning_rate": 0.004, "beta": 0.95}, False),
         ("adafisherw", {"learning_rate": 0.008}, False),
         ("adafisherw", {"step_size": "paper"}, False),
-        ("spectral-adafisher", {"learning_rate": 3e-4}, True),  # its rate for fine-tuning
+        ("spectral-adafisher", {"learning_rate": 1.5e-4}, True),  # its rate for fine-tuning
         ("muon", {"optim_args": "momentum=0.9"}, False),
     ],
 )

@@ -83,7 +83,7 @@ def test_the_learning_rate_follows_from_the_optimizer(digits: dict[str, Path], t
     for flags, rate in (
         ([], 5e-5),
         (["--optim", "adafisher"], 5e-5),
-        (["--optim", "spectral-adafisher"], 3e-4),
+        (["--optim", "spectral-adafisher"], 1.5e-4),
         (["--optim", "adafisherw", "--step_size", "paper"], 1e-3),
         (["--optim", "adamw"], 5e-5),
         (["--learning_rate", "0.02"], 0.02),
