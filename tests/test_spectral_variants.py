@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -64,8 +65,9 @@ def moved(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str
     return steps
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch < 2.9 has no Muon")
 def test_muon_in_this_code_goes_where_torchs_muon_and_adamw_go(script: ModuleType) -> None:
-    """Updates of matrices have the root mean square of orthogonal ones here, and torch's that of what they are."""
+    """Steps of matrices have the root mean square of orthogonal ones here; torch's keep what the polynomials leave."""
     model = network()
     matrices = {"0.weight", "2.weight"}
     patch, options = script.VARIANTS[script.MUON]
@@ -89,11 +91,21 @@ def test_muon_in_this_code_goes_where_torchs_muon_and_adamw_go(script: ModuleTyp
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
-def test_a_finished_run_of_other_arguments_is_refused(script: ModuleType, tmp_path: Path) -> None:
+def test_a_finished_run_is_kept_and_one_of_other_arguments_refused(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    runs: list[list[str]] = []
+    monkeypatch.setattr(script, "run_script", lambda _, words: runs.append(words) or 0)
     arguments = argparse.Namespace(task="text", set=[], local_data=None, output_dir=tmp_path)
     folder = script._folder(arguments, script.AS_IT_IS, 3)
-    folder.mkdir(parents=True)
+    script._run((arguments, script.AS_IT_IS, 3))
     (folder / "results.json").write_text("{}")
+    script._run((arguments, script.AS_IT_IS, 3))
+    assert len(runs) == 1 and runs[0][-2:] == ["--output_dir", str(folder)]
+    (folder / "arguments.json").unlink()
     with pytest.raises(ValueError, match="other or unknown arguments: use another --output_dir"):
         script._run((arguments, script.AS_IT_IS, 3))
     (folder / "arguments.json").write_text(json.dumps(["--seed", "4"]))

@@ -133,7 +133,7 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         model: The module to train.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
             ``model``. Default: all trainable parameters. Groups may set every option below.
-        lr: Learning rate, >= 0. Default 0.02, for a few hundred steps from scratch; 0.01 was better in 1,000 and more.
+        lr: Learning rate, >= 0. Default 0.02, for a few hundred steps from scratch; take 0.01 from 1,000 on.
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         relative_damping: rho, > 0: what is added to factors, and to F, in units of their means. Default 0.1.
         ema_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.

@@ -75,9 +75,10 @@ class AdaFisherTrainingArguments(OptionArguments, TrainingArguments, metaclass=A
         learning_rate: Default 0.004 for AdaFisher(W), 1e-3 with ``step_size="paper"``, that of
             ``hf-adafisher list`` for every other optimizer of this package (5e-5 for ``sgd``, ``adam`` and
             ``adamw``), and Trainer's 5e-5 for Trainer's own. The defaults of AdaFisher(W) and SpectralAdaFisher are for
-            training from scratch: fine-tuning wants AdamW's rates (5e-5) and three times these (1.5e-4). Joined with a
-            class that has a default of its own (``DPOConfig``: 1e-6), it is that one, and three times that one. The
-            paper's form divides by a Fisher in [damping, 1 + damping], so its learning rates are not those of Adam.
+            training from scratch: fine-tuning wants AdamW's rates (5e-5), and three times these (1.5e-4) for
+            SpectralAdaFisher. Joined with a class that has a default of its own (``DPOConfig``: 1e-6), it is that one,
+            and three times that one for SpectralAdaFisher. The paper's form divides by a Fisher
+            in [damping, 1 + damping], so its learning rates are not those of Adam.
         adafisher_damping: Option of AdaFisher(W): what is added to the diagonal, in units of its mean. With
             ``step_size="paper"`` tune it together with the learning rate: the largest step of a value is
             ``learning_rate / damping`` times its momentum.

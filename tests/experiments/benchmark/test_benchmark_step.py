@@ -137,8 +137,8 @@ def _shared_positions() -> int:
 
 
 @pytest.mark.slow
-def test_an_eager_step_takes_less_time_than_the_eager_adamw() -> None:
-    """Foreach kernels against foreach kernels: 0.6; against fused ones the memory of the machine decides (1.9 to 2.8).
+def test_an_idle_step_of_the_papers_form_takes_less_time_than_the_eager_adamw() -> None:
+    """Foreach kernels against foreach kernels, 0.5 to 0.7; the ratio to fused ones depends on the machine's memory.
 
     Fastest of several rounds, and of five attempts: other work on the machine must not decide.
     """
@@ -146,9 +146,9 @@ def test_an_eager_step_takes_less_time_than_the_eager_adamw() -> None:
     for _ in range(5):
         rows = measure_step("gpt2-20m", 8)["rows"]
         ratios.append(rows["adafisherw"]["fastest_ms"] / rows["adamw foreach"]["fastest_ms"])
-        if ratios[-1] < 1.0:
+        if ratios[-1] < 0.8:
             break
-    assert min(ratios) < 1.0, ratios
+    assert min(ratios) < 0.8, ratios
 
 
 def test_a_step_of_many_small_tensors_is_no_more_than_a_few_of_adamws(monkeypatch: pytest.MonkeyPatch) -> None:
