@@ -112,7 +112,7 @@ def test_a_configuration_joined_with_ours_keeps_its_objective_and_its_rate(name:
         assert ours.optim == "adafisherw" and ours.learning_rate == theirs.learning_rate == RATES[name]
         assert getattr(ours, "beta", None) == getattr(theirs, "beta", None)
         spectral = joined(str(tmp_path), optim="spectral-adafisher", **quiet)
-        assert spectral.learning_rate == pytest.approx(6 * RATES[name], rel=1e-9)
+        assert spectral.learning_rate == pytest.approx(3 * RATES[name], rel=1e-9)
         assert joined(str(tmp_path), optim="adamw_torch", **quiet).learning_rate == RATES[name]
         assert joined(str(tmp_path), adafisher_step_size="paper", **quiet).learning_rate == 1e-3
         changed = joined(str(tmp_path), adafisher_beta=0.8, damping=0.3, **quiet)

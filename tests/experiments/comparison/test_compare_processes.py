@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,6 +45,14 @@ def wait_until(condition: Callable[[], Any], seconds: float = 60) -> None:
 def children(parent: int) -> list[int]:
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout
     return [pid for pid in map(int, found.split()) if "clm.py" in command_line(pid)]  # not ps itself
+
+
+def open_files(pid: int) -> list[str]:
+    found = []
+    for path in Path(f"/proc/{pid}/fd").glob("*"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(path))
+    return found
 
 
 def command_line(pid: int) -> str:
@@ -210,11 +219,12 @@ def test_ctrl_c_ends_a_comparison_that_waits_for_another_ones_run(program: Path,
     with (out / cell.folder_name / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen([sys.executable, "-c", script, str(program.parent), str(out)])
-        time.sleep(8)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
         try:
-            assert process.wait(5) != 0
+            wait_until(lambda: lock.name in open_files(process.pid))
+            time.sleep(0.5)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) != 0
         finally:
             process.kill()
 
