@@ -47,12 +47,13 @@ def children(parent: int) -> list[int]:
     return [pid for pid in map(int, found.split()) if "clm.py" in command_line(pid)]  # not ps itself
 
 
-def open_files(pid: int) -> list[str]:
-    found = []
-    for path in Path(f"/proc/{pid}/fd").glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
-            found.append(os.readlink(path))
-    return found
+def waits(pid: int) -> bool:
+    """True if the process holds the lock file of a cell open, which another one has locked."""
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if str(descriptor.readlink()).endswith(".lock"):
+                return True
+    return False
 
 
 def command_line(pid: int) -> str:
@@ -220,7 +221,7 @@ def test_ctrl_c_ends_a_comparison_that_waits_for_another_ones_run(program: Path,
         fcntl.flock(lock, fcntl.LOCK_EX)
         process = subprocess.Popen([sys.executable, "-c", script, str(program.parent), str(out)])
         try:
-            wait_until(lambda: lock.name in open_files(process.pid))
+            wait_until(lambda: waits(process.pid))
             time.sleep(0.5)
             assert process.poll() is None
             process.send_signal(signal.SIGINT)

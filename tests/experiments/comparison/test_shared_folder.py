@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from hf_adafisher.experiments.comparison.cells import Cell
 from hf_adafisher.experiments.comparison.execution import run_cells
 from hf_adafisher.experiments.comparison.protocol import Comparison
 from hf_adafisher.experiments.comparison.stored import load_result
-from tests.experiments.comparison.test_compare_processes import wait_until
+from tests.experiments.comparison.test_compare_processes import wait_until, waits
 
 Compare = Callable[..., Comparison]
 Started = Callable[..., list[str]]
@@ -61,15 +60,6 @@ def test_two_processes_share_a_folder(compare: Compare, program: Path, started: 
     first.join(60)
     assert second.wait(60) == 0 and not first.is_alive()
     assert sorted(line.split()[0] for line in started()) == [f"adamw,learning_rate={rate}" for rate in (0.1, 0.2, 0.3)]
-
-
-def waits(pid: int) -> bool:
-    """True if the process holds the lock file of a cell open, which another one has locked."""
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if str(descriptor.readlink()).endswith(".lock"):
-                return True
-    return False
 
 
 def test_a_failure_that_was_waited_for_is_not_tried_again(
