@@ -4,7 +4,7 @@
     hf-adafisher benchmark --model gpt2-20m --compiled --rounds 15
     hf-adafisher benchmark --all-optimizers --rounds 15
     hf-adafisher benchmark --whole-iteration --rounds 15
-    hf-adafisher benchmark --comparison-cost --rounds 15 --threads 1
+    hf-adafisher benchmark --comparison-cost lm-scratch --rounds 6 --threads 1
     hf-adafisher benchmark --scaling --plot out/scaling.svg
     hf-adafisher benchmark --count-operators --json out/operators.json
 
@@ -25,7 +25,13 @@ import torch
 from hf_adafisher.experiments.benchmark.counts import measure_operators, operators_table
 from hf_adafisher.experiments.benchmark.measurement import MODELS, as_table
 from hf_adafisher.experiments.benchmark.scaling import draw_scaling, measure_scaling
-from hf_adafisher.experiments.benchmark.step import measure_cost, measure_iteration, measure_optimizers, measure_step
+from hf_adafisher.experiments.benchmark.step import (
+    COMPARED,
+    measure_cost,
+    measure_iteration,
+    measure_optimizers,
+    measure_step,
+)
 from hf_adafisher.experiments.benchmark.trainer_step import measure_trainer
 from hf_adafisher.experiments.command_line import StrictParser
 from hf_adafisher.experiments.outputs import hardware, software_versions, write_json
@@ -42,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--all-optimizers", action="store_true", help="step() of every installed optimizer")
     mode.add_argument("--whole-iteration", action="store_true", help="due and idle steps, whole training iterations")
-    mode.add_argument("--comparison-cost", action="store_true", help="CPU time of iterations in the preset lm-scratch")
+    mode.add_argument(
+        "--comparison-cost", nargs="?", const="lm-scratch", choices=list(COMPARED),
+        help="CPU time of iterations in a preset (without its name: lm-scratch)",
+    )  # fmt: skip
     mode.add_argument("--scaling", action="store_true", help="growth with width, depth, vocabulary and batch")
     mode.add_argument("--count-operators", action="store_true", help="operators that an idle step launches, on the CPU")
     parser.add_argument("--json", type=Path, help="file for the result")
@@ -61,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = measure_iteration(rounds, device, arguments.compiled)
         result["rows"] |= measure_trainer(rounds, device)
     elif arguments.comparison_cost:
-        result = measure_cost(rounds)
+        result = measure_cost(arguments.comparison_cost, rounds)
     elif arguments.all_optimizers:
         result = measure_optimizers(arguments.model, rounds, device)
     elif arguments.count_operators:

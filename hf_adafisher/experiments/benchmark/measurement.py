@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    Dinov2Config,
     GPT2Config,
     LlamaConfig,
     ResNetConfig,
@@ -53,11 +54,11 @@ def _language_model(config: Any, device: str, batch: int, length: int) -> Worklo
     return Workload(model, {"input_ids": ids, "labels": ids})
 
 
-def _classifier(config: Any, device: str) -> Workload:
+def _classifier(config: Any, device: str, batch: int = 2, side: int = 64) -> Workload:
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_config(config).to(device).train()
-    pixels = torch.randn(2, 3, 64, 64, device=device)
-    return Workload(model, {"pixel_values": pixels, "labels": torch.tensor([0, 1], device=device)})
+    pixels = torch.randn(batch, 3, side, side, device=device)
+    return Workload(model, {"pixel_values": pixels, "labels": torch.arange(batch, device=device) % 2})
 
 
 def _llama(device: str) -> Workload:
@@ -93,6 +94,12 @@ MODELS: dict[str, Callable[[str], Workload]] = {
     "vit": lambda device: _classifier(
         ViTConfig(hidden_size=384, num_hidden_layers=8, num_attention_heads=6, intermediate_size=1536, image_size=64),
         device,
+    ),
+    "vit-small": lambda device: _classifier(  # that of the preset vit-finetune
+        Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=56, num_labels=10),
+        device,
+        32,
+        56,
     ),
     "small-tensors": _small_tensors,
     "resnet": lambda device: _classifier(ResNetConfig(embedding_size=64, hidden_sizes=[128, 256, 512, 1024]), device),

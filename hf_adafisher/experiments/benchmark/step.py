@@ -21,6 +21,8 @@ from hf_adafisher.experiments.benchmark.measurement import (
     timed,
     timer,
 )
+from hf_adafisher.experiments.runs.image import scale_learning_rates
+from hf_adafisher.models import layer_decay_scales
 from hf_adafisher.optimizers.adafisher import AdaFisherW
 from hf_adafisher.optimizers.factory.create import available_optimizers, create_optimizer, optimizer_state_bytes
 from hf_adafisher.optimizers.spectral import SpectralAdaFisher
@@ -126,11 +128,19 @@ def step_after_backward(work: Workload, optimizer: Any, device: str) -> Callable
 T_COV = 10
 LM_SCRATCH = {"width": 128, "depth": 3, "vocabulary": 4096, "batch": 8}
 """Sizes of the language model that docs/protocol.md tunes every optimizer on."""
-LM_SCRATCH_OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "adamw": {}, "adafisherw": {}, "spectral-adafisher": {}, "muon": {}, "soap": {"precondition_frequency": 1},
-    "lamb": {}, "lion": {}, "schedule_free_adamw": {},
+LAYER_DECAY = 0.75
+"""Of the preset vit-finetune: it splits the parameter groups, of which a step does one after the other."""
+COMPARED: dict[str, dict[str, dict[str, Any]]] = {
+    "lm-scratch": {
+        "adamw": {}, "adafisherw": {}, "spectral-adafisher": {}, "muon": {}, "soap": {"precondition_frequency": 1},
+        "soap, bases of every 2nd step": {"precondition_frequency": 2},
+        "soap, bases of every 4th step": {"precondition_frequency": 4},
+        "lamb": {}, "lion": {}, "schedule_free_adamw": {},
+    },
+    "vit-finetune": {"adamw": {}, "adafisherw": {}, "spectral-adafisher": {}, "muon": {}},
 }  # fmt: skip
-"""Optimizers of that comparison, with those of its options that change what a step costs."""
+"""Presets of comparisons, and their optimizers with those options that change what a step costs. What follows a comma
+in a name tells rows apart."""
 
 
 def measure_iteration(rounds: int, device: str = "cpu", compiled: bool = False, **sizes: int) -> dict[str, Any]:
@@ -144,20 +154,26 @@ def measure_iteration(rounds: int, device: str = "cpu", compiled: bool = False, 
     return result
 
 
-def measure_cost(rounds: int) -> dict[str, Any]:
-    """Measure CPU time of whole iterations of the optimizers in the comparison of language models from scratch.
+def measure_cost(preset: str, rounds: int) -> dict[str, Any]:
+    """Measure CPU time of whole iterations of a comparison's optimizers on its model.
 
     The ratios turn AdamW's steps into as many of another optimizer as take equal time. CPU time does not count what
     other programs do meanwhile.
+
+    Args:
+        preset: One of ``COMPARED``.
+        rounds: Alternating rounds, of ten iterations each.
     """
     functions = {}
-    for name, options in LM_SCRATCH_OPTIMIZERS.items():
-        work = gpt2("cpu", **LM_SCRATCH)
-        optimizer = create_optimizer(name, work.model, lr=1e-4, weight_decay=0.01, **options)
+    for row, options in COMPARED[preset].items():
+        work = gpt2("cpu", **LM_SCRATCH) if preset == "lm-scratch" else MODELS["vit-small"]("cpu")
+        optimizer = create_optimizer(row.split(",")[0], work.model, lr=1e-4, weight_decay=0.01, **options)
+        if preset == "vit-finetune":
+            scale_learning_rates(optimizer, work.model, layer_decay_scales(work.model, LAYER_DECAY))
         getattr(optimizer, "train", lambda: None)()  # schedule-free
-        functions[name] = _cpu_time(_iterate(work, optimizer))
+        functions[row] = _cpu_time(_iterate(work, optimizer))
     times = alternate(functions, rounds, "whole iterations", warm_up=1)
-    return {"rows": {f"whole iteration, {name}": compare_times(found, times["adamw"]) for name, found in times.items()}}
+    return {"rows": {f"whole iteration, {row}": compare_times(found, times["adamw"]) for row, found in times.items()}}
 
 
 def _measure_recording(rounds: int, device: str, **sizes: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import ViTConfig
 
 from hf_adafisher.experiments.benchmark import scaling, step, trainer_step
 from hf_adafisher.experiments.benchmark.counts import count_operators, measure_operators
@@ -18,6 +19,7 @@ from hf_adafisher.experiments.benchmark.measurement import (
     MODELS,
     SmallTensors,
     Workload,
+    _classifier,
     alternate,
     compare_times,
     gpt2,
@@ -204,21 +206,32 @@ def test_a_run_that_fails_ends_the_comparison_under_trainer(monkeypatch: pytest.
         trainer_step.measure_trainer(2, width=16, depth=1, vocabulary=50, batch=2, length=4)
 
 
-def test_cost_of_a_comparison_counts_no_waiting(main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("preset", step.COMPARED)
+def test_cost_of_a_comparison_counts_no_waiting(
+    preset: str, main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert step._cpu_time(lambda: time.sleep(0.2))() * step.T_COV < 50
     tiny = {"width": 64, "depth": 1, "vocabulary": 50, "batch": 2, "length": 4}
     monkeypatch.setattr(step, "LM_SCRATCH", tiny)
-    assert main(["--comparison-cost", "--rounds", "2", "--json", str(tmp_path / "cost.json")]) == 0
+    small = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
+    monkeypatch.setitem(MODELS, "vit-small", lambda device: _classifier(small, device, 2, 32))
+    assert main(["--comparison-cost", preset, "--rounds", "2", "--json", str(tmp_path / "cost.json")]) == 0
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
-    assert set(rows) == {f"whole iteration, {name}" for name in step.LM_SCRATCH_OPTIMIZERS}
+    assert set(rows) == {f"whole iteration, {row}" for row in step.COMPARED[preset]}
     assert rows["whole iteration, adamw"]["ratio"] == 1.0 and all(row["fastest_ms"] > 0 for row in rows.values())
 
 
 def test_cost_is_that_of_the_comparisons_model_and_optimizers() -> None:
-    preset = load_configuration(Path("lm-scratch"))
+    presets = {name: load_configuration(Path(name)) for name in step.COMPARED}
     names = {"width": "n_embd", "depth": "n_layer", "vocabulary": "vocab_size", "batch": "per_device_train_batch_size"}
-    assert {key: preset["common"][name] for key, name in names.items()} == step.LM_SCRATCH
-    assert {cell["optim"] for cell in preset["cells"]} >= set(step.LM_SCRATCH_OPTIMIZERS)
+    assert {key: presets["lm-scratch"]["common"][name] for key, name in names.items()} == step.LM_SCRATCH
+    vit = presets["vit-finetune"]
+    pixels = MODELS["vit-small"]("cpu").batch["pixel_values"]
+    side = vit["common"]["image_size"]
+    assert pixels.shape == (vit["common"]["per_device_train_batch_size"], 3, side, side)
+    assert {cell.get("layer_decay") for cell in vit["cells"] if "seeds" in cell} == {step.LAYER_DECAY}
+    for name, preset in presets.items():
+        assert {cell["optim"] for cell in preset["cells"]} >= {row.split(",")[0] for row in step.COMPARED[name]}
 
 
 @pytest.mark.parametrize("bad", [["--rounds", "1"], ["--plot", "x.png"], ["--model", "nothing"]])
