@@ -96,7 +96,7 @@ MODELS: dict[str, Callable[[str], Workload]] = {
         device,
     ),
     "vit-small": lambda device: _classifier(  # that of the preset vit-finetune
-        Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=56, num_labels=10),
+        Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=56),
         device,
         32,
         56,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from hf_adafisher.experiments.benchmark.measurement import (
     MODELS,
@@ -169,7 +170,8 @@ def measure_cost(preset: str, rounds: int) -> dict[str, Any]:
         work = gpt2("cpu", **LM_SCRATCH) if preset == "lm-scratch" else MODELS["vit-small"]("cpu")
         optimizer = create_optimizer(row.split(",")[0], work.model, lr=1e-4, weight_decay=0.01, **options)
         if preset == "vit-finetune":
-            scale_learning_rates(optimizer, work.model, layer_decay_scales(work.model, LAYER_DECAY))
+            scales = layer_decay_scales(cast(PreTrainedModel, work.model), LAYER_DECAY)
+            scale_learning_rates(optimizer, work.model, scales)
         getattr(optimizer, "train", lambda: None)()  # schedule-free
         functions[row] = _cpu_time(_iterate(work, optimizer))
     times = alternate(functions, rounds, "whole iterations", warm_up=1)
