@@ -78,4 +78,5 @@ def test_the_numbers_of_a_picture_are_those_of_the_archives(
 
 
 def test_every_picture_of_archives_has_its_command() -> None:
-    assert drawing_commands().keys() == {"docs/figures/learning_rates.svg", "docs/figures/trend.svg"}
+    names = ("learning_rates", "trend", "width", "forgiveness")
+    assert drawing_commands().keys() == {f"docs/figures/{name}.svg" for name in names}
