@@ -40,7 +40,7 @@ from hf_adafisher.experiments.outputs import hardware, software_versions, write_
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write the result; return 0."""
     parser = StrictParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=list(MODELS), default="gpt2-20m", help="default gpt2-20m")
+    parser.add_argument("--model", choices=list(MODELS), help="default gpt2-20m")
     parser.add_argument("--rounds", type=int, default=15, help="alternating rounds (default 15, at least 2)")
     parser.add_argument("--threads", type=int, help="CPU threads of torch (default: torch's)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, which is timed by CUDA events (default cpu)")
@@ -61,9 +61,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--rounds must be at least 2, got {arguments.rounds}")
     if arguments.plot and not arguments.scaling:
         parser.error("--plot belongs to --scaling")
+    if arguments.comparison_cost and (arguments.model or arguments.device != "cpu" or arguments.compiled):
+        parser.error("--comparison-cost has its preset's model on the CPU: leave out --model, --device and --compiled")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     load, rounds, device = os.getloadavg()[0], arguments.rounds, arguments.device
+    model = arguments.model or "gpt2-20m"
     if arguments.scaling:
         result = measure_scaling(rounds, device)
     elif arguments.whole_iteration:
@@ -72,12 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif arguments.comparison_cost:
         result = measure_cost(arguments.comparison_cost, rounds)
     elif arguments.all_optimizers:
-        result = measure_optimizers(arguments.model, rounds, device)
+        result = measure_optimizers(model, rounds, device)
     elif arguments.count_operators:
         result = measure_operators(arguments.compiled)
         print(operators_table(result["operators"]))
     else:
-        result = measure_step(arguments.model, rounds, device, arguments.compiled)
+        result = measure_step(model, rounds, device, arguments.compiled)
     if "rows" in result:
         print(as_table(result["rows"]))
     for name, points in result.get("points", {}).items():

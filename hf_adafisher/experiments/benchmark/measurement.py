@@ -37,11 +37,19 @@ class Workload:
 
 
 def gpt2(
-    device: str, *, width: int = 256, depth: int = 4, vocabulary: int = 8192, batch: int = 16, length: int = 128
+    device: str,
+    *,
+    width: int = 256,
+    depth: int = 4,
+    heads: int | None = None,
+    vocabulary: int = 8192,
+    positions: int = 512,
+    batch: int = 16,
+    length: int = 128,
 ) -> Workload:
-    """Create a GPT-2 without dropout, with equal weights for equal sizes."""
+    """Create a GPT-2 without dropout, with equal weights for equal sizes, and a head for every 64 of its width."""
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=512, n_embd=width, n_layer=depth, n_head=max(1, width // 64),
+        vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=depth, n_head=heads or max(1, width // 64),
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     return _language_model(config, device, batch, length)
@@ -96,7 +104,9 @@ MODELS: dict[str, Callable[[str], Workload]] = {
         device,
     ),
     "vit-small": lambda device: _classifier(  # that of the preset vit-finetune
-        Dinov2Config(hidden_size=384, num_attention_heads=6, patch_size=14, image_size=56),
+        Dinov2Config(
+            hidden_size=384, num_attention_heads=6, patch_size=14, image_size=56, id2label=dict(enumerate("0123456789"))
+        ),
         device,
         32,
         56,

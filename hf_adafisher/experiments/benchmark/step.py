@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -127,10 +127,10 @@ def step_after_backward(work: Workload, optimizer: Any, device: str) -> Callable
 
 
 T_COV = 10
-LM_SCRATCH = {"width": 128, "depth": 3, "vocabulary": 4096, "batch": 8}
+LM_SCRATCH = {"width": 128, "depth": 3, "heads": 4, "vocabulary": 4096, "positions": 128, "batch": 8, "length": 128}
 """Sizes of the language model that docs/protocol.md tunes every optimizer on."""
 LAYER_DECAY = 0.75
-"""Of the preset vit-finetune: it splits the parameter groups, of which a step does one after the other."""
+"""Of the preset vit-finetune. It makes a parameter group of every layer, which costs a step time."""
 COMPARED: dict[str, dict[str, dict[str, Any]]] = {
     "lm-scratch": {
         "adamw": {}, "adafisherw": {}, "spectral-adafisher": {}, "muon": {}, "soap": {"precondition_frequency": 1},
@@ -140,8 +140,7 @@ COMPARED: dict[str, dict[str, dict[str, Any]]] = {
     },
     "vit-finetune": {"adamw": {}, "adafisherw": {}, "spectral-adafisher": {}, "muon": {}},
 }  # fmt: skip
-"""Presets of comparisons, and their optimizers with those options that change what a step costs. What follows a comma
-in a name tells rows apart."""
+"""The optimizers of each preset, with those options that change what a step costs; text after a comma is a label."""
 
 
 def measure_iteration(rounds: int, device: str = "cpu", compiled: bool = False, **sizes: int) -> dict[str, Any]:
@@ -167,15 +166,22 @@ def measure_cost(preset: str, rounds: int) -> dict[str, Any]:
     """
     functions = {}
     for row, options in COMPARED[preset].items():
-        work = gpt2("cpu", **LM_SCRATCH) if preset == "lm-scratch" else MODELS["vit-small"]("cpu")
-        optimizer = create_optimizer(row.split(",")[0], work.model, lr=1e-4, weight_decay=0.01, **options)
-        if preset == "vit-finetune":
-            scales = layer_decay_scales(cast(PreTrainedModel, work.model), LAYER_DECAY)
-            scale_learning_rates(optimizer, work.model, scales)
+        work, optimizer = compared_optimizer(preset, row.split(",")[0], options)
         getattr(optimizer, "train", lambda: None)()  # schedule-free
         functions[row] = _cpu_time(_iterate(work, optimizer))
     times = alternate(functions, rounds, "whole iterations", warm_up=1)
-    return {"rows": {f"whole iteration, {row}": compare_times(found, times["adamw"]) for row, found in times.items()}}
+    rows = {f"whole iteration, {row}": compare_times(found, times["adamw"]) for row, found in times.items()}
+    return {"preset": preset, "parameters": sum(p.numel() for p in work.model.parameters()), "rows": rows}
+
+
+def compared_optimizer(preset: str, name: str, options: Mapping[str, Any]) -> tuple[Workload, Optimizer]:
+    """Create a comparison's model with a batch, and one of its optimizers."""
+    work = gpt2("cpu", **LM_SCRATCH) if preset == "lm-scratch" else MODELS["vit-small"]("cpu")
+    optimizer = create_optimizer(name, work.model, lr=1e-4, weight_decay=0.01, **options)
+    if preset == "vit-finetune":
+        scales = layer_decay_scales(cast(PreTrainedModel, work.model), LAYER_DECAY)
+        scale_learning_rates(optimizer, work.model, scales)
+    return work, optimizer
 
 
 def _measure_recording(rounds: int, device: str, **sizes: int) -> dict[str, Any]:

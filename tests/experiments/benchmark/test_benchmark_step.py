@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import ViTConfig
+from transformers import Dinov2Config
 
 from hf_adafisher.experiments.benchmark import scaling, step, trainer_step
 from hf_adafisher.experiments.benchmark.counts import count_operators, measure_operators
@@ -206,35 +207,55 @@ def test_a_run_that_fails_ends_the_comparison_under_trainer(monkeypatch: pytest.
         trainer_step.measure_trainer(2, width=16, depth=1, vocabulary=50, batch=2, length=4)
 
 
-@pytest.mark.parametrize("preset", step.COMPARED)
+@pytest.mark.parametrize(("words", "preset"), [([], "lm-scratch"), (["vit-finetune"], "vit-finetune")])
 def test_cost_of_a_comparison_counts_no_waiting(
-    preset: str, main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], preset: str, main: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert step._cpu_time(lambda: time.sleep(0.2))() * step.T_COV < 50
     tiny = {"width": 64, "depth": 1, "vocabulary": 50, "batch": 2, "length": 4}
     monkeypatch.setattr(step, "LM_SCRATCH", tiny)
-    small = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32)
-    monkeypatch.setitem(MODELS, "vit-small", lambda device: _classifier(small, device, 2, 32))
-    assert main(["--comparison-cost", preset, "--rounds", "2", "--json", str(tmp_path / "cost.json")]) == 0
-    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
+    monkeypatch.setitem(MODELS, "vit-small", lambda device: _classifier(Dinov2Config(**sizes), device, 2, 28))
+    assert main(["--comparison-cost", *words, "--rounds", "2", "--json", str(tmp_path / "cost.json")]) == 0
+    result = json.loads((tmp_path / "cost.json").read_text())
+    rows = result["rows"]
+    assert result["preset"] == preset and 0 < result["parameters"] < 100_000
     assert set(rows) == {f"whole iteration, {row}" for row in step.COMPARED[preset]}
     assert rows["whole iteration, adamw"]["ratio"] == 1.0 and all(row["fastest_ms"] > 0 for row in rows.values())
 
 
-def test_cost_is_that_of_the_comparisons_model_and_optimizers() -> None:
-    presets = {name: load_configuration(Path(name)) for name in step.COMPARED}
-    names = {"width": "n_embd", "depth": "n_layer", "vocabulary": "vocab_size", "batch": "per_device_train_batch_size"}
-    assert {key: presets["lm-scratch"]["common"][name] for key, name in names.items()} == step.LM_SCRATCH
-    vit = presets["vit-finetune"]
-    pixels = MODELS["vit-small"]("cpu").batch["pixel_values"]
-    side = vit["common"]["image_size"]
-    assert pixels.shape == (vit["common"]["per_device_train_batch_size"], 3, side, side)
-    assert {cell.get("layer_decay") for cell in vit["cells"] if "seeds" in cell} == {step.LAYER_DECAY}
-    for name, preset in presets.items():
-        assert {cell["optim"] for cell in preset["cells"]} >= {row.split(",")[0] for row in step.COMPARED[name]}
+@pytest.mark.parametrize("preset", step.COMPARED)
+def test_cost_is_that_of_the_comparisons_model_and_optimizers(preset: str) -> None:
+    """The model has as many weights as that of the archived runs, and groups have its rates, layer by layer."""
+    config = load_configuration(Path(preset))
+    common = config["common"]
+    assert {cell["optim"] for cell in config["cells"]} >= {row.split(",")[0] for row in step.COMPARED[preset]}
+    work, optimizer = step.compared_optimizer(preset, "adamw", {})
+    archive = Path(__file__).parents[3] / "docs" / "results" / preset / "runs.jsonl.gz"
+    run = json.loads(gzip.decompress(archive.read_bytes()).splitlines()[1])
+    assert sum(p.numel() for p in work.model.parameters()) == run["result"]["model"]["parameters"]
+    rates = {group["lr"] for group in optimizer.param_groups}
+    if preset == "lm-scratch":
+        assert work.model.config.n_head == common["n_head"] and len(rates) == 1
+        assert work.batch["input_ids"].shape == (common["per_device_train_batch_size"], common["block_size"])
+        return
+    side, layers = common["image_size"], work.model.config.num_hidden_layers
+    assert work.batch["pixel_values"].shape == (common["per_device_train_batch_size"], 3, side, side)
+    (decay,) = {cell["layer_decay"] for cell in config["cells"] if "seeds" in cell}
+    assert sorted(rates, reverse=True) == pytest.approx([1e-4 * decay**depth for depth in range(layers + 2)])
 
 
-@pytest.mark.parametrize("bad", [["--rounds", "1"], ["--plot", "x.png"], ["--model", "nothing"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--rounds", "1"],
+        ["--plot", "x.png"],
+        ["--model", "nothing"],
+        ["--comparison-cost", "--model", "vit"],
+        ["--comparison-cost", "vit-finetune", "--device", "cuda"],
+        ["--comparison-cost", "--compiled"],
+    ],
+)
 def test_bad_input_is_refused(main: Any, bad: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(bad)
