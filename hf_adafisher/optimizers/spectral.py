@@ -76,7 +76,7 @@ class SpectralAdaFisherOptions(OptimizerOptions):
 
     needs: ClassVar[Needs] = Needs.SHAPES
 
-    lr: float = option(2e-2, LEARNING_RATE, symbol="")
+    lr: float = option(1e-2, LEARNING_RATE, symbol="")
     beta: float = option(0.9, BETA, argument=True)
     relative_damping: float = option(0.1, RELATIVE_DAMPING, argument=True, identifies=True)
     ema_decay: float = option(0.95, EMA_DECAY, argument=True)
@@ -133,7 +133,7 @@ class SpectralAdaFisher(KroneckerDiagonalOptimizer):
         model: The module to train.
         params: Parameters, named parameters or parameter groups, as for every torch optimizer; each must belong to
             ``model``. Default: all trainable parameters. Groups may set every option below.
-        lr: Learning rate, >= 0. Default 0.02, for a few hundred steps from scratch; take 0.01 from 1,000 on.
+        lr: Learning rate, >= 0. Default 0.01, for weights that start at random; runs of a few hundred steps take 0.02.
         beta: Decay of the first moment, in [0, 1). Default 0.9.
         relative_damping: rho, > 0: what is added to factors, and to F, in units of their means. Default 0.1.
         ema_decay: Decay of the factors' moving average, in [0, 1). Default 0.95.

@@ -90,7 +90,7 @@ def test_the_steps_are_those_that_the_weights_made(form: str) -> None:
     [
         ("root", 5e-5, "", r"0.0125 times the usual 0.004 \(from scratch\)"),
         ("root", 0.004, "gpt2", r"80 times the usual 5e-05 \(for fine-tuning\): these weights are pretrained \(gpt2\)"),
-        ("spectral", 2e-5, "", r"0.001 times the usual 0.02 \(from scratch\)"),
+        ("spectral", 2e-5, "", r"0.002 times the usual 0.01 \(from scratch\)"),
         ("spectral", 0.02, "gpt2", r"133 times the usual 0.00015 \(for fine-tuning\)"),
         ("paper", 2e-5, "", r"0.02 times the usual 0.001 \(the damping\)"),
         ("paper", 0.1, "", "100 times the usual 0.001"),

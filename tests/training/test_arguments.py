@@ -47,7 +47,7 @@ def test_a_json_file_is_parsed(tmp_path: Path) -> None:
     [
         ("adafisherw", 0.004),
         ("adafisher", 0.004),
-        ("spectral-adafisher", 0.02),
+        ("spectral-adafisher", 0.01),
         ("adamw", 5e-5),
         ("adamw_torch", 5e-5),
         (OptimizerNames.RMSPROP, 5e-5),
@@ -300,7 +300,7 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
 
 def test_hyphens_and_underscores_in_names_are_the_same(tmp_path: Path) -> None:
     arguments = AdaFisherTrainingArguments(str(tmp_path), optim="spectral_adafisher", **CPU)
-    assert (arguments.optim, arguments.learning_rate) == ("spectral-adafisher", 0.02)
+    assert (arguments.optim, arguments.learning_rate) == ("spectral-adafisher", 0.01)
     arguments.optim = "schedule-free-adamw"  # as a hyperparameter search does
     assert arguments.optim == arguments.to_dict()["optim"] == "schedule_free_adamw"
     assert arguments.set_optimizer("spectral_adafisher").optim == "spectral-adafisher"

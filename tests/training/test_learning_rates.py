@@ -33,7 +33,7 @@ def warnings_of(folder: Path, caplog: pytest.LogCaptureFixture, **options: Any) 
     [
         ({"optim": "adafisherw"}, 0.004 / 20, 0.004 * 20),
         ({"optim": "adafisher"}, 0.004 / 20, 0.004 * 20),
-        ({"optim": "spectral-adafisher"}, 0.02 / 20, 0.02 * 20),
+        ({"optim": "spectral-adafisher"}, 0.01 / 20, 0.01 * 20),
         ({"optim": "lamb"}, 0.01 / 20, 0.01 * 20),
         ({"optim": "adafisherw", "adafisher_step_size": "paper"}, 1e-3 / 20, 1e-3 * 20),
         ({"optim": "adafisherw", "optim_args": "step_size=paper,damping=0.3"}, 0.3 / 20, 0.3 * 20),
@@ -117,7 +117,7 @@ def test_the_papers_form_without_clipping_is_one_warning(
     ("options", "scratch", "tuning"),
     [
         ({}, 0.004, 5e-5),
-        ({"optim": "spectral-adafisher"}, 0.02, 1.5e-4),
+        ({"optim": "spectral-adafisher"}, 0.01, 1.5e-4),
         ({"step_size": "paper", "damping": 0.01}, 0.01, 0.01),
         ({"arguments": OursFirst}, 1e-6, 1e-6),
         ({"optim": "adamw"}, None, None),

@@ -214,7 +214,7 @@ def test_pretrained_weights_with_a_default_for_scratch_are_pointed_out(
     trainer = our_trainer(tmp_path, model=model, optim=optim)
     trainer.create_optimizer()
     trainer.create_optimizer()
-    default = "0.02" if optim == "spectral-adafisher" else "0.004"
+    default = "0.01" if optim == "spectral-adafisher" else "0.004"
     said = [record.getMessage() for record in caplog.records if "fine-tune" in record.getMessage()]
     assert len(said) == (0 if start is None else 1)
     if start is not None:

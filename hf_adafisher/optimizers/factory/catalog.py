@@ -9,7 +9,7 @@ from hf_adafisher.optimizers.base.hooked import HookedOptimizer
 from hf_adafisher.optimizers.baselines import groups
 from hf_adafisher.optimizers.baselines.kfac import KFAC
 from hf_adafisher.optimizers.factory.records import RECORDS, OptimizerRecord, SourcedDefault, did_you_mean
-from hf_adafisher.optimizers.spectral import SpectralAdaFisher
+from hf_adafisher.optimizers.spectral import SpectralAdaFisher, SpectralAdaFisherOptions
 from hf_adafisher.optimizers.validation.training_modes import Needs
 
 TRAINER_LEARNING_RATE = 5e-5
@@ -75,7 +75,7 @@ _own(
     "spectral-adafisher",
     SpectralAdaFisher,
     "this package, docs/spectral.md",
-    lr=SourcedDefault(0.02, "docs/results.md, from scratch; fine-tuning wants 1.5e-4"),
+    lr=SourcedDefault(SpectralAdaFisherOptions.lr, "docs/results.md, from scratch; fine-tuning wants 1.5e-4"),
     fine_tuning_rate=1.5e-4,
     momentum="beta",
     memory="4; 4 + 4 (r + c) / (r c) for what is no hidden matrix",
